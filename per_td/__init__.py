@@ -1,0 +1,29 @@
+"""Prioritized experience replay for PyTorch, tensor-native on CPU and CUDA."""
+
+from per_td.buffer import PrioritizedReplayBuffer
+from per_td.errors import (
+    CheckpointError,
+    ConfigurationError,
+    EmptyBufferError,
+    IndexRangeError,
+    PerTdError,
+    PriorityError,
+    SchemaError,
+)
+from per_td.transitions import TransitionReplayBuffer
+from per_td.tree import SumTree
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConfigurationError",
+    "EmptyBufferError",
+    "IndexRangeError",
+    "PerTdError",
+    "PrioritizedReplayBuffer",
+    "PriorityError",
+    "SchemaError",
+    "SumTree",
+    "TransitionReplayBuffer",
+]

@@ -1,0 +1,414 @@
+"""PrioritizedReplayBuffer: storage, priorities and draws wired together."""
+
+import os
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from per_td import checkpoint, validation
+from per_td.errors import (
+    CheckpointError,
+    ConfigurationError,
+    EmptyBufferError,
+    PriorityError,
+    SchemaError,
+)
+from per_td.priorities import PriorityTable
+from per_td.storage import Leaves, RingStorage, count, flattened, nested
+
+__all__ = ["PrioritizedReplayBuffer"]
+
+
+class PrioritizedReplayBuffer:
+    """Replay buffer that draws transitions in proportion to priority^alpha.
+
+    Prioritized experience replay as in Schaul et al. 2015 (arXiv 1511.05952), proportional
+    variant: P(i) = p_i^alpha / sum_k p_k^alpha with p = |TD error| + eps, corrected by
+    importance-sampling weights w_i = (N P(i))^-beta.
+
+    Args:
+        capacity: number of slots; beyond it, the oldest transition makes room for the newest.
+        batch_size: default for `sample`.
+        alpha: how much prioritization is used, at least 0; 0 is uniform. May be set at any time.
+        beta: how much of the bias the weights correct, in [0, 1]. May be set at any time.
+        eps: added to |TD error|, so that no transition is lost for ever. May be set at any time
+            and holds for the updates from then on. With 0, a TD error of 0 is never drawn again.
+        beta_increment: what `increase_beta` adds.
+        draw: "independent": with replacement; "stratified": one from each of B equal parts of the
+            total mass; "without_replacement": B different transitions.
+        method: "tree": an exact sum tree, O(log N) per draw; "multinomial": torch.multinomial,
+            O(N) per batch, up to 2^24 slots; "auto": whichever is faster.
+        weight_normalization: weights are divided by the largest of the "batch", by the largest
+            that any transition in the "buffer" would get, or by nothing ("none").
+        new_priority: what new transitions get: the largest priority in the buffer ("buffer_max"),
+            or the largest it ever held ("ever_max"); 1 where there is none.
+        device: where transitions and priorities live; None is torch's default device.
+        generator: source of all random draws, on the same device; None is torch's own, which
+            `torch.manual_seed` seeds.
+        example: a TensorDict like one transition (batch size []), to allocate memory at once;
+            without it, the first data does so.
+
+    Raises:
+        ConfigurationError: an argument is not one of those accepted.
+
+    Example:
+        >>> buffer = PrioritizedReplayBuffer(1000, batch_size=4)
+        >>> data = TensorDict({"x": torch.rand(10, 3)}, batch_size=[10])
+        >>> index = buffer.extend(data)
+        >>> batch = buffer.sample()
+        >>> buffer.update_priority(batch["index"], torch.rand(4), batch["generation"])
+        >>> batch["x"].shape
+        torch.Size([4, 3])
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        batch_size: int | None = None,
+        *,
+        alpha: float = 0.6,
+        beta: float = 0.4,
+        eps: float = 1e-6,
+        beta_increment: float = 0.0,
+        draw: str = "independent",
+        method: str = "auto",
+        weight_normalization: str = "batch",
+        new_priority: str = "buffer_max",
+        device: torch.device | str | int | None = None,
+        generator: torch.Generator | None = None,
+        example: TensorDictBase | None = None,
+    ) -> None:
+        capacity = validation.positive_int("capacity", capacity)
+        if batch_size is not None:
+            batch_size = validation.positive_int("batch_size", batch_size)
+        self.batch_size = batch_size
+        self.device = validation.resolve_device(device)
+        if generator is not None and generator.device.type != self.device.type:
+            raise ConfigurationError(
+                f"generator: expected one on {self.device}, got one on {generator.device}"
+            )
+        self.generator = generator
+        self.beta_increment = validation.real("beta_increment", beta_increment)
+        self._beta = torch.tensor(0.0, dtype=torch.float64, device=self.device)
+        self.beta = beta
+        self._stale = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._storage = RingStorage(capacity, self.device)
+        self._priorities = PriorityTable(
+            capacity,
+            alpha=alpha,
+            eps=eps,
+            draw=draw,
+            method=method,
+            weight_normalization=weight_normalization,
+            new_priority=new_priority,
+            device=self.device,
+        )
+        if example is not None:
+            self._storage.allocate(self._storage.check(example, batched=False))
+
+    def __len__(self) -> int:
+        return len(self._storage)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({len(self)} of {self.capacity} slots, device={self.device},"
+            f" alpha={self.alpha:g}, beta={self.beta:g}, eps={self.eps:g}, draw={self.draw!r})"
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Number of slots."""
+        return self._storage.capacity
+
+    @property
+    def write_count(self) -> int:
+        """How many transitions were ever written."""
+        return self._storage.write_count
+
+    @property
+    def alpha(self) -> float:
+        """Exponent of the priorities; setting it costs O(N)."""
+        return self._priorities.alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self._priorities.alpha = value
+
+    @property
+    def beta(self) -> float:
+        """Exponent of the importance-sampling weights, in [0, 1]."""
+        return float(self._beta)
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        self._beta.fill_(validation.real("beta", value, high=1.0))
+
+    @property
+    def eps(self) -> float:
+        """Added to |TD error| by the updates from now on."""
+        return self._priorities.eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._priorities.eps = value
+
+    @property
+    def draw(self) -> str:
+        """How indices are drawn."""
+        return self._priorities.draw
+
+    @property
+    def priority(self) -> Tensor:
+        """Raw priorities of the filled slots, float32 [len], a copy."""
+        return self._priorities.raw[: len(self)].clone()
+
+    @property
+    def transitions(self) -> TensorDict | None:
+        """The filled slots, a TensorDict [len] in the buffer's memory; None before any data."""
+        data = self._storage.data
+        return None if data is None else data[: len(self)]
+
+    def increase_beta(self) -> None:
+        """Add `beta_increment` to beta, up to 1 (section 3.4: beta grows to 1 over training)."""
+        self._beta.add_(self.beta_increment).clamp_(max=1.0)
+
+    def extend(self, transitions: TensorDictBase, priority: Any = None) -> Tensor:
+        """Write transitions.
+
+        Args:
+            transitions: TensorDict of batch size [n]; where n exceeds the capacity, the last ones
+                remain, as if they had been added one by one.
+            priority: raw priorities for them, finite and not negative, [n]; 0 is never drawn. None
+                gives them that of `new_priority`.
+
+        Returns:
+            Their slots, int64 [n].
+
+        Raises:
+            SchemaError: keys, shapes or dtypes differ from those that came before.
+            PriorityError: `priority` has a wrong shape or dtype, or a value is NaN, infinite or
+                negative (on CUDA such a value is replaced by that of `new_priority`, and counted).
+        """
+        return self._extend(self._storage.check(transitions), priority)
+
+    def add(self, transition: TensorDictBase, priority: Any = None) -> Tensor:
+        """Write one transition, a TensorDict of batch size []; see `extend`.
+
+        Returns:
+            Its slot, int64 [].
+        """
+        if isinstance(transition, TensorDictBase) and transition.batch_dims:
+            raise SchemaError(
+                f"expected a TensorDict of batch size [], got {list(transition.batch_size)}:"
+                " use extend() for several transitions"
+            )
+        return self._extend(self._storage.check(transition, batched=False), priority)[0]
+
+    def extend_leaves(self, leaves: Leaves, priority: Any = None) -> Tensor:
+        """`extend` without a TensorDict: tensors [n, ...] by key, a tuple of names."""
+        self._storage.check_leaves(leaves)
+        return self._extend(leaves, priority)
+
+    @torch.no_grad()
+    def _extend(self, leaves: Leaves, priority: Any) -> Tensor:
+        index = self._storage.next_slots(count(leaves))
+        initial = None
+        if priority is not None:
+            initial = self._priorities.check_initial(priority, index)[-self.capacity :]
+        self._storage.write(leaves)
+        self._priorities.write_new(index[-self.capacity :], initial)
+        return index
+
+    @torch.no_grad()
+    def sample(self, batch_size: int | None = None) -> TensorDict:
+        """Draw a batch.
+
+        Args:
+            batch_size: number of transitions B; None takes that of the constructor.
+
+        Returns:
+            TensorDict [B]: copies of the transitions, and beside them "index" int64 [B],
+            "priority_weight" float32 [B] (equation in section 3.4), and "generation" int64 [B],
+            by which a later update recognises that a slot has been overwritten.
+
+        Raises:
+            ConfigurationError: no batch size was given, here or to the constructor.
+            EmptyBufferError: the buffer is empty, all priorities are 0, or without replacement
+                fewer than B transitions can be drawn.
+        """
+        index = self._draw(batch_size)
+        return self._storage.read(
+            index,
+            {
+                "index": index,
+                "priority_weight": self._priorities.weights(index, self._beta, self._storage.size),
+                "generation": self._storage.generation(index),
+            },
+        )
+
+    def _draw(self, batch_size: int | None) -> Tensor:
+        n = self.batch_size if batch_size is None else batch_size
+        if n is None:
+            raise ConfigurationError(
+                "batch_size: expected one in sample() or in the constructor, got none"
+            )
+        n = validation.positive_int("batch_size", n)
+        if not len(self):
+            raise EmptyBufferError("expected transitions to sample from, got an empty buffer")
+        if self.draw == "without_replacement" and n > len(self):
+            raise EmptyBufferError(
+                f"expected batch_size <= {len(self)}, the transitions in the buffer, to draw"
+                f" without replacement, got {n}"
+            )
+        return self._priorities.sample(n, len(self), self.generator)
+
+    @torch.no_grad()
+    def update_priority(self, index: Any, td_error: Any, generation: Any = None) -> None:
+        """Set priorities to |td_error| + eps (section 3.3).
+
+        Args:
+            index: slots, integers [B], as `sample` gave them; of equal ones the last holds.
+            td_error: raw TD errors [B] (or [B, 1]); sign and gradient do not matter.
+            generation: that of the batch, [B]: where the slot has been overwritten since, the
+                update is stale, dropped and counted. None drops none.
+
+        Raises:
+            IndexRangeError: an index does not name a filled slot.
+            PriorityError: a TD error is NaN or infinite, or shape or dtype are wrong. Nothing has
+                been written then. On CUDA, where values cannot be looked at without stopping the
+                host, such updates are refused one by one and counted in `stats`.
+        """
+        index = validation.as_index(index, self.device)
+        live = None
+        if generation is not None:
+            generation = validation.as_index(generation, self.device)
+            if generation.shape != index.shape:
+                raise PriorityError(
+                    f"generation: expected shape {list(index.shape)}, one per index,"
+                    f" got {list(generation.shape)}"
+                )
+            live = generation == self._storage.generation(index)
+        self._priorities.update(index, td_error, len(self), live)
+        if live is not None:
+            self._stale += (~live).sum()
+
+    def update_tensordict_priority(self, batch: TensorDictBase) -> None:
+        """`update_priority` with "index", "td_error" and "generation" (if any) of a batch [B].
+
+        Raises:
+            SchemaError: the batch has no "index" or no "td_error".
+        """
+        for key in ("index", "td_error"):
+            if batch.get(key, None) is None:
+                raise SchemaError(
+                    f"expected the key {key!r} in the batch, got {list(batch.keys())}"
+                )
+        self.update_priority(batch["index"], batch["td_error"], batch.get("generation", None))
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start.
+
+        Returns:
+            "written": transitions ever written; "stale_updates": updates dropped because the slot
+            had been overwritten; "refused_priorities": invalid ones (on CUDA: elsewhere they
+            raise).
+        """
+        return {
+            "written": self.write_count,
+            "stale_updates": int(self._stale),
+            "refused_priorities": int(self._priorities.refused),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """A snapshot: tensors and plain values, as `torch.load(weights_only=True)` reads them."""
+        table = self._priorities
+        transitions = {key: leaf.clone() for key, leaf in self._storage.filled().items()}
+        return {
+            "format": checkpoint.FORMAT,
+            "version": checkpoint.VERSION,
+            "settings": {
+                "capacity": self.capacity,
+                "batch_size": self.batch_size,
+                "alpha": self.alpha,
+                "eps": self.eps,
+                "beta_increment": self.beta_increment,
+                "draw": self.draw,
+                "method": table.method,
+                "weight_normalization": table.weight_normalization,
+                "new_priority": table.new_priority,
+            },
+            "beta": self._beta.clone(),
+            "write_count": self.write_count,
+            "ever_max": table.ever_max.clone(),
+            "stale_updates": self._stale.clone(),
+            "refused_priorities": table.refused.clone(),
+            "priority": self.priority,
+            "transitions": nested(transitions),
+            "generator": None if self.generator is None else self.generator.get_state(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state: transitions, priorities, counters, alpha, beta, eps, generator.
+
+        Args:
+            state: from `state_dict` of a buffer of the same capacity, on any device.
+
+        Raises:
+            CheckpointError: it is no such state, or of another capacity.
+            SchemaError: its transitions are not like those that this buffer was made for.
+        """
+        settings = checkpoint.check(state)["settings"]
+        if settings["capacity"] != self.capacity:
+            raise CheckpointError(
+                f"expected a state of capacity {self.capacity}, got {settings['capacity']}"
+            )
+        leaves = flattened(state["transitions"])
+        if leaves:
+            self._storage.check_leaves(leaves)
+            self._storage.write_count = 0
+            self._storage.write(leaves)
+        self._storage.write_count = state["write_count"]
+        self.alpha, self.eps = settings["alpha"], settings["eps"]
+        self.beta_increment = settings["beta_increment"]
+        self._beta.copy_(state["beta"])
+        self._stale.copy_(state["stale_updates"])
+        self._priorities.fill(state["priority"].to(self.device))
+        self._priorities.ever_max.copy_(state["ever_max"])
+        self._priorities.refused.copy_(state["refused_priorities"])
+        if self.generator is not None and state["generator"] is not None:
+            self.generator.set_state(state["generator"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `state_dict` to a file, whole or not at all."""
+        checkpoint.write(path, self.state_dict())
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: torch.device | str | int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> "PrioritizedReplayBuffer":
+        """A buffer with the settings and the state of a file that `save` wrote.
+
+        Args:
+            path: the file.
+            device: where the buffer lives; None is torch's default device.
+            generator: takes over the state of the one saved, if there was one. None makes one
+                then, so that the draws go on as they would have.
+
+        Raises:
+            CheckpointError: the file is damaged, or not one of those.
+            FileNotFoundError: there is none.
+        """
+        state = checkpoint.read(path)
+        device = validation.resolve_device(device)
+        if generator is None and state["generator"] is not None:
+            generator = torch.Generator(device)
+        buffer = cls(**state["settings"], device=device, generator=generator)
+        buffer.load_state_dict(state)
+        return buffer

@@ -1,0 +1,39 @@
+"""Every error that per_td raises on purpose. All derive from `PerTdError`."""
+
+__all__ = [
+    "CheckpointError",
+    "ConfigurationError",
+    "EmptyBufferError",
+    "IndexRangeError",
+    "PerTdError",
+    "PriorityError",
+    "SchemaError",
+]
+
+
+class PerTdError(Exception):
+    """Root of all errors raised by per_td."""
+
+
+class ConfigurationError(PerTdError, ValueError):
+    """A constructor argument or a setting is not one of those accepted."""
+
+
+class SchemaError(PerTdError, ValueError):
+    """Transitions whose keys, shapes or dtypes are not those of the storage."""
+
+
+class PriorityError(PerTdError, ValueError):
+    """Priorities or TD errors of the wrong shape or dtype, or NaN, infinite or negative ones."""
+
+
+class IndexRangeError(PerTdError, IndexError):
+    """An index of the wrong dtype, or one that names no filled slot."""
+
+
+class EmptyBufferError(PerTdError, RuntimeError):
+    """There is nothing, or not enough, to draw from."""
+
+
+class CheckpointError(PerTdError, RuntimeError):
+    """A saved state that cannot be loaded into this buffer."""

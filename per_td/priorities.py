@@ -1,0 +1,222 @@
+"""PriorityTable: the raw priority of every slot, and everything that follows from it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from per_td import draws, validation
+from per_td.errors import EmptyBufferError
+from per_td.tree import ExtremumTree, Layout, SumTree, reference
+from per_td.weights import importance_weights, mass_of, priority_of
+
+__all__ = ["NEW_PRIORITIES", "PriorityTable"]
+
+NEW_PRIORITIES = ("buffer_max", "ever_max")
+
+
+class PriorityTable:
+    """Priorities p, masses p^alpha, draws in proportion to them, importance-sampling weights.
+
+    Raw priorities are the truth, and masses follow from them, so alpha may change at any time and
+    nothing is lost, not even at alpha = 0. Slots beyond those filled have priority 0.
+
+    Args:
+        capacity: number of slots.
+        alpha: exponent of the priorities, at least 0.
+        eps: added to |TD error|, at least 0.
+        draw: "independent", "stratified" or "without_replacement".
+        method: "auto", "multinomial" or "tree".
+        weight_normalization: "batch", "buffer" or "none".
+        new_priority: what new transitions get: the largest priority in the buffer ("buffer_max"),
+            or the largest it ever held ("ever_max").
+        device: where priorities live.
+
+    Raises:
+        ConfigurationError: an argument is not one of those accepted.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        alpha: float,
+        eps: float,
+        draw: str,
+        method: str,
+        weight_normalization: str,
+        new_priority: str,
+        device: torch.device,
+    ) -> None:
+        self._alpha = validation.real("alpha", alpha)
+        self.eps = eps
+        self.draw = validation.one_of("draw", draw, draws.DRAWS)
+        self.method = validation.one_of("method", method, draws.METHODS)
+        draws.check_method(method, draw, capacity)
+        self.new_priority = validation.one_of("new_priority", new_priority, NEW_PRIORITIES)
+        layout = Layout.of(capacity)
+        self._raw = torch.zeros(layout.leaf_slots, device=device)
+        self.masses = SumTree(capacity, device)
+        self._largest = ExtremumTree(self._raw, layout, "max")
+        self._smallest: ExtremumTree | None = None
+        self.weight_normalization = weight_normalization
+        self.ever_max = torch.zeros((), device=device)
+        self.refused = torch.zeros((), dtype=torch.int64, device=device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the priorities live."""
+        return self._raw.device
+
+    @property
+    def capacity(self) -> int:
+        """Number of slots."""
+        return self.masses.capacity
+
+    @property
+    def raw(self) -> Tensor:
+        """Raw priorities of all slots, float32 [capacity]."""
+        return self._raw[: self.capacity]
+
+    @property
+    def alpha(self) -> float:
+        """Exponent of the priorities; setting it recomputes all masses, in O(N)."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        value = validation.real("alpha", value)
+        if value != self._alpha:
+            self._alpha = value
+            self.masses.fill(mass_of(self.raw, value))
+
+    @property
+    def eps(self) -> float:
+        """Added to |TD error| by the updates from now on."""
+        return self._eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._eps = validation.real("eps", value)
+
+    @property
+    def weight_normalization(self) -> str:
+        """What the weights are divided by; "buffer" keeps the smallest priority up to date."""
+        return self._weight_normalization
+
+    @weight_normalization.setter
+    def weight_normalization(self, value: str) -> None:
+        self._weight_normalization = validation.one_of(
+            "weight_normalization", value, ("batch", "buffer", "none")
+        )
+        if value != "buffer":
+            self._smallest = None
+        elif self._smallest is None:
+            self._smallest = ExtremumTree(self._raw, self.masses.layout, "min")
+
+    def for_new(self) -> Tensor:
+        """Priority of transitions that nobody gave one: 0-dim (section 3.3, algorithm 1 line 6).
+
+        The largest in the buffer, or 1 where there is none.
+        """
+        known = self._largest.value if self.new_priority == "buffer_max" else self.ever_max
+        return torch.where(known > 0, known, 1.0)
+
+    def check_initial(self, priority: Any, index: Tensor) -> Tensor:
+        """Priorities supplied for new transitions as float32 [n]; -1 marks those refused.
+
+        Raises:
+            PriorityError: wrong shape or dtype, NaN, infinite or negative (refused on CUDA).
+        """
+        priority = validation.as_values("priority", priority, index)
+        valid = validation.require_finite("priority", priority, low=0.0)
+        return torch.where(valid, priority, -1.0)
+
+    def write_new(self, index: Tensor, priority: Tensor | None) -> None:
+        """Give newly written slots their priority.
+
+        Args:
+            index: slots, int64 [n], without repetitions.
+            priority: from `check_initial`, [n]; None, and -1, stand for that of `for_new`.
+        """
+        if priority is None:
+            priority = self.for_new().expand(index.shape)
+        else:
+            refused = priority < 0
+            self.refused += refused.sum()
+            priority = torch.where(refused, self.for_new(), priority)
+        self._write(index, priority)
+
+    def update(self, index: Tensor, td_error: Any, size: int, live: Tensor | None) -> None:
+        """Set priorities from TD errors; where an index occurs twice, its last one holds.
+
+        Args:
+            index: slots, int64 [B].
+            td_error: TD errors [B].
+            size: number of filled slots.
+            live: bool [B], False for updates to be dropped; None drops none.
+
+        Raises:
+            IndexRangeError: an index is not that of a filled slot.
+            PriorityError: a TD error is NaN or infinite, or the shape or dtype is wrong.
+                On CUDA such updates are refused and counted instead.
+        """
+        priority = priority_of(validation.as_values("td_error", td_error, index), self.eps)
+        valid = validation.require_in_range(index, size)
+        valid = valid & validation.require_finite("td_error", priority)
+        if not validation.can_raise(valid):
+            self.refused += (~valid).sum()
+        if live is not None:
+            valid = valid & live
+        index, priority = validation.route(index, priority, valid, self.masses.layout.spare)
+        self._write(*reference.keep_last(index, priority))
+
+    def _write(self, index: Tensor, priority: Tensor) -> None:
+        self._raw[index] = priority
+        self.masses.write(index, mass_of(priority, self._alpha))
+        self._largest.refresh(index)
+        if self._smallest is not None:
+            self._smallest.refresh(index)
+        if priority.numel():
+            torch.maximum(self.ever_max, priority.amax(), out=self.ever_max)
+
+    def fill(self, priority: Tensor) -> None:
+        """Set the priorities of the first slots, and 0 for the others, in O(N); [n] float32."""
+        self._raw.zero_()
+        self._raw[: len(priority)] = priority
+        self.masses.fill(mass_of(self.raw, self._alpha))
+        self._largest.refresh_all()
+        if self._smallest is not None:
+            self._smallest.refresh_all()
+
+    def sample(self, n: int, size: int, generator: torch.Generator | None) -> Tensor:
+        """Draw slots in proportion to p^alpha.
+
+        Args:
+            n: how many.
+            size: number of filled slots.
+            generator: source of the random numbers, on the table's device.
+
+        Returns:
+            int64 [n].
+
+        Raises:
+            EmptyBufferError: nothing, or not enough, can be drawn.
+        """
+        if draws.resolve_method(self.method, self.draw, self.capacity, self.device) == "tree":
+            return self.masses.sample(n, generator, draw=self.draw)
+        if validation.can_raise(self._raw) and not self.masses.total > 0:
+            raise EmptyBufferError(f"expected a positive priority, got 0 for all {size}")
+        return draws.multinomial(self.masses[:size], n, self.draw, generator)
+
+    def weights(self, index: Tensor, beta: Tensor, size: Tensor) -> Tensor:
+        """Importance-sampling weights of the slots drawn, float32 [B]."""
+        smallest = self._smallest
+        return importance_weights(
+            self.masses[index],
+            beta,
+            total=self.masses.total,
+            size=size,
+            smallest=None if smallest is None else mass_of(smallest.value, self._alpha),
+            normalization=self._weight_normalization,
+        )

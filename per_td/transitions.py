@@ -1,0 +1,171 @@
+"""TransitionReplayBuffer: the course's push / tuple interface."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from per_td.buffer import PrioritizedReplayBuffer
+from per_td.errors import SchemaError
+from per_td.storage import Leaves
+
+__all__ = ["TransitionReplayBuffer"]
+
+Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _observation(value: Any) -> Tensor:
+    """[1, *obs]; floating point as float32, integers (images, say) in their own dtype."""
+    tensor = torch.as_tensor(value).detach()
+    return (tensor.float() if tensor.is_floating_point() else tensor).unsqueeze(0)
+
+
+def _scalar(name: str, value: Any, dtype: torch.dtype) -> Tensor:
+    number: Tensor = torch.as_tensor(value).detach()
+    if number.numel() != 1:
+        raise SchemaError(f"{name}: expected one number, got shape {list(number.shape)}")
+    if dtype == torch.int64 and (number.is_floating_point() or number.is_complex()):
+        raise SchemaError(f"{name}: expected an integer, got {number.dtype}")
+    return number.reshape(1).to(dtype)
+
+
+class TransitionReplayBuffer:
+    """Prioritized replay of (state, action, reward, next_state, done), as taught in courses.
+
+    Priorities are |TD error| + epsilon, a new transition gets the largest in the buffer, and the
+    weights are divided by the largest of the batch. `self.buffer` is the `PrioritizedReplayBuffer`
+    underneath, with all that it offers (saving, settings, statistics).
+
+    Args:
+        capacity: number of transitions kept; beyond it, the oldest makes room.
+        alpha: how much prioritization is used; 0 is uniform.
+        beta: how much of the bias the weights correct at first, in [0, 1].
+        beta_increment: what each `increase_beta` adds, up to 1.
+        epsilon: added to |TD error|.
+        draw, method, device, generator: as for `PrioritizedReplayBuffer`.
+
+    Raises:
+        ConfigurationError: an argument is not one of those accepted.
+
+    Example:
+        >>> buffer = TransitionReplayBuffer(100)
+        >>> for i in range(10):
+        ...     buffer.push([0.0, 1.0], i % 2, 1.0, [1.0, 0.0], False)
+        >>> states, actions, rewards, next_states, dones, indices, weights = buffer.sample(4)
+        >>> buffer.update_priorities(indices, torch.rand(4))
+        >>> buffer.increase_beta()
+        >>> states.shape, actions.shape
+        (torch.Size([4, 2]), torch.Size([4, 1]))
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        alpha: float = 0.6,
+        beta: float = 0.4,
+        beta_increment: float = 0.001,
+        epsilon: float = 0.001,
+        *,
+        draw: str = "independent",
+        method: str = "auto",
+        device: torch.device | str | int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.buffer = PrioritizedReplayBuffer(
+            capacity,
+            alpha=alpha,
+            beta=beta,
+            eps=epsilon,
+            beta_increment=beta_increment,
+            draw=draw,
+            method=method,
+            device=device,
+            generator=generator,
+        )
+
+    def __len__(self) -> int:
+        return len(self.buffer)
+
+    @property
+    def capacity(self) -> int:
+        """Number of transitions kept."""
+        return self.buffer.capacity
+
+    @property
+    def beta(self) -> float:
+        """Exponent of the weights, in [0, 1]."""
+        return self.buffer.beta
+
+    @property
+    def priority(self) -> Tensor:
+        """Raw priorities of the transitions, float32 [len]."""
+        return self.buffer.priority
+
+    def stats(self) -> dict[str, int]:
+        """Counters; see `PrioritizedReplayBuffer.stats`."""
+        return self.buffer.stats()
+
+    def push(self, state: Any, action: Any, reward: Any, next_state: Any, done: Any) -> None:
+        """Store one transition.
+
+        Args:
+            state: observation, array or tensor [*obs].
+            action: the discrete action, an integer.
+            reward: a number.
+            next_state: observation after it, [*obs]; the true one also where an episode ends.
+            done: whether the value after it is 0: terminated, not merely truncated.
+
+        Raises:
+            SchemaError: shapes or dtypes differ from those pushed before; nothing is stored.
+        """
+        leaves: Leaves = {
+            ("state",): _observation(state),
+            ("action",): _scalar("action", action, torch.int64),
+            ("reward",): _scalar("reward", reward, torch.float32),
+            ("next_state",): _observation(next_state),
+            ("done",): _scalar("done", done, torch.bool),
+        }
+        if leaves[("state",)].shape != leaves[("next_state",)].shape:
+            raise SchemaError(
+                f"next_state: expected the shape of state, {list(leaves[('state',)].shape[1:])},"
+                f" got {list(leaves[('next_state',)].shape[1:])}"
+            )
+        self.buffer.extend_leaves(leaves)
+
+    def sample(self, batch_size: int) -> Batch:
+        """Draw a batch of B transitions in proportion to priority^alpha.
+
+        Returns:
+            states float32 [B, *obs], actions int64 [B, 1], rewards float32 [B], next_states
+            float32 [B, *obs], dones float32 [B] (1 where terminated), indices int64 [B] and
+            weights float32 [B].
+
+        Raises:
+            EmptyBufferError: nothing has been pushed.
+        """
+        batch = self.buffer.sample(batch_size)
+        return (
+            batch["state"].float(),
+            batch["action"].unsqueeze(-1),
+            batch["reward"],
+            batch["next_state"].float(),
+            batch["done"].float(),
+            batch["index"],
+            batch["priority_weight"],
+        )
+
+    def update_priorities(self, indices: Any, td_errors: Any) -> None:
+        """Set the priorities of `indices` [B] to |td_errors| + epsilon.
+
+        Args:
+            indices: as `sample` gave them, [B].
+            td_errors: raw TD errors, [B] or [B, 1]; sign and gradient do not matter.
+
+        Raises:
+            IndexRangeError, PriorityError: see `PrioritizedReplayBuffer.update_priority`.
+        """
+        self.buffer.update_priority(indices, td_errors)
+
+    def increase_beta(self) -> None:
+        """Add `beta_increment` to beta, up to 1; once per episode, as taught."""
+        self.buffer.increase_beta()

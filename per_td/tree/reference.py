@@ -1,0 +1,138 @@
+"""Operations on the wide trees in plain torch, on any device: the truth that kernels must match.
+
+Pure functions on the leaves [leaf_slots] and on the list of levels above them (see `layout`).
+None of them reads a value back to the host.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from per_td.tree.layout import FANOUT
+
+__all__ = ["draw_distinct", "find", "keep_last", "refresh", "refresh_all", "sum_children"]
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+def sum_children(children: Tensor) -> Tensor:
+    """Sum groups of children [n, 16] to [n], in float64."""
+    return children.sum(-1, dtype=torch.float64)
+
+
+def keep_last(index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Give every occurrence of an index the value of its last one.
+
+    Writing the result in any order, or in parallel, leaves what a sequential loop would leave.
+
+    Args:
+        index: int64 [B].
+        value: [B].
+
+    Returns:
+        The indices sorted, and the values to write there, [B] each.
+    """
+    ordered, order = index.sort(stable=True)
+    last = torch.searchsorted(ordered, ordered, right=True) - 1
+    return ordered, value[order[last]]
+
+
+def refresh(leaves: Tensor, levels: list[Tensor], index: Tensor, reduce: Reduce) -> None:
+    """Recompute all ancestors of the leaves `index` [B] from their children."""
+    children = leaves
+    for level in levels:
+        groups = children.view(-1, FANOUT)
+        if index.numel() < groups.shape[0]:
+            index = index // FANOUT
+            level[index] = reduce(groups.index_select(0, index))
+        else:  # as many updates as nodes: the whole level is cheaper, and so are those above
+            level[: groups.shape[0]] = reduce(groups)
+        children = level
+
+
+def refresh_all(leaves: Tensor, levels: list[Tensor], reduce: Reduce) -> None:
+    """Recompute every node from the leaves, in O(N)."""
+    children = leaves
+    for level in levels:
+        groups = children.view(-1, FANOUT)
+        level[: groups.shape[0]] = reduce(groups)
+        children = level
+
+
+def _child_at(prefix: Tensor, target: Tensor) -> Tensor:
+    """Which of 16 children holds the point `target` [n], given their prefix sums [n, 16].
+
+    The first child whose prefix sum lies above the point. Such a child has a positive mass, which
+    is why a mass of 0 is never drawn; a point at or past the end (rounding) is moved inside first.
+    Where all 16 masses are 0, child 0.
+    """
+    inside = torch.minimum(target, torch.nextafter(prefix[:, -1], torch.zeros_like(target)))
+    return (prefix <= inside.unsqueeze(-1)).sum(-1).remainder_(FANOUT)
+
+
+def find(leaves: Tensor, levels: list[Tensor], target: Tensor) -> Tensor:
+    """Walk down the sum tree to the leaves in which the cumulative masses reach `target`.
+
+    Args:
+        leaves: masses, float32 [leaf_slots].
+        levels: their sums, float64, from the leaves up.
+        target: points in [0, total), float64 [B].
+
+    Returns:
+        Leaves, int64 [B].
+    """
+    node = torch.zeros_like(target, dtype=torch.int64)
+    for children in (*reversed(levels[:-1]), leaves):
+        prefix = children.view(-1, FANOUT).index_select(0, node).cumsum(-1, dtype=torch.float64)
+        step = _child_at(prefix, target).unsqueeze(-1)
+        before = torch.nn.functional.pad(prefix, (1, 0)).gather(-1, step).squeeze(-1)
+        target = target - before
+        node = node * FANOUT + step.squeeze(-1)
+    return node
+
+
+def draw_distinct(
+    leaves: Tensor, levels: list[Tensor], n: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Draw `n` different leaves, exactly as one-by-one draws without replacement would.
+
+    Let every leaf arrive at a time ~ Exp(mass): the order of arrival is the order of sequential
+    draws without replacement. A node's first arrival is ~ Exp(sum), is that of one child drawn in
+    proportion to mass, and the other children arrive later by independent Exp(mass) (exponentials
+    have no memory). So the first n arrivals are found level by level, keeping n nodes on each:
+    O(n log N) without touching the tree. (Kool et al. 2019, arXiv 1903.06059, section 4.1, do the
+    same with Gumbel variables.)
+
+    Args:
+        leaves: masses, float32 [leaf_slots].
+        levels: their sums, float64, from the leaves up.
+        n: how many, at most `leaf_slots`.
+        generator: source of the random numbers, on the same device.
+
+    Returns:
+        Leaves int64 [n] in the order drawn, and their arrival times float64 [n]: infinite where
+        fewer than n leaves have a positive mass.
+    """
+
+    def exponential(shape: tuple[int, ...]) -> Tensor:
+        out = torch.empty(shape, dtype=torch.float64, device=leaves.device)
+        return out.exponential_(generator=generator)
+
+    node = torch.zeros(1, dtype=torch.int64, device=leaves.device)
+    arrival = exponential((1,)) / levels[-1]
+    for children in (*reversed(levels[:-1]), leaves):
+        groups = children.view(-1, FANOUT)
+        node = node.clamp(max=len(groups) - 1)  # nodes that never arrive may lie in the padding
+        mass = groups.index_select(0, node).double()
+        prefix = mass.cumsum(-1)
+        point = torch.rand(
+            node.shape, dtype=torch.float64, device=leaves.device, generator=generator
+        )
+        first = _child_at(prefix, point * prefix[:, -1]).unsqueeze(-1)
+        later = torch.where(mass > 0, exponential((len(node), FANOUT)) / mass, torch.inf)
+        arrivals = (arrival.unsqueeze(-1) + later).scatter_(1, first, arrival.unsqueeze(-1))
+        arrivals = arrivals.masked_fill_(mass <= 0, torch.inf).flatten()
+        arrival, best = arrivals.topk(min(n, arrivals.numel()), largest=False, sorted=True)
+        node = node[best // FANOUT] * FANOUT + best % FANOUT
+    return node, arrival

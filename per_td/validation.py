@@ -1,0 +1,155 @@
+"""The checks at the boundary: what comes in is right, or an error says what was expected.
+
+On the CPU a wrong value raises before anything is written. On CUDA, looking at a value would stop
+the host until the device has caught up; there a wrong value is refused on the device: it is sent to
+a slot that nobody reads (`route`), the old one stays, and a counter tells.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from per_td.errors import ConfigurationError, IndexRangeError, PriorityError
+
+__all__ = [
+    "as_index",
+    "as_values",
+    "can_raise",
+    "one_of",
+    "positive_int",
+    "real",
+    "require_finite",
+    "require_in_range",
+    "resolve_device",
+    "route",
+    "to_device",
+]
+
+
+def can_raise(tensor: Tensor) -> bool:
+    """Whether a value of `tensor` can be looked at without a host sync."""
+    return tensor.device.type == "cpu"
+
+
+def resolve_device(device: torch.device | str | int | None) -> torch.device:
+    """The device as tensors report it: `cuda` becomes `cuda:0`; None is torch's default device."""
+    return torch.empty(0, device=device).device
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`, without a host sync where that is safe.
+
+    From ordinary host memory an asynchronous copy has read its source when it returns. From pinned
+    memory, or to the host, it has not, and whoever wrote or read there next would race with it.
+    """
+    if tensor.device == device:
+        return tensor
+    return tensor.to(device, non_blocking=device.type != "cpu" and not tensor.is_pinned())
+
+
+def positive_int(name: str, value: object) -> int:
+    """`value` as an int of at least 1, or a ConfigurationError that names the argument."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
+        raise ConfigurationError(f"{name}: expected an integer of at least 1, got {value!r}")
+    return int(value.__index__())
+
+
+def real(name: str, value: float | Tensor, low: float = 0.0, high: float = math.inf) -> float:
+    """`value` as a finite float in [low, high], or a ConfigurationError that names the argument."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and low <= number <= high):
+        raise ConfigurationError(
+            f"{name}: expected a finite number in [{low:g}, {high:g}], got {value!r}"
+        )
+    return number
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
+    """`value` if it is one of `choices`, else a ConfigurationError that lists them."""
+    if value not in choices:
+        raise ConfigurationError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def as_index(index: Any, device: torch.device) -> Tensor:
+    """`index` (tensor, array, sequence or int) as int64 [B] on `device`.
+
+    Raises:
+        IndexRangeError: it is not of an integer dtype, or has more than one dimension.
+    """
+    index = torch.as_tensor(index)
+    if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
+        if index.numel():
+            raise IndexRangeError(f"index: expected an integer dtype, got {index.dtype}")
+        index = index.long()
+    if index.ndim > 1:
+        raise IndexRangeError(f"index: expected shape [B], got {list(index.shape)}")
+    return to_device(index.reshape(-1), device).long()
+
+
+def as_values(name: str, values: Any, index: Tensor) -> Tensor:
+    """`values`, one for each of `index` [B], detached, as float32 [B] on its device.
+
+    A trailing dimension of size 1, as losses and critics produce it, is dropped.
+
+    Raises:
+        PriorityError: the shape or the dtype is not that of one real number per index.
+    """
+    values = torch.as_tensor(values).detach()
+    if values.dtype.is_complex or values.dtype == torch.bool:
+        raise PriorityError(f"{name}: expected a real dtype, got {values.dtype}")
+    if values.shape not in (index.shape, (*index.shape, 1)) and not (
+        values.ndim == 0 and index.numel() == 1
+    ):
+        raise PriorityError(
+            f"{name}: expected shape {list(index.shape)}, one value per index,"
+            f" got {list(values.shape)}"
+        )
+    return to_device(values.reshape(-1), index.device).float()
+
+
+def _first_wrong(valid: Tensor) -> int:
+    return int((~valid).nonzero()[0])
+
+
+def require_finite(name: str, values: Tensor, *, low: float = -math.inf) -> Tensor:
+    """Which of `values` [B] are finite in float32 and at least `low`, bool [B].
+
+    Raises:
+        PriorityError: one is not, and it can be looked at without a host sync.
+    """
+    valid = values.isfinite() if low == -math.inf else values.isfinite() & (values >= low)
+    if can_raise(values) and not valid.all():
+        at = _first_wrong(valid)
+        expected = "finite values" if low == -math.inf else f"finite values of at least {low:g}"
+        raise PriorityError(
+            f"{name}: expected {expected} in float32, got {values[at].item()} at position {at}"
+            f" ({int((~valid).sum())} of {values.numel()} are wrong); nothing was written"
+        )
+    return valid
+
+
+def require_in_range(index: Tensor, size: int) -> Tensor:
+    """Which of `index` [B] lie in [0, size), bool [B].
+
+    Raises:
+        IndexRangeError: one does not, and it can be looked at without a host sync.
+    """
+    valid = (index >= 0) & (index < size)
+    if can_raise(index) and not valid.all():
+        at = _first_wrong(valid)
+        raise IndexRangeError(
+            f"index: expected 0 <= index < {size}, the filled slots,"
+            f" got {index[at].item()} at position {at}; nothing was written"
+        )
+    return valid
+
+
+def route(index: Tensor, value: Tensor, valid: Tensor, spare: int) -> tuple[Tensor, Tensor]:
+    """Send what is not `valid` to the slot `spare`, with the value 0; all [B]."""
+    return torch.where(valid, index, spare), torch.where(valid, value, 0.0)

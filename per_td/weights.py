@@ -1,0 +1,74 @@
+"""Priorities, masses and importance-sampling weights: the formulas, as pure functions on tensors.
+
+References are to Schaul et al. 2015, "Prioritized Experience Replay", arXiv 1511.05952.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["NORMALIZATIONS", "importance_weights", "mass_of", "priority_of"]
+
+NORMALIZATIONS = ("batch", "buffer", "none")
+
+_SMALLEST = torch.finfo(torch.float32).tiny
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def priority_of(td_error: Tensor, eps: float) -> Tensor:
+    """Priorities p = |delta| + eps of proportional prioritization (section 3.3).
+
+    Args:
+        td_error: TD errors delta, any real dtype, [B].
+        eps: keeps transitions with a TD error of 0 from never being drawn again.
+
+    Returns:
+        [B], in the dtype of `td_error`.
+    """
+    return td_error.abs() + eps
+
+
+def mass_of(priority: Tensor, alpha: float) -> Tensor:
+    """Masses p^alpha (equation 1, unnormalised), float32.
+
+    A priority of 0 means "never drawn" and has mass 0 at any alpha, also 0. A positive priority
+    keeps a positive finite mass: what float32 cannot hold is moved to its limits.
+
+    Args:
+        priority: raw priorities p, finite and not negative, [B].
+        alpha: how much prioritization is used; 0 is uniform.
+    """
+    mass = priority.pow(alpha).clamp(_SMALLEST, _LARGEST)
+    return torch.where(priority > 0, mass, 0.0)
+
+
+def importance_weights(
+    mass: Tensor,
+    beta: Tensor | float,
+    *,
+    total: Tensor,
+    size: Tensor | int,
+    smallest: Tensor | None,
+    normalization: str,
+) -> Tensor:
+    """Weights w = (N P)^-beta, normalised (section 3.4), computed in float64.
+
+    Args:
+        mass: masses of the transitions drawn, [B]; P = mass / total.
+        beta: 0 for no correction, 1 for the full one.
+        total: sum of all masses.
+        size: N, the number of transitions in the buffer.
+        smallest: smallest positive mass in the buffer; needed for "buffer" only.
+        normalization: "batch" divides by the largest weight of the batch, "buffer" by the largest
+            that any transition in the buffer would get, "none" leaves the weights as they are.
+
+    Returns:
+        float32 [B].
+    """
+    mass = mass.double()
+    if normalization == "batch":  # N and the total cancel
+        ratio = mass / mass.amin()
+    elif normalization == "buffer" and smallest is not None:
+        ratio = mass / smallest.double()
+    else:
+        ratio = mass / total * size
+    return ratio.pow(-beta).float()
