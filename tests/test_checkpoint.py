@@ -1,0 +1,136 @@
+import pytest
+import torch
+
+from per_td import CheckpointError, PrioritizedReplayBuffer, SchemaError
+from tests.oracle import data
+
+
+def used(device="cpu", generator=None, **settings) -> PrioritizedReplayBuffer:
+    """A buffer that has wrapped, with uneven priorities, a stale update and settings of its own."""
+    settings = {"alpha": 0.37, "beta": 0.5, "eps": 0.01, "beta_increment": 0.125, **settings}
+    buffer = PrioritizedReplayBuffer(20, 8, device=device, generator=generator, **settings)
+    buffer.extend(data(0, 15, device))
+    batch = buffer.sample()
+    buffer.extend(data(15, 15, device))
+    td_error = torch.linspace(0.1, 9, 8)
+    buffer.update_priority(batch["index"], td_error, batch["generation"])
+    buffer.update_priority(range(8), td_error)
+    buffer.increase_beta()
+    return buffer
+
+
+def same(a: PrioritizedReplayBuffer, b: PrioritizedReplayBuffer) -> None:
+    assert (a.transitions.cpu() == b.transitions.cpu()).all()
+    assert torch.equal(a.priority.cpu(), b.priority.cpu())
+    for name in ("alpha", "beta", "eps", "beta_increment", "capacity", "batch_size", "draw"):
+        assert getattr(a, name) == getattr(b, name), name
+    assert a.stats() == b.stats()
+
+
+def draws(buffer: PrioritizedReplayBuffer) -> list:
+    out = []
+    for _ in range(3):
+        batch = buffer.sample()
+        out.append((batch["action"].tolist(), batch["priority_weight"].tolist()))
+        buffer.update_priority(batch["index"], batch["action"].float(), batch["generation"])
+    return out
+
+
+@pytest.mark.parametrize("normalization", ["batch", "buffer"])
+@pytest.mark.parametrize("draw", ["independent", "stratified", "without_replacement"])
+def test_a_loaded_buffer_goes_on_as_the_saved_one_does(draw, normalization, tmp_path, device):
+    generator = torch.Generator(device).manual_seed(3)
+    buffer = used(device, generator, draw=draw, weight_normalization=normalization)
+    buffer.save(tmp_path / "buffer.pt")
+    loaded = PrioritizedReplayBuffer.load(tmp_path / "buffer.pt", device=device)
+    same(buffer, loaded)
+    assert draws(buffer) == draws(loaded)
+    assert buffer.extend(data(30, 3, device)).tolist() == loaded.extend(data(30, 3)).tolist()
+    same(buffer, loaded)
+
+
+def test_the_torch_seed_fixes_the_draws_of_a_loaded_buffer_without_generator(tmp_path):
+    buffer = used()
+    buffer.save(tmp_path / "buffer.pt")
+    loaded = PrioritizedReplayBuffer.load(tmp_path / "buffer.pt")
+    torch.manual_seed(1)
+    expected = draws(buffer)
+    torch.manual_seed(1)
+    assert draws(loaded) == expected
+
+
+def test_a_state_is_a_snapshot_and_loads_into_a_used_buffer():
+    buffer, other = used(), PrioritizedReplayBuffer(20)
+    state = buffer.state_dict()
+    expected = used()
+    torch.manual_seed(0)
+    draws(buffer)
+    other.extend(data(100, 25))
+    other.load_state_dict(state)
+    assert (other.transitions == expected.transitions).all()
+    assert other.priority.shape == expected.priority.shape
+    assert other.stats()["written"] == 30
+    assert other.stats()["stale_updates"] == state["stale_updates"].item()
+
+
+def test_an_empty_buffer_can_be_saved(tmp_path):
+    PrioritizedReplayBuffer(5, alpha=0.1).save(tmp_path / "empty.pt")
+    loaded = PrioritizedReplayBuffer.load(tmp_path / "empty.pt")
+    assert (len(loaded), loaded.alpha) == (0, 0.1)
+    loaded.extend(data(0, 2))
+    assert len(loaded) == 2
+
+
+def test_the_file_holds_tensors_and_plain_values_only(tmp_path):
+    used(generator=torch.Generator()).save(tmp_path / "buffer.pt")
+    state = torch.load(tmp_path / "buffer.pt", weights_only=True)
+    assert state["version"] == 1
+
+
+def test_a_failed_save_leaves_the_last_whole_file(tmp_path, monkeypatch):
+    path = tmp_path / "buffer.pt"
+    buffer = used()
+    buffer.save(path)
+    before = path.read_bytes()
+
+    def broken(state, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(OSError, match="disk full"):
+        buffer.save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_is_no_saved_buffer_is_refused_by_name(tmp_path):
+    path = tmp_path / "buffer.pt"
+    used().save(path)
+    whole = path.read_bytes()
+    for content in (b"", b"nonsense", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"buffer\.pt: expected a saved buffer"):
+            PrioritizedReplayBuffer.load(path)
+    torch.save({"weights": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match="expected the state of a PrioritizedReplayBuffer"):
+        PrioritizedReplayBuffer.load(path)
+
+
+def test_states_that_do_not_fit_change_nothing():
+    buffer = used()
+    state = buffer.state_dict()
+    small = PrioritizedReplayBuffer(5)
+    small.extend(data(0, 3))
+    with pytest.raises(CheckpointError, match="capacity 5, got 20"):
+        small.load_state_dict(state)
+    with pytest.raises(CheckpointError, match="version 1, got version 2"):
+        small.load_state_dict({**state, "version": 2})
+    with pytest.raises(CheckpointError, match="expected the keys"):
+        small.load_state_dict({k: v for k, v in state.items() if k != "priority"})
+    other = PrioritizedReplayBuffer(20)
+    other.extend(data(0, 3).exclude("action"))
+    with pytest.raises(SchemaError, match="unknown: 'action'"):
+        other.load_state_dict(state)
+    assert len(small) == len(other) == 3
+    assert small.priority.tolist() == [1, 1, 1]

@@ -1,0 +1,72 @@
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+import per_td
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_importing_per_td_does_not_import_what_only_others_need():
+    code = "import per_td, sys; print([m for m in sys.modules if '.' not in m])"
+    imported = python(code)
+    for module in ("'torchrl'", "'gymnasium'", "'matplotlib'", "'numba'", "'scipy'"):
+        assert module not in imported
+
+
+def test_importing_per_td_adds_only_its_own_modules_to_those_of_tensordict():
+    added = python(
+        "import tensordict, sys; before = set(sys.modules); import per_td;"
+        "print(*{m.split('.')[0] for m in set(sys.modules) - before})"
+    )
+    assert set(added.split()) - set(sys.stdlib_module_names) == {"per_td"}
+
+
+def test_everything_exported_exists():
+    assert sorted(per_td.__all__) == per_td.__all__
+    for name in per_td.__all__:
+        assert getattr(per_td, name).__doc__
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_the_readmes_code_runs_as_printed(block):
+    torch.manual_seed(0)
+    exec(compile(block, "README.md", "exec"), {"torch": torch})
+
+
+def test_the_quickstart_fits_in_a_glance():
+    block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
+    body = block.split("\n\n")[1]
+    assert len(body.strip().splitlines()) <= 12
+
+
+def test_the_readme_has_the_two_commands():
+    commands = re.findall(r"```\n(pip install .*)\n```", README)
+    assert commands == [
+        'pip install -c constraints.txt -e ".[examples]" && python examples/dqn_cartpole.py',
+        'pip install -c constraints.txt -e ".[test]" && pytest',
+    ]
+
+
+def test_the_readmes_table_names_every_argument_with_its_default():
+    signature = re.findall(r"^\| `(.*?)` \|", README, re.MULTILINE)
+    named = set(re.findall(r"\w+", " ".join(signature)))
+    arguments = set(per_td.PrioritizedReplayBuffer.__init__.__annotations__) - {"return"}
+    assert arguments - {"capacity", "batch_size"} <= named
+
+
+def test_the_versions_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["name"] == "per-td"
+    assert per_td.__version__ in (ROOT / "CHANGELOG.md").read_text()
