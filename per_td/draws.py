@@ -29,7 +29,7 @@ MULTINOMIAL_LIMIT = 2**24
 #   independent: multinomial         27       41       60       142       1,221
 #   without replacement: tree       369      715      685       739         780
 #   without replacement: multin.     63      323      663     2,180      43,382
-# On CUDA torch.multinomial stops the host when drawing without replacement, and the tree never does.
+# On CUDA torch.multinomial stops the host when drawing without replacement; the tree never does.
 MULTINOMIAL_UP_TO = {
     ("cpu", "independent"): 100_000,
     ("cpu", "without_replacement"): 20_000,

@@ -20,7 +20,7 @@ def device(request) -> torch.device:
     return torch.device(request.param)
 
 
-@pytest.fixture()
+@pytest.fixture
 def generator(device) -> torch.Generator:
     return torch.Generator(device).manual_seed(7)
 

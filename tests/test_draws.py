@@ -50,7 +50,7 @@ def test_multinomial_is_exact_where_float32_sums_are_not():
 
 
 def test_multinomial_says_when_too_few_can_be_drawn():
-    with pytest.raises(EmptyBufferError, match="at least 3 .* got 2"):
+    with pytest.raises(EmptyBufferError, match=r"at least 3 .* got 2"):
         draws.multinomial(torch.tensor([1.0, 0.0, 1.0]), 3, "without_replacement")
 
 

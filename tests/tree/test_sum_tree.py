@@ -213,7 +213,7 @@ def test_nothing_can_be_drawn_from_masses_of_zero():
 
 def test_more_than_there_is_cannot_be_drawn_without_replacement():
     tree = filled([1.0, 0.0, 2.0])
-    with pytest.raises(EmptyBufferError, match="at least 3 .* got 2"):
+    with pytest.raises(EmptyBufferError, match=r"at least 3 .* got 2"):
         tree.sample(3, draw="without_replacement")
     with pytest.raises(EmptyBufferError, match="at least 4"):
         tree.sample(4, draw="without_replacement")
