@@ -405,7 +405,7 @@ class PrioritizedReplayBuffer:
             CheckpointError: the file is damaged, or not one of those.
             FileNotFoundError: there is none.
         """
-        state = checkpoint.read(path)
+        state = checkpoint.check(checkpoint.read(path))
         device = validation.resolve_device(device)
         if generator is None and state["generator"] is not None:
             generator = torch.Generator(device)

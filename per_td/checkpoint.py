@@ -60,14 +60,14 @@ def write(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The state in the file `path`, on the CPU; no code in the file is run.
+    """What is in the file `path`, on the CPU; no code in the file is run.
 
     Raises:
-        CheckpointError: the file is damaged, or not one that `write` wrote.
+        CheckpointError: the file is damaged, or not one of tensors and plain values.
         FileNotFoundError: there is none.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
         raise CheckpointError(f"{os.fspath(path)}: expected a saved buffer, got {error}") from error
-    return check(state)
+    return state

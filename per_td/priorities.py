@@ -180,6 +180,23 @@ class PriorityTable:
         if priority.numel():
             torch.maximum(self.ever_max, priority.amax(), out=self.ever_max)
 
+    def moved(self, capacity: int, device: torch.device) -> "PriorityTable":
+        """A table with the same settings and priorities, of this capacity, on this device."""
+        table = PriorityTable(
+            capacity,
+            alpha=self.alpha,
+            eps=self.eps,
+            draw=self.draw,
+            method=self.method,
+            weight_normalization=self.weight_normalization,
+            new_priority=self.new_priority,
+            device=device,
+        )
+        table.fill(self.raw[:capacity].to(device))
+        table.ever_max.copy_(self.ever_max)
+        table.refused.copy_(self.refused)
+        return table
+
     def fill(self, priority: Tensor) -> None:
         """Set the priorities of the first slots, and 0 for the others, in O(N); [n] float32."""
         self._raw.zero_()
@@ -209,7 +226,7 @@ class PriorityTable:
             raise EmptyBufferError(f"expected a positive priority, got 0 for all {size}")
         return draws.multinomial(self.masses[:size], n, self.draw, generator)
 
-    def weights(self, index: Tensor, beta: Tensor, size: Tensor) -> Tensor:
+    def weights(self, index: Tensor, beta: Tensor | float, size: Tensor | int) -> Tensor:
         """Importance-sampling weights of the slots drawn, float32 [B]."""
         smallest = self._smallest
         return importance_weights(

@@ -36,13 +36,17 @@ class ExtremumTree:
         self._reduce = _max_children if which == "max" else _min_children
         self._none = 0.0 if which == "max" else torch.inf
         self.nodes = layout.new_nodes(self._none, leaves.dtype, leaves.device)
-        self._levels = layout.levels(self.nodes)
+        self._layout = layout
         self.refresh_all()
+
+    @property
+    def _levels(self) -> list[Tensor]:
+        return self._layout.levels(self.nodes)
 
     @property
     def value(self) -> Tensor:
         """The extremum, a 0-dim tensor; 0 for "max" and inf for "min" where there is no value."""
-        return self._levels[-1][0]
+        return self.nodes[-1]
 
     def refresh(self, index: Tensor) -> None:
         """Take up what was written at the leaves `index`, int64 [B]."""

@@ -39,7 +39,12 @@ class SumTree:
         self.layout = Layout.of(validation.positive_int("capacity", capacity))
         self.device = validation.resolve_device(device)
         self.leaves = torch.zeros(self.layout.leaf_slots, device=self.device)
-        self._levels = self.layout.levels(self.layout.new_nodes(0.0, torch.float64, self.device))
+        self.nodes = self.layout.new_nodes(0.0, torch.float64, self.device)
+
+    @property
+    def levels(self) -> list[Tensor]:
+        """The sums, level by level from the leaves' parents up to the root; views of `nodes`."""
+        return self.layout.levels(self.nodes)
 
     @property
     def capacity(self) -> int:
@@ -52,7 +57,7 @@ class SumTree:
     @property
     def total(self) -> Tensor:
         """Sum of all masses, a 0-dim float64 tensor."""
-        return self._levels[-1][0]
+        return self.nodes[-1]
 
     def __getitem__(self, index: Any) -> Tensor:
         """Masses of the slots `index` (int, slice or integer tensor), float32."""
@@ -85,16 +90,16 @@ class SumTree:
             value: float32 [B].
         """
         self.leaves[index] = value
-        reference.refresh(self.leaves, self._levels, index, reference.sum_children)
+        reference.refresh(self.leaves, self.levels, index, reference.sum_children)
 
     def fill(self, value: Tensor) -> None:
         """Set the masses of all slots at once, in O(N); float32 [capacity]."""
         self.leaves[: self.capacity] = value
-        reference.refresh_all(self.leaves, self._levels, reference.sum_children)
+        reference.refresh_all(self.leaves, self.levels, reference.sum_children)
 
     def find(self, target: Tensor) -> Tensor:
         """The slots in which the cumulative mass passes `target`, float64 [B]: int64 [B]."""
-        return reference.find(self.leaves, self._levels, target)
+        return reference.find(self.leaves, self.levels, target)
 
     def sample(
         self,
@@ -128,7 +133,7 @@ class SumTree:
 
     def _sample_distinct(self, n: int, generator: torch.Generator | None) -> Tensor:
         draws.require_enough(self.capacity, n)
-        index, arrival = reference.draw_distinct(self.leaves, self._levels, n, generator)
+        index, arrival = reference.draw_distinct(self.leaves, self.levels, n, generator)
         missing = arrival.isinf()
         if validation.can_raise(missing):
             draws.require_enough(n - int(missing.sum()), n)

@@ -1,0 +1,303 @@
+"""PrioritizedSampler: TorchRL's, on per_td's priorities."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrl.data import replay_buffers as torchrl_buffers
+from torchrl.data.replay_buffers.samplers import Sampler
+from torchrl.data.replay_buffers.storages import Storage
+
+from per_td import checkpoint, validation
+from per_td.errors import CheckpointError, EmptyBufferError, PriorityError
+from per_td.priorities import PriorityTable
+
+__all__ = ["TD_ERROR_UNITS", "PrioritizedSampler", "flat_index"]
+
+TD_ERROR_UNITS = ("abs", "squared")
+
+_FORMAT = "per_td.torchrl.PrioritizedSampler"
+
+
+def flat_index(index: Any, shape: torch.Size | tuple[int, ...], device: torch.device) -> Tensor:
+    """Indices of a storage of this shape as indices of its flattened form, int64 [B].
+
+    Args:
+        index: an int, [B], or for storages of several dimensions [B, ndim] or a tuple of ndim [B].
+        shape: of the storage; the first entry does not matter.
+        device: where the result goes.
+    """
+    index = torch.stack(index, -1) if isinstance(index, tuple) else torch.as_tensor(index)
+    if index.ndim > 1 and len(shape) > 1 and index.shape[-1] == len(shape):
+        strides = [int(np.prod(shape[dim + 1 :])) for dim in range(len(shape))]
+        outside = (index < 0).any(-1)
+        index = (index * index.new_tensor(strides)).sum(-1).masked_fill(outside, -1)
+    return validation.as_index(index.reshape(-1), device)
+
+
+class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
+    """Drop-in for `torchrl.data.replay_buffers.PrioritizedSampler`; nothing compiled is needed.
+
+    Same arguments, same behaviour, recognised by TorchRL as its own. Where it differs: sums are
+    float64 whatever `dtype` says, raw priorities are kept (alpha may leave 0), torch's generators
+    seed the draws, NaN and infinite priorities are refused, and it may be sent to other processes
+    (spawned ones share its memory).
+
+    Args:
+        max_capacity: number of elements that the storage can hold, all its dimensions counted.
+        alpha: exponent of the priorities; may be set at any time.
+        beta: exponent of the importance-sampling weights; may be set at any time.
+        eps: added to every priority.
+        dtype: torch.float or torch.double; accepted for compatibility, the precision is fixed.
+        reduction: how `TensorDictReplayBuffer` reduces a priority of several values per element:
+            "max", "min", "median" or "mean".
+        max_priority_within_buffer: new elements get the largest priority in the buffer (True), or
+            the largest that it ever held.
+        device: where priorities live; None follows the storage.
+        draw: "independent", "stratified" or "without_replacement".
+        method: "auto", "tree" or "multinomial".
+        weight_normalization: "buffer" as TorchRL does, "batch" or "none".
+        td_error_unit: what the priorities handed in are: "abs" for |delta|, taken as they are;
+            "squared" for delta^2, whose root is taken. See the table in docs/torchrl_losses.md.
+
+    Raises:
+        ConfigurationError: an argument is not one of those accepted (a ValueError).
+        NotImplementedError: `dtype` is neither torch.float nor torch.double.
+
+    Example:
+        >>> from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+        >>> from tensordict import TensorDict
+        >>> buffer = TensorDictReplayBuffer(
+        ...     storage=LazyTensorStorage(10),
+        ...     sampler=PrioritizedSampler(10, alpha=0.7, beta=0.5),
+        ...     batch_size=4,
+        ... )
+        >>> _ = buffer.extend(TensorDict({"x": torch.rand(10)}, [10]))
+        >>> batch = buffer.sample()
+        >>> batch["td_error"] = torch.rand(4)
+        >>> buffer.update_tensordict_priority(batch)
+    """
+
+    def __init__(
+        self,
+        max_capacity: int,
+        alpha: float,
+        beta: float,
+        eps: float = 1e-8,
+        dtype: torch.dtype = torch.float,
+        reduction: str = "max",
+        max_priority_within_buffer: bool = False,
+        device: torch.device | str | None = None,
+        *,
+        draw: str = "independent",
+        method: str = "auto",
+        weight_normalization: str = "buffer",
+        td_error_unit: str = "abs",
+    ) -> None:
+        if dtype not in (torch.float, torch.double):
+            raise NotImplementedError(f"dtype: expected torch.float or torch.double, got {dtype}")
+        self._max_capacity = validation.positive_int("max_capacity", max_capacity)
+        self.dtype = dtype
+        self.reduction = reduction
+        self.td_error_unit = validation.one_of("td_error_unit", td_error_unit, TD_ERROR_UNITS)
+        self.beta = beta
+        self._max_priority_within_buffer = max_priority_within_buffer
+        self._device = None if device is None else torch.device(device)
+        self._table = PriorityTable(
+            self._max_capacity,
+            alpha=alpha,
+            eps=eps,
+            draw=draw,
+            method=method,
+            weight_normalization=weight_normalization,
+            new_priority="buffer_max" if max_priority_within_buffer else "ever_max",
+            device=validation.resolve_device(self._device or "cpu"),
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(alpha={self.alpha}, beta={self.beta}, eps={self._eps},"
+            f" reduction={self.reduction})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(Sampler.__getstate__(self))  # TorchRL's own refuses to be sent to a process
+
+    @property
+    def device(self) -> torch.device:
+        """Where the priorities live."""
+        return self._table.device
+
+    @property
+    def alpha(self) -> float:
+        """Exponent of the priorities; setting it costs O(N) and is exact, also from 0."""
+        return self._table.alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self._table.alpha = value
+
+    @property
+    def beta(self) -> float:
+        """Exponent of the importance-sampling weights."""
+        return self._beta
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        self._beta = validation.real("beta", value)
+
+    @property
+    def _alpha(self) -> float:
+        return self._table.alpha
+
+    @property
+    def _eps(self) -> float:
+        return self._table.eps
+
+    @property
+    def priority(self) -> Tensor:
+        """Raw priorities of all slots, float32 [max_capacity], 0 where nothing was written."""
+        return self._table.raw.clone()
+
+    @property
+    def default_priority(self) -> float | Tensor:
+        """What new elements get, to be handed to `update_priority`, which adds eps.
+
+        A float, or a 0-dim tensor where a float would need a host sync.
+        """
+        priority = (self._table.for_new() - self._eps).clamp(min=0)
+        return priority.item() if validation.can_raise(priority) else priority
+
+    def _follow(self, storage: Storage | None) -> None:
+        """Take up the storage's device, unless told another, and its size if it has grown.
+
+        Storages of several dimensions round their size up when the first data comes in.
+        """
+        device, size = self.device, self._max_capacity
+        held = getattr(storage, "device", None)
+        if self._device is None and held is not None and held != "auto":
+            held = validation.resolve_device(held)
+            device = held if held.type == "cuda" else device
+        if storage is not None and storage.ndim > 1:
+            size = max(size, storage.max_size)
+        if device != self.device or size != self._max_capacity:
+            self._max_capacity = size
+            self._table = self._table.moved(size, device)
+
+    def _flat(self, index: Any, storage: Storage | None) -> Tensor:
+        shape = () if storage is None else getattr(storage, "shape", None) or ()
+        return flat_index(index, shape, self.device)
+
+    def _empty(self) -> None:
+        self._table.fill(self._table.raw[:0])
+        self._table.ever_max.zero_()
+
+    def sample(self, storage: Storage, batch_size: int) -> tuple[Any, dict[str, Any]]:
+        """Draw indices of the storage in proportion to priority^alpha.
+
+        Args:
+            storage: what will be indexed.
+            batch_size: how many, B.
+
+        Returns:
+            Indices int64 [B], or a tuple of them for a storage of several dimensions, and
+            {"priority_weight": float32 [B]}.
+
+        Raises:
+            EmptyBufferError: the storage is empty, or nothing in it can be drawn.
+        """
+        self._follow(storage)
+        if len(storage) == 0:
+            raise EmptyBufferError("Cannot sample from an empty storage.")
+        index = self._table.sample(batch_size, self._max_capacity, self._rng)
+        weight = self._table.weights(index, self._beta, len(storage))
+        where = torch.unravel_index(index, storage.shape) if storage.ndim > 1 else index
+        return where, {"priority_weight": weight}
+
+    def add(self, index: Any) -> None:
+        """Nothing to do: `mark_update` sets the priority of what was written."""
+
+    def extend(self, index: Any) -> None:
+        """Nothing to do: `mark_update` sets the priority of what was written."""
+
+    def mark_update(self, index: Any, *, storage: Storage | None = None) -> None:
+        """Give the slots `index`, which have been written, the priority of new elements."""
+        self._follow(storage)
+        index = self._flat(index, storage)
+        self._table.write_new(index[index >= 0], None)
+
+    @torch.no_grad()
+    def update_priority(self, index: Any, priority: Any, *, storage: Storage | None = None) -> None:
+        """Set priorities; of equal indices the last one holds, and negative ones are skipped.
+
+        Args:
+            index: int, [B], or [B, ndim] for a storage of several dimensions.
+            priority: what the loss wrote, in the `td_error_unit`, [B], or one number for all.
+            storage: tells the shape where the index has several dimensions.
+
+        Raises:
+            IndexRangeError: an index is not below `max_capacity`.
+            PriorityError: NaN, infinite, or neither one value nor one per index; nothing is
+                written then.
+        """
+        self._follow(storage)
+        index = self._flat(index, storage)
+        priority = torch.as_tensor(priority, device=self.device).detach()
+        if priority.numel() == 1:
+            priority = priority.reshape(1).expand(index.shape)
+        elif priority.numel() != index.numel():
+            raise PriorityError(
+                f"priority: expected one value, or one for each of {index.numel()} indices,"
+                f" got shape {list(priority.shape)}"
+            )
+        priority = priority.reshape(-1).float()
+        if self.td_error_unit == "squared":
+            priority = priority.abs().sqrt()
+        kept = index >= 0  # MaxValueWriter marks with -1 what it did not write
+        if validation.can_raise(index):
+            index, priority, kept = index[kept], priority[kept], None
+        self._table.update(index, priority, self._max_capacity, kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """A snapshot: tensors and plain values."""
+        return {
+            "format": _FORMAT,
+            "max_capacity": self._max_capacity,
+            "alpha": self.alpha,
+            "beta": self.beta,
+            "eps": self._eps,
+            "priority": self.priority,
+            "ever_max": self._table.ever_max.clone(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state of a sampler of the same capacity.
+
+        Raises:
+            CheckpointError: it is another kind of state, or of another capacity.
+        """
+        if state_dict.get("format") != _FORMAT:
+            raise CheckpointError(
+                f"expected the state of a {_FORMAT}, got the keys {sorted(state_dict)}"
+            )
+        if state_dict["max_capacity"] != self._max_capacity:
+            raise CheckpointError(
+                f"expected a state of max_capacity {self._max_capacity},"
+                f" got {state_dict['max_capacity']}"
+            )
+        self.alpha, self.beta = state_dict["alpha"], state_dict["beta"]
+        self._table.eps = state_dict["eps"]
+        self._table.fill(state_dict["priority"].to(self.device))
+        self._table.ever_max.copy_(state_dict["ever_max"])
+
+    def dumps(self, path: str | Path) -> None:
+        """Write `state_dict` into the folder `path`."""
+        folder = Path(path).absolute()
+        folder.mkdir(exist_ok=True)
+        checkpoint.write(folder / "sampler.pt", self.state_dict())
+
+    def loads(self, path: str | Path) -> None:
+        """Take over what `dumps` wrote into the folder `path`."""
+        self.load_state_dict(checkpoint.read(Path(path).absolute() / "sampler.pt"))
