@@ -221,7 +221,6 @@ class PrioritizedReplayBuffer:
         self._priorities.write_new(index[-self.capacity :], initial)
         return index
 
-    @torch.no_grad()
     def sample(self, batch_size: int | None = None) -> TensorDict:
         """Draw a batch.
 
