@@ -112,7 +112,7 @@ def td_error_sizes(batch: TensorDictBase, key: NestedKey, records: int) -> Tenso
     return td_error.detach().reshape(records, -1).abs().float()
 
 
-def lengths_of(batch: TensorDictBase, truncated_key: NestedKey | None, records: int) -> Tensor:
+def lengths_of(batch: TensorDictBase, truncated_key: NestedKey | None) -> Tensor:
     """Records in each slice of a batch, int64 [S], from the marks of their ends.
 
     Raises:
@@ -124,7 +124,7 @@ def lengths_of(batch: TensorDictBase, truncated_key: NestedKey | None, records: 
             "expected the ends of the slices under `truncated_key`, since they may differ in"
             f" length; got truncated_key={truncated_key!r} and no such entry"
         )
-    stop = ends.reshape(records, -1).any(-1).nonzero().squeeze(-1)
+    stop = ends.reshape(batch.numel(), -1).any(-1).nonzero().squeeze(-1)
     return torch.diff(stop, prepend=stop.new_tensor([-1]))
 
 

@@ -236,7 +236,7 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
         begins = (position == 0).expand_as(index)
         ends = (position == length - 1).expand_as(index)
         weight = weight.unsqueeze(-1).expand_as(index)
-        if self._may_be_shorter():
+        if self.span[1] or not self.strict_length:
             over = starts.end.to(self.device).flatten()[index]
             there = over.cumsum(-1) - over.long() == 0  # up to the first end
             ends = (ends | over)[there]
@@ -245,9 +245,6 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
         keys = self.truncated_key, self.init_key
         marks = slice_batches.marks(storage[:], where, begins, ends, *keys)
         return where, {"priority_weight": weight.reshape(-1)} | marks
-
-    def _may_be_shorter(self) -> bool:
-        return bool(self.span[1]) or not self.strict_length
 
     def _weights(self, slot: Tensor, mass: Tensor, chosen: Tensor, size: int) -> Tensor:
         if self._table.weight_normalization != "none":
@@ -281,15 +278,18 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             PriorityError: there are no TD errors.
             RuntimeError: slices may be shorter, and `truncated_key` does not tell where they end.
         """
-        index = batch.get("index")
-        index = index.reshape(-1, index.shape[-1])
-        size = slice_batches.td_error_sizes(batch, priority_key, len(index))
+        lengths = self.slice_lengths(batch)
+        records = int(lengths.sum())
+        size = slice_batches.td_error_sizes(batch, priority_key, records)
         if self.td_error_unit == "squared":
             size = size.sqrt()
-        if self._may_be_shorter():
-            lengths = slice_batches.lengths_of(batch, self.truncated_key, len(index))
-        else:
-            length, n = self._adjusted_batch_size(len(index))
-            lengths = torch.full((n,), length, device=size.device)
         first, priority = slice_batches.reduce_slices(size, lengths, self.reduction)
-        return index[first], priority**2 if self.td_error_unit == "squared" else priority
+        index = batch.get("index").reshape(records, -1)[first]
+        return index, priority**2 if self.td_error_unit == "squared" else priority
+
+    def slice_lengths(self, batch: TensorDictBase) -> Tensor:
+        """Records in each slice of a sampled batch, int64 [S]."""
+        if self.span[1] or not self.strict_length:
+            return slice_batches.lengths_of(batch, self.truncated_key)
+        length, n = self._adjusted_batch_size(batch.numel())
+        return torch.full((n,), length, device=batch.device)
