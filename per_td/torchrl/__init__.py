@@ -1,5 +1,6 @@
-"""Drop-ins for TorchRL's prioritized sampler and buffer: switching is one import line."""
+"""Drop-ins for TorchRL's prioritized samplers and buffer: switching is one import line."""
 
 from per_td.torchrl.sampler import PrioritizedSampler
+from per_td.torchrl.slices import PrioritizedSliceSampler
 
-__all__ = ["PrioritizedSampler"]
+__all__ = ["PrioritizedSampler", "PrioritizedSliceSampler"]

@@ -1,0 +1,148 @@
+"""Batches of slices, record after record, slice after slice: pure functions on tensors."""
+
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase, is_tensor_collection
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from per_td import draws, validation
+from per_td.errors import EmptyBufferError, PriorityError
+from per_td.torchrl.reductions import reduce_priority
+from per_td.tree import SumTree
+
+__all__ = ["advance", "choose", "lengths_of", "marks", "reduce_slices", "td_error_sizes"]
+
+
+def choose(
+    mass: Tensor, n: int, draw: str, method: str, generator: torch.Generator | None
+) -> Tensor:
+    """Draw positions in proportion to masses that are there for this draw only, in O(S).
+
+    Args:
+        mass: float32 [S].
+        n: how many.
+        draw: "independent", "stratified" or "without_replacement".
+        method: "auto", "tree" or "multinomial".
+        generator: source of the random numbers.
+
+    Returns:
+        int64 [n].
+
+    Raises:
+        EmptyBufferError: nothing, or not enough, can be drawn.
+    """
+    if validation.can_raise(mass) and not mass.any():
+        raise EmptyBufferError(f"expected a positive priority, got 0 for all {len(mass)} starts")
+    if draws.resolve_method(method, draw, len(mass), mass.device) == "multinomial":
+        return draws.multinomial(mass, n, draw, generator)
+    tree = SumTree(len(mass), mass.device)
+    tree.fill(mass)
+    return tree.sample(n, generator, draw=draw)
+
+
+def advance(slot: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+    """Flat indices, in a storage of this shape, of the records so many rows later in the ring."""
+    return (slot + rows * (shape.numel() // shape[0])) % shape.numel()
+
+
+def _beside(key: NestedKey, name: str) -> NestedKey:
+    return name if isinstance(key, str) else (*key[:-1], name)
+
+
+def _as_shaped(flags: Tensor, like: Tensor | None) -> Tensor:
+    """Flags of R records in the shape of the stored entry `like`; [R, 1] if there is none."""
+    flags = flags.reshape(-1, 1)
+    if like is None:
+        return flags
+    flags = flags.to(like.device).reshape(-1, *[1] * (like.ndim - 1))
+    return flags.expand_as(like).clone()
+
+
+def marks(
+    data: Any,
+    where: tuple[Tensor, ...],
+    begins: Tensor,
+    ends: Tensor,
+    truncated_key: NestedKey | None,
+    init_key: NestedKey | None,
+) -> dict[NestedKey, Tensor]:
+    """The flags of records, with those of the slices that they are in.
+
+    Args:
+        data: the contents of the storage; entries of a tensordict are the stored flags.
+        where: indices of the records, a tuple of int64 [R].
+        begins: which of them begin a slice, bool, R in all.
+        ends: which of them are the last of a slice, bool, R in all.
+        truncated_key: gets `ends`; "done" beside it the stored flag or `ends`; "terminated" the
+            stored flag. None for neither.
+        init_key: gets the stored flag or `begins`, if there is a stored one.
+    """
+
+    def stored(key: NestedKey) -> Tensor | None:
+        entry = data.get(key, None) if is_tensor_collection(data) else None
+        return None if entry is None else entry[tuple(i.to(entry.device) for i in where)]
+
+    result: dict[NestedKey, Tensor] = {}
+    if truncated_key is not None:
+        done_key, terminated_key = (_beside(truncated_key, k) for k in ("done", "terminated"))
+        done, terminated = stored(done_key), stored(terminated_key)
+        truncated = _as_shaped(ends, done)
+        result[truncated_key] = truncated
+        result[done_key] = truncated.clone() if done is None else done | truncated
+        result[terminated_key] = torch.zeros_like(truncated) if terminated is None else terminated
+    init = None if init_key is None else stored(init_key)
+    if init_key is not None and init is not None:
+        result[init_key] = init | _as_shaped(begins, init)
+    return result
+
+
+def td_error_sizes(batch: TensorDictBase, key: NestedKey, records: int) -> Tensor:
+    """|TD error| of the records in a batch, one after the other, float32 [R, k].
+
+    Raises:
+        PriorityError: there are none.
+    """
+    td_error: Tensor | None = batch.get(key, None)
+    if td_error is None:
+        raise PriorityError(
+            f"expected TD errors under {key!r}, got {sorted(map(str, batch.keys()))}"
+        )
+    return td_error.detach().reshape(records, -1).abs().float()
+
+
+def lengths_of(batch: TensorDictBase, truncated_key: NestedKey | None) -> Tensor:
+    """Records in each slice of a batch, int64 [S], from the marks of their ends.
+
+    Raises:
+        RuntimeError: there are no such marks.
+    """
+    ends = None if truncated_key is None else batch.get(truncated_key, None)
+    if ends is None:
+        raise RuntimeError(
+            "expected the ends of the slices under `truncated_key`, since they may differ in"
+            f" length; got truncated_key={truncated_key!r} and no such entry"
+        )
+    stop = ends.reshape(batch.numel(), -1).any(-1).nonzero().squeeze(-1)
+    return torch.diff(stop, prepend=stop.new_tensor([-1]))
+
+
+def reduce_slices(values: Tensor, lengths: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    """Reduce the values of each slice to one.
+
+    Args:
+        values: of the records, slice after slice, [R, k].
+        lengths: records in each slice, int64 [S].
+        reduction: see `reduce_priority`.
+
+    Returns:
+        Which records begin the slices, int64 [S], and the slices' values [S].
+    """
+    first = lengths.cumsum(0) - lengths
+    reduced = values.new_empty(len(lengths))
+    for length in sorted(set(lengths.tolist())):
+        these = lengths == length
+        records = first[these].unsqueeze(-1) + torch.arange(length, device=first.device)
+        reduced[these] = reduce_priority(values[records], reduction)
+    return first, reduced

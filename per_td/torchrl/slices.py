@@ -1,0 +1,295 @@
+"""PrioritizedSliceSampler: TorchRL's, on per_td's priorities."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+from torchrl.data import replay_buffers as torchrl_buffers
+from torchrl.data.replay_buffers.samplers import SliceSampler
+from torchrl.data.replay_buffers.storages import Storage
+
+from per_td import validation
+from per_td.errors import EmptyBufferError
+from per_td.torchrl import boundaries, slice_batches
+from per_td.torchrl.sampler import PrioritizedSampler
+from per_td.weights import importance_weights
+
+__all__ = ["PrioritizedSliceSampler"]
+
+
+class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSliceSampler):
+    """Drop-in for `torchrl.data.replay_buffers.PrioritizedSliceSampler`, with nothing compiled.
+
+    Draws slices of consecutive records that cross neither the end of a trajectory nor the place
+    where the ring is being overwritten. A slice is drawn in proportion to priority^alpha of its
+    first record, among the records that can begin one; priorities are never touched by a draw.
+
+    Args:
+        max_capacity: as all up to `dtype`, `max_priority_within_buffer` and `td_error_unit`: see
+            `PrioritizedSampler`.
+        alpha: exponent of the priorities; may be set at any time.
+        beta: exponent of the importance-sampling weights; may be set at any time.
+        eps: added to every priority.
+        dtype: accepted for compatibility.
+        reduction: how `slice_priorities` reduces a slice to one priority: "max", "min", "mean",
+            "median", "sum", or "r2d2" (0.9 max + 0.1 mean).
+        num_slices: slices in a batch. Exactly one of this and `slice_len` must be given.
+        slice_len: records in a slice.
+        end_key: holds flags that end a trajectory. Where neither this, `end_keys` nor `traj_key`
+            is given, ("next", "done"), ("next", "truncated") and ("next", "terminated") end one,
+            and so does a change of ("collector", "traj_ids") or "episode".
+        end_keys: hold flags of which any ends a trajectory.
+        traj_key: holds trajectory ids; a change of id is an end, and flags do not count.
+        ends: flags [T], instead of those in the storage; needs `cache_values`.
+        trajectories: ids [T], instead of those in the storage; needs `cache_values`.
+        cache_values: look for the ends again only after the storage was written to.
+        truncated_key: where the last record of each slice is marked, with "done" beside it.
+        init_key: where the first record of each slice is marked, if the data has that entry.
+        strict_length: leave out trajectories shorter than a slice; False draws them whole, from
+            their beginning, so that batches may be smaller.
+        compile: accepted for compatibility: there is nothing to compile.
+        span: how much of a slice may be missing on the right because its trajectory ends: an
+            int for so many records, True for all but the first. Never on the left.
+        max_priority_within_buffer: what new records get.
+        draw: "independent", "stratified" or "without_replacement" (different first records).
+        method: "auto", "tree" or "multinomial".
+        weight_normalization: "buffer" as TorchRL does, by the smallest priority in the buffer,
+            even where no slice can begin; "batch", by that of the slices drawn; "none" for
+            (S P)^-beta over the S records that can begin one.
+        td_error_unit: "abs" or "squared".
+
+    Raises:
+        ConfigurationError: an argument is not one of those accepted (a ValueError).
+        TypeError: not exactly one of `num_slices` and `slice_len` is given.
+        RuntimeError: two arguments exclude each other, or `cache_values` is missing.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+        >>> sampler = PrioritizedSliceSampler(9, alpha=0.7, beta=0.5, slice_len=3, reduction="r2d2")
+        >>> buffer = TensorDictReplayBuffer(
+        ...     storage=LazyTensorStorage(9), sampler=sampler, batch_size=6
+        ... )
+        >>> done = torch.tensor([0, 0, 0, 1, 0, 0, 0, 0, 1], dtype=torch.bool).unsqueeze(-1)
+        >>> _ = buffer.extend(TensorDict({"x": torch.arange(9), "next": {"done": done}}, [9]))
+        >>> batch = buffer.sample()  # two slices of three, one after the other
+        >>> batch["td_error"] = torch.rand(6)
+        >>> buffer.update_priority(*sampler.slice_priorities(batch))
+    """
+
+    def __init__(
+        self,
+        max_capacity: int,
+        alpha: float,
+        beta: float,
+        eps: float = 1e-8,
+        dtype: torch.dtype = torch.float,
+        reduction: str = "max",
+        *,
+        num_slices: int | None = None,
+        slice_len: int | None = None,
+        end_key: NestedKey | None = None,
+        end_keys: Sequence[NestedKey] | None = None,
+        traj_key: NestedKey | None = None,
+        ends: Tensor | None = None,
+        trajectories: Tensor | None = None,
+        cache_values: bool = False,
+        truncated_key: NestedKey | None = ("next", "truncated"),
+        init_key: NestedKey | None = "is_init",
+        strict_length: bool = True,
+        compile: bool | dict[str, Any] = False,  # noqa: A002  TorchRL's name
+        span: bool | int | tuple[bool | int, bool | int] = False,
+        max_priority_within_buffer: bool = False,
+        draw: str = "independent",
+        method: str = "auto",
+        weight_normalization: str = "buffer",
+        td_error_unit: str = "abs",
+    ) -> None:
+        for name, value in (("num_slices", num_slices), ("slice_len", slice_len)):
+            if value is not None:
+                validation.positive_int(name, value)
+        SliceSampler.__init__(
+            self,
+            num_slices=num_slices,
+            slice_len=slice_len,
+            end_key=end_key,
+            end_keys=end_keys,
+            traj_key=traj_key,
+            ends=ends,
+            trajectories=trajectories,
+            cache_values=cache_values,
+            truncated_key=truncated_key,
+            init_key=init_key,
+            strict_length=strict_length,
+            span=boundaries.right_span(span),
+        )
+        PrioritizedSampler.__init__(
+            self,
+            max_capacity,
+            alpha,
+            beta,
+            eps,
+            dtype,
+            reduction,
+            max_priority_within_buffer,
+            draw=draw,
+            method=method,
+            weight_normalization=weight_normalization,
+            td_error_unit=td_error_unit,
+        )
+        self.compile = bool(compile)
+        self._given_end_keys = self.end_keys if end_key is None else (end_key,)
+        self._given_ends = ends if trajectories is None else boundaries.ends_of(trajectories)
+        self._forget()
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(num_slices={self.num_slices}, slice_len={self.slice_len},"
+            f" end_key={self.end_key}, end_keys={self.end_keys}, traj_key={self.traj_key},"
+            f" truncated_key={self.truncated_key}, strict_length={self.strict_length},"
+            f" span={self.span}, alpha={self.alpha}, beta={self.beta}, eps={self._eps},"
+            f" reduction={self.reduction})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_starts": (None, None)}
+
+    def _empty(self) -> None:
+        super()._empty()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._cache.clear()  # TorchRL's, which nothing here reads
+        self._starts: tuple[Any, boundaries.Starts | None] = (None, None)
+
+    def _starts_in(self, storage: Storage, length: int) -> boundaries.Starts:
+        """Where slices of this length may begin; looked up if `cache_values` allows it."""
+        revision = getattr(storage, "_mutation_revision", None)
+        key = (id(storage), revision, len(storage), length, self.span, self.strict_length)
+        known, starts = self._starts
+        if self.cache_values and starts is not None and known == key:
+            return starts
+        shape, keys = storage.shape, self._given_end_keys
+        if self._given_ends is None:
+            end = boundaries.end_flags(storage[:], shape, traj_key=self.traj_key, end_keys=keys)
+        else:
+            end = boundaries.given_flags(self._given_ends, shape)
+        starts = boundaries.find_starts(
+            end,
+            full=storage._is_full,
+            cursor=boundaries.last_rows(storage),
+            length=length,
+            shortest=boundaries.shortest_slice(self.span[1], length),
+            strict=self.strict_length,
+        )
+        if self.cache_values:
+            self._starts = (key, starts)
+        return starts
+
+    def _sampleable_count(self, storage: Storage, batch_size: int) -> int:
+        if len(storage) == 0:
+            return 0
+        length, _ = self._adjusted_batch_size(batch_size)
+        try:
+            return len(self._starts_in(storage, length).slot)
+        except (KeyError, RuntimeError):
+            return 0
+
+    def sample(self, storage: Storage, batch_size: int) -> tuple[Any, dict[Any, Any]]:
+        """Draw slices, in proportion to priority^alpha of their first records.
+
+        Args:
+            storage: what will be indexed; holds tensordicts.
+            batch_size: records in all slices together.
+
+        Returns:
+            Indices of R records, slice after slice, a tuple of int64 [R], one for each dimension
+            of the storage; R is `batch_size` unless slices may be shorter. And a dictionary of
+            "priority_weight", float32 [R], the same for all records of a slice, and what is under
+            `truncated_key`, "done" and "terminated" beside it, and `init_key`.
+
+        Raises:
+            EmptyBufferError: the storage is empty, or no record can begin a slice.
+            RuntimeError: `batch_size` cannot be divided into slices, or the ends of trajectories
+                cannot be found.
+        """
+        self._follow(storage)
+        if len(storage) == 0:
+            raise EmptyBufferError("Cannot sample from an empty storage.")
+        length, n = self._adjusted_batch_size(batch_size)
+        starts = self._starts_in(storage, length)
+        if len(starts.slot) == 0:
+            raise EmptyBufferError(
+                f"expected a trajectory of at least {length} records, got at most"
+                f" {boundaries.longest(starts.end)}"
+            )
+        slot = starts.slot.to(self.device)
+        table, mass = self._table, self._table.masses[slot]
+        chosen = slice_batches.choose(mass, n, table.draw, table.method, self._rng)
+        weight = self._weights(slot[chosen], mass, chosen, len(storage))
+
+        position = torch.arange(length, device=self.device)
+        index = slice_batches.advance(slot[chosen].unsqueeze(-1), position, storage.shape)
+        begins = (position == 0).expand_as(index)
+        ends = (position == length - 1).expand_as(index)
+        weight = weight.unsqueeze(-1).expand_as(index)
+        if self.span[1] or not self.strict_length:
+            over = starts.end.to(self.device).flatten()[index]
+            there = over.cumsum(-1) - over.long() == 0  # up to the first end
+            ends = (ends | over)[there]
+            index, begins, weight = index[there], begins[there], weight[there]
+        where = torch.unravel_index(index.reshape(-1), storage.shape)
+        keys = self.truncated_key, self.init_key
+        marks = slice_batches.marks(storage[:], where, begins, ends, *keys)
+        return where, {"priority_weight": weight.reshape(-1)} | marks
+
+    def _weights(self, slot: Tensor, mass: Tensor, chosen: Tensor, size: int) -> Tensor:
+        if self._table.weight_normalization != "none":
+            return self._table.weights(slot, self.beta, size)
+        return importance_weights(
+            mass[chosen],
+            self.beta,
+            total=mass.sum(dtype=torch.float64),
+            size=len(mass),
+            smallest=None,
+            normalization="none",
+        )
+
+    def slice_priorities(
+        self, batch: TensorDictBase, priority_key: NestedKey = "td_error"
+    ) -> tuple[Tensor, Tensor]:
+        """One priority for each slice of a sampled batch, to be given to its first record.
+
+        `buffer.update_priority(*sampler.slice_priorities(batch))` is R2D2's update, in which a
+        sequence has one priority, `reduction` over its |TD errors| (Kapturowski et al. 2019).
+
+        Args:
+            batch: as it was sampled, [R], or reshaped to [slices, length], with TD errors.
+            priority_key: where the TD errors are, in the `td_error_unit`.
+
+        Returns:
+            The slots in which the slices begin, int64 [S, ndim], and their priorities [S], in the
+            same unit.
+
+        Raises:
+            PriorityError: there are no TD errors.
+            RuntimeError: slices may be shorter, and `truncated_key` does not tell where they end.
+        """
+        lengths = self.slice_lengths(batch)
+        records = int(lengths.sum())
+        size = slice_batches.td_error_sizes(batch, priority_key, records)
+        if self.td_error_unit == "squared":
+            size = size.sqrt()
+        first, priority = slice_batches.reduce_slices(size, lengths, self.reduction)
+        index = batch.get("index").reshape(records, -1)[first]
+        return index, priority**2 if self.td_error_unit == "squared" else priority
+
+    def slice_lengths(self, batch: TensorDictBase) -> Tensor:
+        """Records in each slice of a sampled batch, int64 [S]."""
+        if self.span[1] or not self.strict_length:
+            return slice_batches.lengths_of(batch, self.truncated_key)
+        length, n = self._adjusted_batch_size(batch.numel())
+        return torch.full((n,), length, device=batch.device)
