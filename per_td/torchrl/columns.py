@@ -11,10 +11,10 @@ from torch import Tensor
 
 from per_td import validation
 
-__all__ = ["Columns", "Pairs", "new_tensordict"]
+__all__ = ["Columns", "Part", "new_tensordict"]
 
-Pairs = list[tuple[Tensor, Tensor]]
-"""Columns [capacity, ...], each with the rows that are to be written into it."""
+Part = tuple[int, int, int]
+"""(slot, row, length): a run of rows that goes to consecutive slots."""
 
 _TENSORS = (Tensor, MemoryMappedTensor)
 
@@ -25,122 +25,154 @@ def new_tensordict(source: dict[str, Any], batch_size: torch.Size, device: Any) 
     """A TensorDict of entries that are known to fit; its constructor would check each, slowly."""
     if _new_unsafe is None:
         return TensorDict(source, batch_size=batch_size, device=device)
-    return _new_unsafe(source, batch_size=batch_size, device=device, nested=False)
+    made: TensorDict = _new_unsafe(source, batch_size=batch_size, device=device, nested=False)
+    return made
+
+
+class _Leaf(NamedTuple):
+    place: int  # in the list of columns
+    tail: torch.Size
+    dtype: torch.dtype
 
 
 class _Node(NamedTuple):
-    """One TensorDict of a nest: its own columns, and the nodes below."""
+    """One TensorDict of a nest."""
 
-    columns: dict[str, Tensor]
-    tails: dict[str, tuple[torch.Size, torch.dtype]]
+    leaves: dict[str, _Leaf]
     children: dict[str, "_Node"]
     batch_tail: torch.Size
     device: torch.device | None
 
-    @classmethod
-    def of(cls, data: Any, capacity: int) -> "_Node | None":
-        """The node of `data`; None if something in it is not a plain column."""
-        if type(data) is not TensorDict or data.batch_size[:1] != (capacity,) or _named(data):
+
+def _explore(data: Any, capacity: int, columns: list[Tensor]) -> _Node | None:
+    """The node of `data`, its tensors appended to `columns`; None if something else is in it."""
+    if type(data) is not TensorDict or data.batch_size[:1] != (capacity,) or _named(data):
+        return None
+    node = _Node({}, {}, data.batch_size[1:], data.device)
+    for name, value in data.items():
+        if type(value) in _TENSORS and not value.is_nested and value.layout == torch.strided:
+            node.leaves[name] = _Leaf(len(columns), value.shape[1:], value.dtype)
+            # a plain tensor on the same memory: subclasses slow every operation down
+            columns.append(value.as_subclass(Tensor))
+        elif (child := _explore(value, capacity, columns)) is not None:
+            node.children[name] = child
+        else:
             return None
-        columns: dict[str, Tensor] = {}
-        children: dict[str, _Node] = {}
-        for name, value in data.items():
-            if type(value) in _TENSORS and not value.is_nested and value.layout == torch.strided:
-                # a plain tensor on the same memory: subclasses slow every operation down
-                columns[name] = value.as_subclass(Tensor)
-            elif (child := cls.of(value, capacity)) is not None:
-                children[name] = child
-            else:
-                return None
-        tails = {name: (column.shape[1:], column.dtype) for name, column in columns.items()}
-        return cls(columns, tails, children, data.batch_size[1:], data.device)
-
-    def pair(self, data: TensorDict, rows: int, pairs: Pairs, skip: str | None = None) -> bool:
-        """Append the columns and their new rows to `pairs`; whether `data` has just these."""
-        seen = 0
-        for name, value in data.items():
-            if name == skip:
-                continue
-            seen += 1
-            tail = self.tails.get(name)
-            if tail is not None:
-                if type(value) not in _TENSORS or (value.shape[rows:], value.dtype) != tail:
-                    return False
-                pairs.append((self.columns[name], value))
-                continue
-            child = self.children.get(name)
-            if child is None or type(value) is not TensorDict:
-                return False
-            if value.batch_size[rows:] != child.batch_tail or not child.pair(value, rows, pairs):
-                return False
-        return seen == len(self.columns) + len(self.children) - (skip in self.columns)
-
-    def gather(self, index: Tensor, extra: dict[str, Tensor]) -> TensorDict:
-        """The rows `index`, with `extra` entries in place of stored ones or beside them."""
-        source: dict[str, Any] = {
-            name: column.index_select(0, index)
-            for name, column in self.columns.items()
-            if name not in extra
-        }
-        for name, child in self.children.items():
-            source[name] = child.gather(index, {})
-        source.update(extra)
-        return new_tensordict(source, index.shape + self.batch_tail, self.device)
+    return node
 
 
 def _named(data: TensorDict) -> bool:
     return any(name is not None for name in data.names)
 
 
+def _collect(
+    node: _Node, data: TensorDict, before: int, rows: list[Tensor], skip: str | None = None
+) -> bool:
+    """Put the tensors of `data` into `rows` by their columns' places; whether it has just these.
+
+    Args:
+        node: what is expected.
+        data: batch size [n] or [].
+        before: its number of batch dimensions, 1 or 0.
+        rows: one place per column.
+        skip: an entry that does not matter.
+    """
+    seen = 0
+    for name, value in data.items():
+        leaf = node.leaves.get(name)
+        if name == skip:
+            continue
+        seen += 1
+        if leaf is not None:
+            if type(value) not in _TENSORS or value.dtype != leaf.dtype:
+                return False
+            if value.shape[before:] != leaf.tail:
+                return False
+            rows[leaf.place] = value
+            continue
+        child = node.children.get(name)
+        if child is None or type(value) is not TensorDict:
+            return False
+        if value.batch_size[before:] != child.batch_tail:
+            return False
+        if not _collect(child, value, before, rows):
+            return False
+    return seen == len(node.leaves) + len(node.children) - (skip in node.leaves)
+
+
+def _assemble(
+    node: _Node, rows: list[Tensor], batch_size: torch.Size, extra: dict[str, Tensor]
+) -> TensorDict:
+    source: dict[str, Any] = {name: rows[leaf.place] for name, leaf in node.leaves.items()}
+    for name, child in node.children.items():
+        source[name] = _assemble(child, rows, batch_size, {})
+    source.update(extra)
+    return new_tensordict(source, batch_size + node.batch_tail, node.device)
+
+
 class Columns:
     """The columns of a storage's TensorDict of batch size [capacity].
 
     Args:
-        root: the TensorDict's node, with a column "index".
+        root: the TensorDict's node, with a leaf "index".
+        columns: its tensors, in the order of the leaves' places.
     """
 
-    def __init__(self, root: _Node) -> None:
+    def __init__(self, root: _Node, columns: list[Tensor]) -> None:
         self._root = root
-        self._index = root.columns["index"]
+        self._columns = columns
+        self._index = root.leaves["index"].place
+        self._on_cpu = all(column.device.type == "cpu" for column in columns)
 
     @classmethod
     def of(cls, data: Any, capacity: int) -> "Columns | None":
         """The columns of `data`, or None if it is anything but nested TensorDicts of tensors."""
-        root = _Node.of(data, capacity)
-        if root is None or root.batch_tail:
+        columns: list[Tensor] = []
+        root = _explore(data, capacity, columns)
+        if root is None or root.batch_tail or "index" not in root.leaves:
             return None
-        fits = root.tails.get("index") == (torch.Size([]), torch.int64)
-        return cls(root) if fits else None
+        fits = root.leaves["index"][1:] == (torch.Size([]), torch.int64)
+        return cls(root, columns) if fits else None
 
-    def pair(self, data: Any, *, single: bool = False) -> Pairs | None:
-        """Each column with its new rows; None if `data` has other entries, shapes or dtypes.
+    def rows_of(self, data: Any, *, single: bool = False) -> list[Tensor] | None:
+        """The tensors of `data`, a row or rows for each column but "index".
 
         Args:
             data: TensorDict [n], or [] if `single`.
             single: whether `data` is one row.
-        """
-        if type(data) is not TensorDict or data.batch_dims != (0 if single else 1):
-            return None
-        pairs: Pairs = []
-        return pairs if self._root.pair(data, data.batch_dims, pairs, skip="index") else None
 
-    def write(self, pairs: Pairs, index: Tensor, parts: list[tuple[int, int, int]]) -> None:
-        """Write rows, and the slots `index` that they go to.
+        Returns:
+            In the order of the columns; None if `data` has other entries, shapes or dtypes.
+        """
+        before = 0 if single else 1
+        if type(data) is not TensorDict or data.batch_dims != before:
+            return None
+        rows = list(self._columns)
+        return rows if _collect(self._root, data, before, rows, skip="index") else None
+
+    def write(self, rows: list[Tensor], index: Tensor, parts: list[Part]) -> None:
+        """Write rows, and the slots that they go to.
 
         Args:
-            pairs: from `pair`.
-            index: int64 [n].
-            parts: (slot, row, length) of the runs of rows that go to consecutive slots.
+            rows: from `rows_of`.
+            index: the slots, int64 [n].
+            parts: the runs of consecutive slots.
         """
-        for column, rows in (*pairs, (self._index, index)):
-            rows = validation.to_device(rows.detach(), column.device)
+        rows[self._index] = index
+        for column, new in zip(self._columns, rows, strict=True):
+            if not self._on_cpu:
+                new = validation.to_device(new, column.device)
             if len(parts) == 1:
                 slot, _, length = parts[0]
-                column[slot : slot + length].copy_(rows)  # a single row is broadcast
+                column.narrow(0, slot, length).copy_(new)  # a single row is broadcast
                 continue
             for slot, row, length in parts:
-                column[slot : slot + length].copy_(rows[row : row + length])
+                column.narrow(0, slot, length).copy_(new.narrow(0, row, length))
 
     def gather(self, index: Tensor, extra: dict[str, Tensor]) -> TensorDict:
-        """The rows `index` [B], with `extra` entries [B] in place of stored ones or beside them."""
-        return self._root.gather(index, extra)
+        """The rows `index` [B], with `extra` entries [B], "index" among them, in their places."""
+        rows = [
+            index if place == self._index else column.index_select(0, index)
+            for place, column in enumerate(self._columns)
+        ]
+        return _assemble(self._root, rows, index.shape, extra)

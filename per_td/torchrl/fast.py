@@ -17,7 +17,7 @@ from torchrl.data.replay_buffers.storages import (
     _collate_id,
 )
 
-from per_td.torchrl.columns import Columns, Pairs
+from per_td.torchrl.columns import Columns
 from per_td.torchrl.sampler import PrioritizedSampler
 from per_td.torchrl.writer import GenerationWriter
 
@@ -78,7 +78,7 @@ class ColumnCache:
 def write(
     buffer: ReplayBuffer,
     cache: ColumnCache,
-    pairs: Pairs,
+    rows: list[Tensor],
     n: int,
     priority: Tensor | None,
     *,
@@ -89,7 +89,7 @@ def write(
     Args:
         buffer: a plain buffer.
         cache: its columns.
-        pairs: from `Columns.pair`.
+        rows: from `Columns.rows_of`.
         n: how many rows, at most the storage's capacity.
         priority: float32 [n], or None for that of new elements.
         marks: whether to set priorities at all.
@@ -99,12 +99,12 @@ def write(
     """
     storage = buffer._storage
     columns = cache.of(storage)
-    assert columns is not None  # `pairs` came from them
+    assert columns is not None  # `rows` fit them
     start, parts = buffer._writer.claim(n)
     index = torch.arange(start, start + n, device=storage.device)
     if len(parts) > 1:
         index.remainder_(storage.max_size)
-    columns.write(pairs, index, parts)
+    columns.write(rows, index, parts)
     storage._set_last_cursor((start + n - 1) % storage.max_size)
     storage._last_cursor = index
     storage._len = min(storage._len + n, storage.max_size)

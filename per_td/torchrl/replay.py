@@ -12,8 +12,9 @@ from torchrl.data.replay_buffers import ReplayBuffer, TensorDictReplayBuffer
 from per_td import validation
 from per_td.errors import PriorityError
 from per_td.torchrl import fast
-from per_td.torchrl.reductions import magnitudes
 from per_td.torchrl.sampler import PrioritizedSampler
+from per_td.torchrl.td_errors import magnitudes
+from per_td.torchrl.writer import GenerationWriter
 from per_td.weights import priority_of
 
 __all__ = ["PrioritizedReplay"]
@@ -135,12 +136,12 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
             if not fast.is_plain(self, marks=self._sync) or not 0 < n <= self._storage.max_size:
                 return None
             columns = self._cache.of(self._storage)
-            pairs = None if columns is None else columns.pair(data, single=single)
-            if pairs is None:
+            rows = None if columns is None else columns.rows_of(data, single=single)
+            if rows is None:
                 return None
             priority = self._priorities_of(data, n) if supply else None
             with torch.no_grad(), self._write_lock:
-                return fast.write(self, self._cache, pairs, n, priority, marks=self._sync)
+                return fast.write(self, self._cache, rows, n, priority, marks=self._sync)
 
     def _write_by_torchrl(
         self, write: Callable[..., Any], data: Any, priority: Tensor | None
@@ -284,7 +285,9 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
         if generation is None:
             sampler, storage = self.prioritized_sampler, self._storage
             return sampler._flat(index, storage) < len(storage)
-        now: Tensor = self._writer.generations_of(index)
+        writer = self._writer
+        plain = index.ndim == 1 and self._storage.ndim == 1 and type(writer) is GenerationWriter
+        now: Tensor = writer.stamps(index) if plain else writer.generations_of(index)
         generation = _first_of_each(generation).to(now.device)
         if validation.can_raise(now) and torch.equal(now, generation):
             return None

@@ -64,6 +64,10 @@ class GenerationWriter(TensorDictRoundRobinWriter):
         return start, parts
 
     def stamps(self, index: Tensor) -> Tensor:
-        """Generations of the slots `index`, all in range and on the storage's device, int64 [B]."""
-        stamps: Tensor = self._generation.index_select(0, index)
-        return stamps
+        """Generations of slots of a storage of one dimension, int64 [B] as `index`.
+
+        An index out of range gives that of the slot nearest to it.
+        """
+        generation: Tensor = self._generation
+        index = index.to(generation.device).clamp(0, len(generation) - 1)
+        return generation.index_select(0, index)
