@@ -88,7 +88,7 @@ def _collect(
                 return False
             if value.shape[before:] != leaf.tail:
                 return False
-            rows[leaf.place] = value
+            rows[leaf.place] = value.detach() if value.requires_grad else value
             continue
         child = node.children.get(name)
         if child is None or type(value) is not TensorDict:

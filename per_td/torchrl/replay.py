@@ -140,14 +140,14 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
             if rows is None:
                 return None
             priority = self._priorities_of(data, n) if supply else None
-            with torch.no_grad(), self._write_lock:
+            with self._write_lock:
                 return fast.write(self, self._cache, rows, n, priority, marks=self._sync)
 
     def _write_by_torchrl(
         self, write: Callable[..., Any], data: Any, priority: Tensor | None
     ) -> Any:
         """Write by TorchRL's means, which call `mark_update` on the way."""
-        with self._replay_lock:
+        with self._replay_lock, torch.no_grad():
             self._supplied = priority
             try:
                 return write(self, data)
@@ -198,7 +198,7 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
                 plain = fast.is_plain(self, marks=True)
                 columns = self._cache.of(self._storage) if plain else None
                 if columns is not None:
-                    with torch.no_grad(), self._write_lock:
+                    with self._write_lock:
                         self._catch_up()
                         batch, info = fast.read(self, columns, size)
                     return (batch, info) if return_info else batch
@@ -238,7 +238,6 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
             self._catch_up()
         ReplayBuffer.update_priority(self, index, priority)
 
-    @torch.no_grad()
     def update_tensordict_priority(self, data: TensorDictBase) -> None:
         """Set the priorities of a batch from the TD errors that a loss left in it.
 
@@ -256,17 +255,19 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
         generation = data.get("index_generation", None)
         if storage.ndim > 1 and index.shape[-1:] == (storage.ndim,):
             index = index.reshape(-1, storage.ndim)
-            values = self._magnitudes(td_error, len(index))
+            rows = len(index)
         else:
             index = _first_of_each(index)
-            values = self._magnitudes(td_error, data.batch_size[0] if data.ndim else 1)
+            rows = data.batch_size[0] if data.ndim else 1
+        values = self._magnitudes(td_error, rows)
         with self._replay_lock, self._write_lock:
             self._catch_up()
             sampler._follow(storage)
             live = self._live(index, generation)
             if self._sample_unit is not None:
                 index, values, live = self._anchored(data, index, values, live)
-            flat = sampler._flat(index, storage)
+            flat = index if storage.ndim == 1 else sampler._flat(index, storage)
+            flat = validation.to_device(flat, sampler.device)
             if live is not None:
                 live = live.to(flat.device)
                 self._stale = self._stale.to(flat.device) + (~live).sum()
@@ -286,7 +287,7 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
             sampler, storage = self.prioritized_sampler, self._storage
             return sampler._flat(index, storage) < len(storage)
         writer = self._writer
-        plain = index.ndim == 1 and self._storage.ndim == 1 and type(writer) is GenerationWriter
+        plain = type(writer) is GenerationWriter and self._storage.ndim == 1
         now: Tensor = writer.stamps(index) if plain else writer.generations_of(index)
         generation = _first_of_each(generation).to(now.device)
         if validation.can_raise(now) and torch.equal(now, generation):
@@ -310,4 +311,4 @@ def _first_of_each(index: Tensor) -> Tensor:
     """Indices [B, ...], repeated beyond the first dimension to fit a batch, as [B]."""
     while index.ndim > 1:
         index = index[..., 0]
-    return index.reshape(-1)
+    return index if index.ndim else index.reshape(1)

@@ -39,5 +39,6 @@ def magnitudes(td_error: Tensor, rows: int, *, unit: str, reduction: str, key: A
             f"{key}: expected one or several values for each of {rows} elements,"
             f" got shape {list(td_error.shape)}"
         )
-    size = magnitude(td_error.reshape(rows, -1), unit)
-    return size[:, 0] if size.shape[1] == 1 else reduce_priority(size, reduction)
+    if td_error.numel() == rows:
+        return magnitude(td_error.reshape(rows), unit)
+    return reduce_priority(magnitude(td_error.reshape(rows, -1), unit), reduction)

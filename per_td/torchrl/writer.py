@@ -5,6 +5,8 @@ from torch import Tensor
 from torchrl.data.replay_buffers.storages import Storage
 from torchrl.data.replay_buffers.writers import TensorDictRoundRobinWriter
 
+from per_td import validation
+
 __all__ = ["GenerationWriter"]
 
 # Storages without a limit report 2**63 - 1 slots; nobody allocates these at once.
@@ -60,14 +62,21 @@ class GenerationWriter(TensorDictRoundRobinWriter):
         if head < n:
             parts.append((0, head, n - head))
         for slot, _, length in parts:
-            self._generation[slot : slot + length] += 1
+            self._generation.narrow(0, slot, length).add_(1)
         return start, parts
 
     def stamps(self, index: Tensor) -> Tensor:
         """Generations of slots of a storage of one dimension, int64 [B] as `index`.
 
-        An index out of range gives that of the slot nearest to it.
+        Raises:
+            IndexRangeError: one is out of range (on CUDA it is moved to the nearest slot instead).
         """
         generation: Tensor = self._generation
-        index = index.to(generation.device).clamp(0, len(generation) - 1)
-        return generation.index_select(0, index)
+        index = validation.to_device(index, generation.device)
+        if not validation.can_raise(index):
+            return generation.index_select(0, index.clamp(0, len(generation) - 1))
+        try:
+            return generation.index_select(0, index)
+        except IndexError:
+            validation.require_in_range(index, len(generation))
+            raise
