@@ -78,6 +78,7 @@ class ColumnCache:
 def write(
     buffer: ReplayBuffer,
     cache: ColumnCache,
+    columns: Columns,
     rows: list[Tensor],
     n: int,
     priority: Tensor | None,
@@ -88,7 +89,8 @@ def write(
 
     Args:
         buffer: a plain buffer.
-        cache: its columns.
+        cache: where the columns are from.
+        columns: its storage's.
         rows: from `Columns.rows_of`.
         n: how many rows, at most the storage's capacity.
         priority: float32 [n], or None for that of new elements.
@@ -98,8 +100,6 @@ def write(
         The first slot, and all slots, int64 [n].
     """
     storage = buffer._storage
-    columns = cache.of(storage)
-    assert columns is not None  # `rows` fit them
     start, parts = buffer._writer.claim(n)
     index = torch.arange(start, start + n, device=storage.device)
     if len(parts) > 1:

@@ -10,10 +10,9 @@ from torchrl.data import replay_buffers as torchrl_buffers
 from torchrl.data.replay_buffers import ReplayBuffer, TensorDictReplayBuffer
 
 from per_td import validation
-from per_td.errors import PriorityError
 from per_td.torchrl import fast
 from per_td.torchrl.sampler import PrioritizedSampler
-from per_td.torchrl.td_errors import magnitudes
+from per_td.torchrl.td_errors import first_of_each, magnitudes, required
 from per_td.torchrl.writer import GenerationWriter
 from per_td.weights import priority_of
 
@@ -119,7 +118,7 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
 
     def _magnitudes(self, td_error: Tensor, rows: int) -> Tensor:
         sampler = self.prioritized_sampler
-        td_error = validation.to_device(td_error.detach(), sampler.device)
+        td_error = validation.to_device(td_error, sampler.device)
         return magnitudes(
             td_error,
             rows,
@@ -137,11 +136,11 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
                 return None
             columns = self._cache.of(self._storage)
             rows = None if columns is None else columns.rows_of(data, single=single)
-            if rows is None:
+            if columns is None or rows is None:
                 return None
             priority = self._priorities_of(data, n) if supply else None
             with self._write_lock:
-                return fast.write(self, self._cache, rows, n, priority, marks=self._sync)
+                return fast.write(self, self._cache, columns, rows, n, priority, marks=self._sync)
 
     def _write_by_torchrl(
         self, write: Callable[..., Any], data: Any, priority: Tensor | None
@@ -251,13 +250,13 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
                 or too few; no priority is changed then (a ValueError).
         """
         sampler, storage = self.prioritized_sampler, self._storage
-        td_error, index = self._required(data, self.priority_key), self._required(data, "index")
+        td_error, index = required(data, self.priority_key), required(data, "index")
         generation = data.get("index_generation", None)
         if storage.ndim > 1 and index.shape[-1:] == (storage.ndim,):
             index = index.reshape(-1, storage.ndim)
             rows = len(index)
         else:
-            index = _first_of_each(index)
+            index = first_of_each(index)
             rows = data.batch_size[0] if data.ndim else 1
         values = self._magnitudes(td_error, rows)
         with self._replay_lock, self._write_lock:
@@ -266,20 +265,13 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
             live = self._live(index, generation)
             if self._sample_unit is not None:
                 index, values, live = self._anchored(data, index, values, live)
-            flat = index if storage.ndim == 1 else sampler._flat(index, storage)
+            plain = storage.ndim == 1 and index.dtype == torch.int64
+            flat = index if plain else sampler._flat(index, storage)
             flat = validation.to_device(flat, sampler.device)
             if live is not None:
                 live = live.to(flat.device)
                 self._stale = self._stale.to(flat.device) + (~live).sum()
             sampler._table.update(flat, values, sampler._max_capacity, live)
-
-    def _required(self, data: TensorDictBase, key: Any) -> Tensor:
-        value: Tensor | None = data.get(key, None)
-        if value is None:
-            raise PriorityError(
-                f"{key}: expected this entry in the batch, got {sorted(data.keys(), key=str)}"
-            )
-        return value
 
     def _live(self, index: Tensor, generation: Tensor | None) -> Tensor | None:
         """Which elements are still where they were drawn from, bool [B]; None: all are."""
@@ -289,7 +281,7 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
         writer = self._writer
         plain = type(writer) is GenerationWriter and self._storage.ndim == 1
         now: Tensor = writer.stamps(index) if plain else writer.generations_of(index)
-        generation = _first_of_each(generation).to(now.device)
+        generation = first_of_each(generation).to(now.device)
         if validation.can_raise(now) and torch.equal(now, generation):
             return None
         return now == generation
@@ -305,10 +297,3 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
         if live is None or anchor.shape != index.shape:
             return *anchored, None
         return *anchored, torch.isin(anchored[0], anchor[(anchor == index) & live])
-
-
-def _first_of_each(index: Tensor) -> Tensor:
-    """Indices [B, ...], repeated beyond the first dimension to fit a batch, as [B]."""
-    while index.ndim > 1:
-        index = index[..., 0]
-    return index if index.ndim else index.reshape(1)

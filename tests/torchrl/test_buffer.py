@@ -14,6 +14,7 @@ from torchrl.data import (
 from torchrl.data import TensorDictPrioritizedReplayBuffer as TorchRLBuffer
 from torchrl.data import TensorDictReplayBuffer as TorchRLUniform
 from torchrl.data.replay_buffers.scheduler import LinearScheduler
+from torchrl.envs import RenameTransform
 
 from per_td import ConfigurationError, EmptyBufferError
 from per_td.torchrl import PrioritizedSampler, TensorDictPrioritizedReplayBuffer
@@ -255,6 +256,32 @@ def test_a_storage_that_is_filled_already_counts_as_new():
     first.extend(data(2, 50))
     assert second.sampler.priority[:2].tolist() == [second.sampler._table.ever_max.item()] * 2
     assert second.stats()["stale_updates"] == 0
+
+
+def test_transforms_can_be_inserted_and_saving_can_be_hooked(tmp_path):
+    buffer, seen = make(), []
+    buffer.extend(data(20))
+    buffer.insert_transform(0, RenameTransform(["x"], ["renamed"]))
+    assert "renamed" in buffer.sample()
+    buffer.register_save_hook(lambda data, path: seen.append("saved") or data)
+    buffer.dumps(tmp_path / "saved")
+    other = make()
+    other.register_load_hook(lambda data, out: seen.append("loaded") or data)
+    other.loads(tmp_path / "saved")
+    assert seen == ["saved", "loaded"]
+
+
+def test_attributes_tell_what_was_configured():
+    buffer = make()
+    assert (buffer.batch_size, buffer.dim_extend, buffer.initialized) == (32, 0, True)
+    assert not buffer.shared
+    assert buffer.share().shared
+    assert buffer.service_backend == "direct"
+    assert len(buffer.transform) == 0
+    with pytest.raises(RuntimeError, match="dim_extend cannot be reset"):
+        buffer.dim_extend = 3
+    buffer.extend(data(5))  # by a shared buffer's lock
+    assert buffer.sample().shape == (32,)
 
 
 def test_what_is_shut_down_is_not_sampled():
