@@ -2,6 +2,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ListStorage
+from torchrl.data.replay_buffers import Sequence
 
 from per_td import PriorityError
 from tests.oracle import assert_drawn_from
@@ -192,3 +193,18 @@ def test_late_updates_are_recognised_in_two_dimensions_and_through_the_disk(tmp_
         each.extend(data(2, 8).reshape(2, 1))
         learn(each, batch.clone())
         assert each.stats()["stale_updates"] == int((batch["index"][:, 0] == 0).sum()) > 0
+
+
+def test_windows_of_a_sample_unit_set_the_priority_of_their_first_element():
+    buffer = make(10, sample_unit=Sequence(length=3), batch_size=64)
+    buffer.extend(data(10))
+    batch = buffer.sample()
+    buffer.extend(data(4, 10))  # over the anchors 0 to 3
+    batch["td_error"] = batch["index"] + 5.0
+    buffer.update_tensordict_priority(batch)
+    # windows end with their episode, after 4 and 9; the largest of a window counts
+    expected = torch.tensor([1.0, 1, 1, 1, 9, 12, 13, 14, 14, 14])
+    torch.testing.assert_close(buffer.sampler.priority, expected)
+    assert buffer.stats()["stale_updates"] == len(
+        set(batch["anchor_index"].tolist()) & set(range(4))
+    )
