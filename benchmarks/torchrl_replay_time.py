@@ -76,6 +76,7 @@ class Agent:
             TensorDictSequential(actor, self.explore),
             frames_per_batch=args.frames_per_batch,
             total_frames=args.frames,
+            auto_register_policy_transforms=True,
         )
         self.collector.set_seed(args.seed)
         self.steps = iter(self.collector)
