@@ -177,7 +177,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         """
         device, size = self.device, self._max_capacity
         held = getattr(storage, "device", None)
-        if self._device is None and held is not None and held != "auto":
+        if self._device is None and held not in (None, "auto", device):
             held = validation.resolve_device(held)
             device = held if held.type == "cuda" else device
         if storage is not None and storage.ndim > 1:

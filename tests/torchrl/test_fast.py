@@ -1,0 +1,163 @@
+import pytest
+import torch
+from tensordict import TensorDict, lazy_stack
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ListStorage
+
+from per_td.torchrl import PrioritizedSampler, fast
+from tests.replay import ALPHA, BETA, data, learn, make, same
+
+
+class Lockstep:
+    """A buffer that may go the short way and one that may not; they agree after every step."""
+
+    def __init__(self, capacity, storage, device="cpu", **settings):
+        settings |= {"capacity": capacity, "storage": storage}
+        if storage is LazyTensorStorage:
+            settings["storage"] = lambda: LazyTensorStorage(capacity, device=device)
+        self.buffers = make(**settings), make(**settings, collate_fn=lambda batch: batch)
+
+    def __call__(self, step):
+        results = []
+        for buffer in self.buffers:
+            torch.manual_seed(0)
+            results.append(step(buffer))
+        short, long = self.buffers
+        assert torch.equal(short.sampler.priority, long.sampler.priority)
+        torch.testing.assert_close(
+            short.sampler._table.ever_max, long.sampler._table.ever_max, rtol=0, atol=0
+        )
+        same(short.storage[:], long.storage[:])
+        assert short.stats() == long.stats()
+        assert short.writer._cursor == long.writer._cursor
+        assert short.storage._last_cursor_index == long.storage._last_cursor_index
+        assert torch.equal(short.writer._generation, long.writer._generation)
+        assert short.storage._mutation_revision == long.storage._mutation_revision
+        if isinstance(results[0], TensorDict):
+            same(*results)
+        elif isinstance(results[0], torch.Tensor):
+            assert torch.equal(*results)
+        else:
+            assert results[0] == results[1]
+
+    @property
+    def ways(self):
+        return [fast.is_plain(buffer, marks=True) for buffer in self.buffers]
+
+
+@pytest.mark.parametrize("sync", [True, False])
+@pytest.mark.parametrize("storage", [LazyTensorStorage, LazyMemmapStorage])
+@pytest.mark.parametrize("capacity", [1, 7, 20])
+def test_the_short_way_and_torchrls_way_agree(capacity, storage, sync, device):
+    if device.type == "cuda" and storage is LazyMemmapStorage:
+        pytest.skip("memory maps are on the CPU")
+    both = Lockstep(capacity, storage, device, sync=sync)
+    generator = torch.Generator().manual_seed(capacity)
+    written = 0
+    for step in range(25):
+        n = int(torch.randint(1, capacity + 1, (), generator=generator))
+        new = data(n, written)
+        if step % 3 == 1:
+            new["td_error"] = torch.rand(n, generator=generator)
+        elif written:
+            new["td_error"] = torch.ones(n)
+        if step % 4 == 3:
+            both(lambda buffer, new=new: buffer.add(new[0]))
+        else:
+            both(lambda buffer, new=new: buffer.extend(new))
+        written += n
+        assert both.ways == [step > -1, False]
+        both(lambda buffer: buffer.sample())
+        both(lambda buffer: learn(buffer, buffer.sample()))
+        if step == 12:
+            both(lambda buffer: buffer.empty(empty_write_count=False))
+        if step == 18:
+            both(lambda buffer: buffer.empty())
+
+
+def test_supplied_priorities_and_update_priority_false_agree_on_both_ways():
+    both = Lockstep(7, LazyTensorStorage)
+    both(lambda buffer: buffer.extend(data(3, td_error=torch.tensor([9.0, 4, 25]))))
+    both(lambda buffer: buffer.extend(data(3, td_error=torch.rand(3)), update_priority=False))
+    both(lambda buffer: buffer.extend(data(3, td_error=torch.rand(3)), update_priority=True))
+    both(lambda buffer: buffer.add(data(1, td_error=torch.rand(1))[0]))
+    both(lambda buffer: buffer.sample())
+
+
+@pytest.mark.filterwarnings("ignore:A cursor of length superior:UserWarning")
+def test_batches_larger_than_the_capacity_keep_their_last_elements():
+    both = Lockstep(7, LazyTensorStorage)
+    both(lambda buffer: buffer.extend(data(17, td_error=torch.arange(17.0))))
+    both(lambda buffer: buffer.extend(data(16, 17, td_error=torch.arange(17.0, 33))))
+    buffer = both.buffers[0]
+    assert sorted(buffer[:]["x"].tolist()) == list(range(26, 33))
+    torch.testing.assert_close(buffer.sampler.priority, buffer[:]["x"].float())
+
+
+def test_what_the_columns_do_not_have_goes_torchrls_way():
+    both = Lockstep(9, LazyTensorStorage)
+    both(lambda buffer: buffer.extend(data(9)))
+    both(lambda buffer: buffer.extend(data(2).exclude("obs")))
+    both(lambda buffer: buffer.extend(lazy_stack([data(1)[0], data(1)[0]])))
+    both(lambda buffer: buffer.extend(data(3, new=torch.ones(3))))
+    assert "new" in both.buffers[0].sample()
+    both(lambda buffer: buffer.extend(data(3, new=torch.ones(3))))
+    both(lambda buffer: buffer.extend(buffer.sample()[:2].exclude("priority_weight")))
+    both(lambda buffer: buffer.sample())
+
+
+def test_tensors_replaced_in_the_storage_are_found():
+    buffer, other = make(), make()
+    buffer.extend(data(20))
+    other.extend(data(20, 100))
+    buffer.sample()
+    buffer.load_state_dict(other.state_dict())
+    buffer.extend(data(3, 200))
+    assert sorted(buffer[:]["x"].tolist()) == [*range(103, 120), *range(200, 203)]
+    assert (buffer.sample()["x"] >= 103).all()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"prefetch": 2},
+        {"collate_fn": lambda batch: batch},
+        {"transform": lambda td: td},
+        {"storage": ListStorage},
+        {"storage": lambda: LazyTensorStorage(20, ndim=2)},
+        {"storage": lambda: LazyTensorStorage(20, compilable=True), "compilable": True},
+        {"sampler": type("Mine", (PrioritizedSampler,), {})(20, ALPHA, BETA)},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_what_asks_for_torchrls_way_gets_it(setting):
+    buffer = make(**setting)
+    buffer.extend(data(20).reshape(4, 5) if buffer.storage.ndim == 2 else data(20))
+    assert not fast.is_plain(buffer, marks=True)
+    assert buffer.sample()["x"].shape == (32,)
+
+
+def test_a_transform_added_later_is_applied():
+    buffer = make()
+    buffer.extend(data(20))
+    assert "twice" not in buffer.sample()
+    buffer.append_transform(lambda td: td.set("twice", td["x"] * 2))
+    batch = buffer.sample()
+    assert torch.equal(batch["twice"], batch["x"] * 2)
+
+
+def test_nothing_stops_the_host_on_cuda(device):
+    if device.type != "cuda":
+        pytest.skip("only CUDA has host syncs")
+    buffer = make(storage=lambda: LazyTensorStorage(20, device=device))
+    buffer.extend(data(20).to(device))
+    new, late = data(7).to(device), buffer.sample()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            batch = buffer.sample()
+            learn(buffer, batch)
+            buffer.extend(new)
+            learn(buffer, late)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert buffer.stats()["stale_updates"] > 0

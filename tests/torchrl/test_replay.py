@@ -1,0 +1,210 @@
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ListStorage
+from torchrl.data.replay_buffers import Sequence
+
+from per_td import PriorityError
+from tests.oracle import assert_drawn_from
+from tests.replay import ALPHA, BETA, data, learn, make
+
+
+@pytest.mark.parametrize("prefetch", [None, 3])
+@pytest.mark.parametrize("storage", [LazyTensorStorage, LazyMemmapStorage, ListStorage])
+def test_draws_and_weights_follow_the_formulas(storage, prefetch):
+    buffer = make(storage=storage, prefetch=prefetch, batch_size=64)
+    buffer.extend(data(20))
+    expected = torch.ones(20)
+    for _ in range(3):
+        batch = buffer.sample()
+        learn(buffer, batch)
+        expected[batch["index"]] = batch["td_error"]
+    for _ in range(prefetch or 0):
+        buffer.sample()  # batches drawn before the last update
+    mass = expected.double() ** ALPHA
+    batch = torch.cat([buffer.sample() for _ in range(40)])
+    assert_drawn_from(batch["x"], mass / mass.sum())
+    torch.testing.assert_close(
+        batch["priority_weight"].double(),
+        (mass[batch["index"]] / mass.min()) ** -BETA,
+        rtol=1e-5,
+        atol=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("unit", "reduction", "expected"),
+    [
+        ("abs", "max", 9.0),
+        ("abs", "r2d2", 0.9 * 9 + 0.1 * 5),
+        ("squared", "mean", (1 + 3) / 2),
+        ("squared", "sum", 4.0),
+    ],
+)
+def test_several_td_errors_become_one_after_their_unit_is_settled(unit, reduction, expected):
+    buffer = make(td_error_unit=unit, reduction=reduction)
+    values = torch.tensor([[-1.0, 9.0]])
+    index = buffer.extend(data(1, td_error=values))
+    assert buffer.sampler.priority[index].item() == pytest.approx(expected)
+    buffer.update_priority(0, 1.0)
+    batch = buffer.sample(32)
+    batch["td_error"] = values.expand(32, 2)
+    buffer.update_tensordict_priority(batch)
+    assert buffer.sampler.priority[0].item() == pytest.approx(expected)
+    buffer.update_priority(0, 1.0)
+    batch = batch[0]
+    buffer.update_tensordict_priority(batch)
+    assert buffer.sampler.priority[0].item() == pytest.approx(expected)
+
+
+def test_priorities_of_the_stored_come_with_the_right_elements_in_two_dimensions():
+    buffer = make(storage=lambda: LazyTensorStorage(24, ndim=2))
+    x = torch.arange(12).reshape(4, 3)
+    index = buffer.extend(TensorDict({"x": x, "td_error": x.float().unsqueeze(-1)}, [4, 3]))
+    stored = buffer.storage[:]
+    assert index.shape == (12, 2)
+    torch.testing.assert_close(buffer.sampler.priority[:12], stored["x"].reshape(-1).float())
+    learn(buffer, buffer.sample())
+    assert buffer.stats()["stale_updates"] == 0
+
+
+def test_single_steps_of_a_two_dimensional_storage_are_written():
+    buffer = make(storage=lambda: LazyTensorStorage(24, ndim=2), batch_size=200)
+    buffer.extend(data(4).reshape(4, 1))
+    buffer.add(TensorDict({**data(4, 4)}, [4]))
+    buffer.add(TensorDict({**data(4, 8), "td_error": torch.full((4, 2), 7.0)}, [4]))
+    assert len(buffer) == 12
+    assert buffer.sampler.priority[:12].tolist() == [1.0] * 8 + [7.0] * 4
+    assert set(buffer.sample()["x"].tolist()) == set(range(12))
+
+
+def test_elements_that_are_trajectories_get_one_priority_each():
+    buffer = make(reduction="r2d2")
+    x = torch.arange(12).reshape(4, 3)
+    buffer.extend(TensorDict({"x": x, "td_error": x.float()}, [4, 3]))
+    expected = 0.9 * x.float().amax(1) + 0.1 * x.float().mean(1)
+    torch.testing.assert_close(buffer.sampler.priority[:4], expected)
+    batch = buffer.sample()
+    assert batch["index"].shape == (32, 3)
+    batch["td_error"] = batch["x"] + 1.0
+    buffer.update_tensordict_priority(batch)
+    torch.testing.assert_close(buffer.sampler.priority[:4], expected + 1)
+
+
+def test_new_elements_get_the_largest_priority_and_one_write_only():
+    buffer = make()
+    buffer.extend(data(2, td_error=torch.tensor([0.25, 0.5])))
+    buffer.extend(data(1, td_error=torch.ones(1)), update_priority=False)
+    assert buffer.sampler.priority[:3].tolist() == [0.25, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("way", [None, lambda batch: batch])
+@pytest.mark.parametrize("wrong", [torch.tensor([1.0, float("nan")]), torch.ones(3)])
+def test_priorities_that_cannot_be_are_refused_before_anything_is_written(wrong, way):
+    buffer = make(collate_fn=way)
+    new = data(2, td_error=torch.ones(2))
+    buffer.extend(new)
+    bad = TensorDict({**data(2, 2), "td_error": torch.ones(2)}, [2])
+    bad._tensordict["td_error"] = wrong
+    with pytest.raises(PriorityError, match="td_error: expected"):
+        buffer.extend(bad)
+    assert (len(buffer), buffer.write_count) == (2, 2)
+    assert buffer.sampler.priority.sum() == 2
+
+
+def test_a_batch_without_td_error_or_index_is_refused_by_name():
+    buffer = make(priority_key=("loss", "delta"))
+    buffer.extend(data(4))
+    batch = buffer.sample()
+    with pytest.raises(PriorityError, match=r"\('loss', 'delta'\): expected this entry"):
+        buffer.update_tensordict_priority(batch)
+    batch["loss", "delta"] = torch.ones(32)
+    with pytest.raises(PriorityError, match="index: expected this entry"):
+        buffer.update_tensordict_priority(batch.exclude("index"))
+    with pytest.raises(PriorityError, match="got inf"):
+        buffer.update_tensordict_priority(
+            batch.set(("loss", "delta"), batch["x"] * 0.0 + torch.inf)
+        )
+    assert buffer.sampler.priority[:4].tolist() == [1] * 4
+
+
+def test_td_errors_with_a_graph_are_detached():
+    buffer = make()
+    buffer.extend(data(4, td_error=torch.ones(4, requires_grad=True)))
+    buffer.extend(data(4, td_error=torch.ones(4, requires_grad=True) * 2))
+    batch = buffer.sample()
+    batch["td_error"] = torch.ones(32, requires_grad=True) * 3
+    buffer.update_tensordict_priority(batch)
+    assert not buffer.sample()["td_error"].requires_grad
+
+
+@pytest.mark.parametrize("way", [{}, {"prefetch": 3}, {"collate_fn": lambda batch: batch}])
+def test_updates_that_come_too_late_are_dropped_and_counted(way):
+    buffer = make(10, **way)
+    buffer.extend(data(10))
+    batches = [buffer.sample() for _ in range(4)]
+    buffer.extend(data(4, 10))
+    late = sum(int((batch["index"] < 4).sum()) for batch in batches)
+    for batch in batches:
+        batch["td_error"] = torch.full((32,), 50.0)
+        buffer.update_tensordict_priority(batch)
+    priority = buffer.sampler.priority
+    assert priority[:4].tolist() == [1] * 4
+    assert (priority[4:] == 50).any()
+    assert buffer.stats()["stale_updates"] == late > 0
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_updates_from_before_emptying_are_dropped(keep):
+    buffer = make(10)
+    buffer.extend(data(10))
+    batch = buffer.sample()
+    batch["td_error"] = torch.full((32,), 50.0)
+    buffer.empty()
+    buffer.update_tensordict_priority(batch if keep else batch.exclude("index_generation"))
+    assert buffer.sampler.priority.sum() == 0
+    assert buffer.stats()["stale_updates"] == 32
+    buffer.extend(data(10))
+    if keep:
+        buffer.update_tensordict_priority(batch)
+        assert (buffer.sampler.priority == 1).all()
+
+
+def test_a_write_to_a_given_slot_makes_updates_late():
+    buffer = make(10)
+    buffer.extend(data(10))
+    batch = buffer.sample()
+    buffer.writer.write_at(torch.arange(10), data(10, 10))
+    learn(buffer, batch)
+    assert buffer.stats()["stale_updates"] == 32
+
+
+def test_late_updates_are_recognised_in_two_dimensions_and_through_the_disk(tmp_path):
+    def fresh():
+        return make(storage=lambda: LazyTensorStorage(8, ndim=2))
+
+    buffer = fresh()
+    buffer.extend(data(8).reshape(2, 4))
+    batch = buffer.sample()
+    buffer.dumps(tmp_path / "saved")
+    other = fresh()
+    other.loads(tmp_path / "saved")
+    for each in (buffer, other):
+        each.extend(data(2, 8).reshape(2, 1))
+        learn(each, batch.clone())
+        assert each.stats()["stale_updates"] == int((batch["index"][:, 0] == 0).sum()) > 0
+
+
+def test_windows_of_a_sample_unit_set_the_priority_of_their_first_element():
+    buffer = make(10, sample_unit=Sequence(length=3), batch_size=64)
+    buffer.extend(data(10))
+    batch = buffer.sample()
+    buffer.extend(data(4, 10))  # over the anchors 0 to 3
+    batch["td_error"] = batch["index"] + 5.0
+    buffer.update_tensordict_priority(batch)
+    # windows end with their episode, after 4 and 9; the largest of a window counts
+    expected = torch.tensor([1.0, 1, 1, 1, 9, 12, 13, 14, 14, 14])
+    torch.testing.assert_close(buffer.sampler.priority, expected)
+    assert buffer.stats()["stale_updates"] == len(
+        set(batch["anchor_index"].tolist()) & set(range(4))
+    )
