@@ -207,7 +207,7 @@ class History:
 
 
 def sampling_masses(buffer, alpha: float) -> torch.Tensor:
-    """priority ** alpha of each stored transition; draws are in proportion to it."""
+    """Masses, priority ** alpha, of each stored transition; draws are in proportion to it."""
     return buffer.priority.double().cpu() ** alpha
 
 

@@ -12,6 +12,7 @@ from torchrl.data.replay_buffers import ReplayBuffer, TensorDictReplayBuffer
 from per_td import validation
 from per_td.torchrl import fast
 from per_td.torchrl.sampler import PrioritizedSampler
+from per_td.torchrl.slices import PrioritizedSliceSampler, first_records
 from per_td.torchrl.td_errors import first_of_each, magnitudes, required
 from per_td.torchrl.writer import GenerationWriter
 from per_td.weights import priority_of
@@ -240,7 +241,9 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
     def update_tensordict_priority(self, data: TensorDictBase) -> None:
         """Set the priorities of a batch from the TD errors that a loss left in it.
 
-        Elements whose slot has been overwritten since they were drawn are skipped and counted.
+        Elements whose slot has been overwritten since they were drawn are skipped and counted. With
+        a `PrioritizedSliceSampler` whose `reduction` is "r2d2", the first record of each slice gets
+        the priority of the slice (see its `slice_priorities`).
 
         Args:
             data: from `sample`, TensorDict [B], with the priority entry.
@@ -250,6 +253,9 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
                 or too few; no priority is changed then (a ValueError).
         """
         sampler, storage = self.prioritized_sampler, self._storage
+        if isinstance(sampler, PrioritizedSliceSampler) and sampler.reduction == "r2d2":
+            required(data, self.priority_key)
+            data = first_records(data, sampler, self.priority_key)
         td_error, index = required(data, self.priority_key), required(data, "index")
         generation = data.get("index_generation", None)
         if storage.ndim > 1 and index.shape[-1:] == (storage.ndim,):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.data import replay_buffers as torchrl_buffers
@@ -17,7 +17,7 @@ from per_td.torchrl import boundaries, slice_batches
 from per_td.torchrl.sampler import PrioritizedSampler
 from per_td.weights import importance_weights
 
-__all__ = ["PrioritizedSliceSampler"]
+__all__ = ["PrioritizedSliceSampler", "first_records"]
 
 
 class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSliceSampler):
@@ -293,3 +293,16 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             return slice_batches.lengths_of(batch, self.truncated_key)
         length, n = self._adjusted_batch_size(batch.numel())
         return torch.full((n,), length, device=batch.device)
+
+
+def first_records(
+    batch: TensorDictBase, sampler: PrioritizedSliceSampler, priority_key: NestedKey
+) -> TensorDict:
+    """The first record of each slice in a batch, with the priority of the slice: [S]."""
+    index, priority = sampler.slice_priorities(batch, priority_key)
+    first = TensorDict({"index": index, priority_key: priority}, [len(index)])
+    generation = batch.get("index_generation", None)
+    if generation is not None:
+        length = sampler.slice_lengths(batch)
+        first["index_generation"] = generation.reshape(batch.numel(), -1)[length.cumsum(0) - length]
+    return first

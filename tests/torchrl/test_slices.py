@@ -5,6 +5,7 @@ from multiprocessing import context
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.data import (
     LazyMemmapStorage,
@@ -16,7 +17,11 @@ from torchrl.data import replay_buffers as torchrl_buffers
 from torchrl.envs import Compose, GymEnv, InitTracker, StepCounter, TransformedEnv
 
 from per_td import ConfigurationError, EmptyBufferError
-from per_td.torchrl import PrioritizedSampler, PrioritizedSliceSampler
+from per_td.torchrl import (
+    PrioritizedSampler,
+    PrioritizedSliceSampler,
+    TensorDictPrioritizedReplayBuffer,
+)
 from tests.oracle import assert_drawn_from
 from tests.slice_oracle import (
     ALPHA,
@@ -243,3 +248,28 @@ def test_arguments_without_effect_are_accepted():
 def test_wrong_arguments_are_refused_by_name(arguments, error, message):
     with pytest.raises(error, match=message):
         PrioritizedSliceSampler(**{"max_capacity": 4, "alpha": ALPHA, "beta": BETA, **arguments})
+
+
+def test_the_drop_in_buffer_gives_each_slice_one_priority_as_in_r2d2():
+    sampler = PrioritizedSliceSampler(12, 1.0, 0.5, eps=0.0, slice_len=3, reduction="r2d2")
+    buffer = TensorDictPrioritizedReplayBuffer(
+        alpha=1.0, beta=0.5, storage=LazyTensorStorage(12), sampler=sampler, batch_size=6
+    )
+    done = torch.tensor([0, 0, 0, 1] * 3, dtype=torch.bool).unsqueeze(-1)
+    data = TensorDict({"x": torch.arange(12), "next": {"done": done}}, [12])
+    buffer.extend(data)
+    batch = buffer.sample()
+    batch["td_error"] = torch.tensor([1.0, -4.0, 1.0, 0.5, 0.5, 0.5])
+    first, second = batch["x"][[0, 3]].tolist()
+    late = batch.clone()
+    buffer.update_tensordict_priority(batch)
+    expected = torch.ones(12)
+    expected[first], expected[second] = 0.9 * 4 + 0.1 * 2, 0.5
+    if first == second:
+        expected[first] = 0.5
+    torch.testing.assert_close(sampler.priority, expected)
+    buffer.extend(data)
+    before = sampler.priority
+    buffer.update_tensordict_priority(late)
+    assert torch.equal(sampler.priority, before)
+    assert buffer.stats()["stale_updates"] == 2
