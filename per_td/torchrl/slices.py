@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.data import replay_buffers as torchrl_buffers
@@ -261,35 +261,40 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
     def slice_priorities(
         self, batch: TensorDictBase, priority_key: NestedKey = "td_error"
     ) -> tuple[Tensor, Tensor]:
-        """One priority for each slice of a sampled batch, to be given to its first record.
+        """The entries of `first_records`: slots int64 [S, ndim] and priorities [S].
 
         `buffer.update_priority(*sampler.slice_priorities(batch))` is R2D2's update, in which a
-        sequence has one priority, `reduction` over its |TD errors| (Kapturowski et al. 2019).
+        sequence has one priority (Kapturowski et al. 2019).
+        """
+        first = self.first_records(batch, priority_key)
+        return first["index"], first[priority_key]
+
+    def first_records(
+        self, batch: TensorDictBase, priority_key: NestedKey = "td_error"
+    ) -> TensorDict:
+        """The first record of each slice of a sampled batch, with the priority of the slice.
 
         Args:
             batch: as it was sampled, [R], or reshaped to [slices, length], with TD errors.
-            priority_key: where the TD errors are, in the `td_error_unit`.
+            priority_key: where the TD errors are, in the `td_error_unit`, [R] or [R, k].
 
         Returns:
-            The slots in which the slices begin, int64 [S, ndim], and their priorities [S], in the
-            same unit.
+            TensorDict [S] with "index", with `reduction` over |TD error| of the whole slice under
+            `priority_key`, in the same unit, and with "index_generation" if the batch has it.
 
         Raises:
             PriorityError: there are no TD errors.
             RuntimeError: slices may be shorter, and `truncated_key` does not tell where they end.
         """
-        lengths = self.slice_lengths(batch)
-        records = int(lengths.sum())
-        size = slice_batches.td_error_sizes(batch, priority_key, records)
-        if self.td_error_unit == "squared":
-            size = size.sqrt()
-        first, priority = slice_batches.reduce_slices(size, lengths, self.reduction)
-        index = batch.get("index").reshape(records, -1)[first]
-        return index, priority**2 if self.td_error_unit == "squared" else priority
-
-    def slice_lengths(self, batch: TensorDictBase) -> Tensor:
-        """Records in each slice of a sampled batch, int64 [S]."""
         if self.span[1] or not self.strict_length:
-            return slice_batches.lengths_of(batch, self.truncated_key)
-        length, n = self._adjusted_batch_size(batch.numel())
-        return torch.full((n,), length, device=batch.device)
+            lengths = slice_batches.lengths_of(batch, self.truncated_key)
+        else:
+            length, n = self._adjusted_batch_size(batch.numel())
+            lengths = torch.full((n,), length, device=batch.device)
+        return slice_batches.first_records(
+            batch,
+            lengths,
+            priority_key,
+            reduction=self.reduction,
+            squared=self.td_error_unit == "squared",
+        )
