@@ -12,7 +12,7 @@ from torchrl.data.replay_buffers import ReplayBuffer, TensorDictReplayBuffer
 from per_td import validation
 from per_td.torchrl import fast
 from per_td.torchrl.sampler import PrioritizedSampler
-from per_td.torchrl.slices import PrioritizedSliceSampler, first_records
+from per_td.torchrl.slices import PrioritizedSliceSampler
 from per_td.torchrl.td_errors import first_of_each, magnitudes, required
 from per_td.torchrl.writer import GenerationWriter
 from per_td.weights import priority_of
@@ -254,8 +254,7 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
         """
         sampler, storage = self.prioritized_sampler, self._storage
         if isinstance(sampler, PrioritizedSliceSampler) and sampler.reduction == "r2d2":
-            required(data, self.priority_key)
-            data = first_records(data, sampler, self.priority_key)
+            data = sampler.first_records(data, self.priority_key)
         td_error, index = required(data, self.priority_key), required(data, "index")
         generation = data.get("index_generation", None)
         if storage.ndim > 1 and index.shape[-1:] == (storage.ndim,):

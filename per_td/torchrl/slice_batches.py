@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase, is_tensor_collection
+from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from tensordict.utils import NestedKey
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from per_td.errors import EmptyBufferError, PriorityError
 from per_td.torchrl.reductions import reduce_priority
 from per_td.tree import SumTree
 
-__all__ = ["advance", "choose", "lengths_of", "marks", "reduce_slices", "td_error_sizes"]
+__all__ = ["advance", "choose", "first_records", "lengths_of", "marks"]
 
 
 def choose(
@@ -98,20 +98,6 @@ def marks(
     return result
 
 
-def td_error_sizes(batch: TensorDictBase, key: NestedKey, records: int) -> Tensor:
-    """|TD error| of the records in a batch, one after the other, float32 [R, k].
-
-    Raises:
-        PriorityError: there are none.
-    """
-    td_error: Tensor | None = batch.get(key, None)
-    if td_error is None:
-        raise PriorityError(
-            f"expected TD errors under {key!r}, got {sorted(map(str, batch.keys()))}"
-        )
-    return td_error.detach().reshape(records, -1).abs().float()
-
-
 def lengths_of(batch: TensorDictBase, truncated_key: NestedKey | None) -> Tensor:
     """Records in each slice of a batch, int64 [S], from the marks of their ends.
 
@@ -128,21 +114,39 @@ def lengths_of(batch: TensorDictBase, truncated_key: NestedKey | None) -> Tensor
     return torch.diff(stop, prepend=stop.new_tensor([-1]))
 
 
-def reduce_slices(values: Tensor, lengths: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
-    """Reduce the values of each slice to one.
+def first_records(
+    batch: TensorDictBase, lengths: Tensor, key: NestedKey, *, reduction: str, squared: bool
+) -> TensorDict:
+    """The first record of each slice, with |TD error| reduced over the slice.
 
     Args:
-        values: of the records, slice after slice, [R, k].
+        batch: slice after slice, R records in any shape, with "index".
         lengths: records in each slice, int64 [S].
+        key: of the TD errors, one or several values per record.
         reduction: see `reduce_priority`.
+        squared: whether the values are delta^2, and are to be so in the result.
 
     Returns:
-        Which records begin the slices, int64 [S], and the slices' values [S].
+        TensorDict [S] with "index", `key`, and "index_generation" if the batch has it.
+
+    Raises:
+        PriorityError: there are no TD errors.
     """
+    td_error: Tensor | None = batch.get(key, None)
+    if td_error is None:
+        raise PriorityError(
+            f"expected TD errors under {key!r}, got {sorted(map(str, batch.keys()))}"
+        )
+    records = batch.numel()
+    values = td_error.detach().reshape(records, -1).abs().float()
+    values = values.sqrt() if squared else values
     first = lengths.cumsum(0) - lengths
-    reduced = values.new_empty(len(lengths))
+    priority = values.new_empty(len(lengths))
     for length in sorted(set(lengths.tolist())):
         these = lengths == length
-        records = first[these].unsqueeze(-1) + torch.arange(length, device=first.device)
-        reduced[these] = reduce_priority(values[records], reduction)
-    return first, reduced
+        of_slice = first[these].unsqueeze(-1) + torch.arange(length, device=first.device)
+        priority[these] = reduce_priority(values[of_slice], reduction)
+    result = TensorDict({"index": batch["index"].reshape(records, -1)[first]}, [len(lengths)])
+    if batch.get("index_generation", None) is not None:
+        result["index_generation"] = batch["index_generation"].reshape(records, -1)[first, 0]
+    return result.set(key, priority**2 if squared else priority)

@@ -17,7 +17,7 @@ from per_td.torchrl import boundaries, slice_batches
 from per_td.torchrl.sampler import PrioritizedSampler
 from per_td.weights import importance_weights
 
-__all__ = ["PrioritizedSliceSampler", "first_records"]
+__all__ = ["PrioritizedSliceSampler"]
 
 
 class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSliceSampler):
@@ -261,48 +261,40 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
     def slice_priorities(
         self, batch: TensorDictBase, priority_key: NestedKey = "td_error"
     ) -> tuple[Tensor, Tensor]:
-        """One priority for each slice of a sampled batch, to be given to its first record.
+        """The entries of `first_records`: slots int64 [S, ndim] and priorities [S].
 
         `buffer.update_priority(*sampler.slice_priorities(batch))` is R2D2's update, in which a
-        sequence has one priority, `reduction` over its |TD errors| (Kapturowski et al. 2019).
+        sequence has one priority (Kapturowski et al. 2019).
+        """
+        first = self.first_records(batch, priority_key)
+        return first["index"], first[priority_key]
+
+    def first_records(
+        self, batch: TensorDictBase, priority_key: NestedKey = "td_error"
+    ) -> TensorDict:
+        """The first record of each slice of a sampled batch, with the priority of the slice.
 
         Args:
             batch: as it was sampled, [R], or reshaped to [slices, length], with TD errors.
-            priority_key: where the TD errors are, in the `td_error_unit`.
+            priority_key: where the TD errors are, in the `td_error_unit`, [R] or [R, k].
 
         Returns:
-            The slots in which the slices begin, int64 [S, ndim], and their priorities [S], in the
-            same unit.
+            TensorDict [S] with "index", with `reduction` over |TD error| of the whole slice under
+            `priority_key`, in the same unit, and with "index_generation" if the batch has it.
 
         Raises:
             PriorityError: there are no TD errors.
             RuntimeError: slices may be shorter, and `truncated_key` does not tell where they end.
         """
-        lengths = self.slice_lengths(batch)
-        records = int(lengths.sum())
-        size = slice_batches.td_error_sizes(batch, priority_key, records)
-        if self.td_error_unit == "squared":
-            size = size.sqrt()
-        first, priority = slice_batches.reduce_slices(size, lengths, self.reduction)
-        index = batch.get("index").reshape(records, -1)[first]
-        return index, priority**2 if self.td_error_unit == "squared" else priority
-
-    def slice_lengths(self, batch: TensorDictBase) -> Tensor:
-        """Records in each slice of a sampled batch, int64 [S]."""
         if self.span[1] or not self.strict_length:
-            return slice_batches.lengths_of(batch, self.truncated_key)
-        length, n = self._adjusted_batch_size(batch.numel())
-        return torch.full((n,), length, device=batch.device)
-
-
-def first_records(
-    batch: TensorDictBase, sampler: PrioritizedSliceSampler, priority_key: NestedKey
-) -> TensorDict:
-    """The first record of each slice in a batch, with the priority of the slice: [S]."""
-    index, priority = sampler.slice_priorities(batch, priority_key)
-    first = TensorDict({"index": index, priority_key: priority}, [len(index)])
-    generation = batch.get("index_generation", None)
-    if generation is not None:
-        length = sampler.slice_lengths(batch)
-        first["index_generation"] = generation.reshape(batch.numel(), -1)[length.cumsum(0) - length]
-    return first
+            lengths = slice_batches.lengths_of(batch, self.truncated_key)
+        else:
+            length, n = self._adjusted_batch_size(batch.numel())
+            lengths = torch.full((n,), length, device=batch.device)
+        return slice_batches.first_records(
+            batch,
+            lengths,
+            priority_key,
+            reduction=self.reduction,
+            squared=self.td_error_unit == "squared",
+        )
