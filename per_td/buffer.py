@@ -290,7 +290,8 @@ class PrioritizedReplayBuffer:
                     f" got {list(generation.shape)}"
                 )
             live = generation == self._storage.generation(index)
-        self._priorities.update(index, td_error, len(self), live)
+        size = len(self) if validation.can_raise(index) else self._storage.size
+        self._priorities.update(index, td_error, size, live)
         if live is not None:
             self._stale += (~live).sum()
 

@@ -5,6 +5,7 @@ __all__ = [
     "ConfigurationError",
     "EmptyBufferError",
     "IndexRangeError",
+    "KernelWarning",
     "PerTdError",
     "PriorityError",
     "SchemaError",
@@ -37,3 +38,7 @@ class EmptyBufferError(PerTdError, RuntimeError):
 
 class CheckpointError(PerTdError, RuntimeError):
     """A saved state that cannot be loaded into this buffer."""
+
+
+class KernelWarning(UserWarning):
+    """Compiled kernels cannot be used; plain torch takes over, with the same results."""

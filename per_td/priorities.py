@@ -48,7 +48,9 @@ class PriorityTable:
         new_priority: str,
         device: torch.device,
     ) -> None:
+        self._settings = torch.zeros(2, dtype=torch.float64, device=device)
         self._alpha = validation.real("alpha", alpha)
+        self._settings[0].fill_(self._alpha)
         self.eps = eps
         self.draw = validation.one_of("draw", draw, draws.DRAWS)
         self.method = validation.one_of("method", method, draws.METHODS)
@@ -88,6 +90,7 @@ class PriorityTable:
         value = validation.real("alpha", value)
         if value != self._alpha:
             self._alpha = value
+            self._settings[0].fill_(value)
             self.masses.fill(mass_of(self.raw, value))
 
     @property
@@ -98,6 +101,7 @@ class PriorityTable:
     @eps.setter
     def eps(self, value: float) -> None:
         self._eps = validation.real("eps", value)
+        self._settings[1].fill_(self._eps)
 
     @property
     def weight_normalization(self) -> str:
@@ -147,13 +151,13 @@ class PriorityTable:
             priority = torch.where(refused, self.for_new(), priority)
         self._write(index, priority)
 
-    def update(self, index: Tensor, td_error: Any, size: int, live: Tensor | None) -> None:
+    def update(self, index: Tensor, td_error: Any, size: Tensor | int, live: Tensor | None) -> None:
         """Set priorities from TD errors; where an index occurs twice, its last one holds.
 
         Args:
             index: slots, int64 [B].
             td_error: TD errors [B].
-            size: number of filled slots.
+            size: number of filled slots; on CUDA a 0-dim tensor, which a CUDA graph reads anew.
             live: bool [B], False for updates to be dropped; None drops none.
 
         Raises:
@@ -161,7 +165,11 @@ class PriorityTable:
             PriorityError: a TD error is NaN or infinite, or the shape or dtype is wrong.
                 On CUDA such updates are refused and counted instead.
         """
-        priority = priority_of(validation.as_values("td_error", td_error, index), self.eps)
+        td_error = validation.as_values("td_error", td_error, index)
+        if self.masses.launches is not None:
+            self._launch(index, td_error, eps=self._settings[1], live=live, size=size)
+            return
+        priority = priority_of(td_error, self._eps)
         valid = validation.require_in_range(index, size)
         valid = valid & validation.require_finite("td_error", priority)
         if not validation.can_raise(valid):
@@ -171,7 +179,31 @@ class PriorityTable:
         index, priority = validation.route(index, priority, valid, self.masses.layout.spare)
         self._write(*reference.keep_last(index, priority))
 
+    def _launch(self, index: Tensor, value: Tensor, **given: Any) -> None:
+        """Write priorities in Triton; see `per_td.kernels.cuda_update.assign`."""
+        kernels: Any = self.masses.launches
+        smallest = self._smallest
+        trees = kernels.Trees(
+            self.masses.layout,
+            (self.masses.leaves, self.masses.nodes),
+            (self._raw, self._largest.nodes),
+            None if smallest is None else (smallest.leaves, smallest.nodes),
+        )
+        kernels.assign(
+            trees,
+            self._raw,
+            index,
+            value,
+            alpha=self._settings[0],
+            ever_max=self.ever_max,
+            refused=self.refused,
+            **given,
+        )
+
     def _write(self, index: Tensor, priority: Tensor) -> None:
+        if self.masses.launches is not None:
+            self._launch(index, priority)
+            return
         self._raw[index] = priority
         self.masses.write(index, mass_of(priority, self._alpha))
         self._largest.refresh(index)
@@ -229,11 +261,20 @@ class PriorityTable:
     def weights(self, index: Tensor, beta: Tensor | float, size: Tensor | int) -> Tensor:
         """Importance-sampling weights of the slots drawn, float32 [B]."""
         smallest = self._smallest
+        mass, total = self.masses.leaves.index_select(0, index), self.masses.total
+        unit = None if smallest is None else mass_of(smallest.value, self._alpha)
+        kernels = self.masses.launches
+        if kernels is not None:
+            if self._weight_normalization == "none":
+                weight: Tensor = kernels.weigh(mass, beta, total, size)
+            else:
+                weight = kernels.weigh(mass, beta, mass.amin() if unit is None else unit)
+            return weight
         return importance_weights(
-            self.masses[index],
+            mass,
             beta,
-            total=self.masses.total,
+            total=total,
             size=size,
-            smallest=None if smallest is None else mass_of(smallest.value, self._alpha),
+            smallest=unit,
             normalization=self._weight_normalization,
         )

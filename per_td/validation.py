@@ -1,8 +1,9 @@
 """The checks at the boundary: what comes in is right, or an error says what was expected.
 
 On the CPU a wrong value raises before anything is written. On CUDA, looking at a value would stop
-the host until the device has caught up; there a wrong value is refused on the device: it is sent to
-a slot that nobody reads (`route`), the old one stays, and a counter tells.
+the host until the device has caught up; there, and in what torch.compile makes, a wrong value is
+refused on the device: it is sent to a slot that nobody reads (`route`), the old one stays, and a
+counter tells.
 """
 
 import math
@@ -29,8 +30,11 @@ __all__ = [
 
 
 def can_raise(tensor: Tensor) -> bool:
-    """Whether a value of `tensor` can be looked at without a host sync."""
-    return tensor.device.type == "cpu"
+    """Whether a value of `tensor` can be looked at.
+
+    Not on CUDA, where that would stop the host, and not while torch.compile traces: there is none.
+    """
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def resolve_device(device: torch.device | str | int | None) -> torch.device:
@@ -134,7 +138,7 @@ def require_finite(name: str, values: Tensor, *, low: float = -math.inf) -> Tens
     return valid
 
 
-def require_in_range(index: Tensor, size: int) -> Tensor:
+def require_in_range(index: Tensor, size: Tensor | int) -> Tensor:
     """Which of `index` [B] lie in [0, size), bool [B].
 
     Raises:

@@ -1,11 +1,12 @@
 """SumTree: masses, their exact sums, and draws in proportion to them."""
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from per_td import draws, validation
+from per_td import draws, kernels, validation
 from per_td.errors import EmptyBufferError
 from per_td.tree import reference
 from per_td.tree.layout import Layout
@@ -40,6 +41,13 @@ class SumTree:
         self.device = validation.resolve_device(device)
         self.leaves = torch.zeros(self.layout.leaf_slots, device=self.device)
         self.nodes = self.layout.new_nodes(0.0, torch.float64, self.device)
+        self._offsets = torch.tensor(self.layout.offsets, device=self.device)
+        self._launched = kernels.wanted_triton(self.device)
+
+    @property
+    def launches(self) -> ModuleType | None:
+        """The operations in Triton, where they are used; see `per_td.kernels`."""
+        return kernels.cuda() if self._launched and not torch.compiler.is_compiling() else None
 
     @property
     def levels(self) -> list[Tensor]:
@@ -77,6 +85,8 @@ class SumTree:
         """
         index = validation.as_index(index, self.device)
         value = validation.as_values("value", value, index)
+        if self._put(index, value):
+            return
         valid = validation.require_in_range(index, self.capacity)
         valid = valid & validation.require_finite("value", value, low=0.0)
         index, value = validation.route(index, value, valid, self.layout.spare)
@@ -89,8 +99,18 @@ class SumTree:
             index: int64 [B]; occurrences of the same index must carry the same value.
             value: float32 [B].
         """
+        if self._put(index, value):
+            return
         self.leaves[index] = value
         reference.refresh(self.leaves, self.levels, index, reference.sum_children)
+
+    def _put(self, index: Tensor, value: Tensor) -> bool:
+        """`update` in Triton; False, and nothing is done, where that is not used."""
+        launches = self.launches
+        if launches is not None:
+            trees = launches.Trees(self.layout, (self.leaves, self.nodes))
+            launches.put(trees, index, value)
+        return launches is not None
 
     def fill(self, value: Tensor) -> None:
         """Set the masses of all slots at once, in O(N); float32 [capacity]."""
@@ -99,6 +119,9 @@ class SumTree:
 
     def find(self, target: Tensor) -> Tensor:
         """The slots in which the cumulative mass passes `target`, float64 [B]: int64 [B]."""
+        if self.launches is not None:
+            found: Tensor = self.launches.find(self.leaves, self.nodes, self._offsets, target)
+            return found
         return reference.find(self.leaves, self.levels, target)
 
     def sample(
@@ -129,7 +152,19 @@ class SumTree:
             raise EmptyBufferError("expected a positive mass to draw from, got only masses of 0")
         if draw == "without_replacement":
             return self._sample_distinct(n, generator)
-        return self.find(draws.points(n, draw, self.device, generator) * self.total)
+        return self._sample_tree(n, generator, draw)[0]
+
+    def _sample_tree(
+        self, n: int, generator: torch.Generator | None, draw: str
+    ) -> tuple[Tensor, Tensor]:
+        """Slots int64 [n] and their masses float32 [n], with replacement."""
+        if self.launches is not None:
+            point = draws.points(n, "independent", self.device, generator)
+            tree, stratified = (self.leaves, self.nodes, self._offsets), draw == "stratified"
+            drawn: tuple[Tensor, Tensor] = self.launches.draw(*tree, point, stratified=stratified)
+            return drawn
+        index = self.find(draws.points(n, draw, self.device, generator) * self.total)
+        return index, self.leaves.index_select(0, index)
 
     def _sample_distinct(self, n: int, generator: torch.Generator | None) -> Tensor:
         draws.require_enough(self.capacity, n)
