@@ -1,4 +1,4 @@
-"""Every error that per_td raises on purpose. All derive from `PerTdError`."""
+"""Every error that per_td raises on purpose, all derived from `PerTdError`; and its warning."""
 
 __all__ = [
     "CheckpointError",

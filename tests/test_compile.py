@@ -32,7 +32,7 @@ def whole(function, backend="eager"):
 @pytest.mark.parametrize("method", ["tree", "auto"])
 def test_sampling_is_one_graph_and_batches_are_what_they_are_without(draw, normalization, method):
     buffer = filled(draw=draw, weight_normalization=normalization, method=method)
-    batch = whole(buffer.sample, "aot_eager")(16)
+    batch = whole(buffer.sample)(16)
     index = batch["index"]
     expected = data(0, 40)[index]
     for key in ("observation", "action", ("next", "reward")):
@@ -121,6 +121,7 @@ def test_a_generator_costs_the_single_graph_and_is_drawn_from():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
 def test_a_compiled_step_learns_the_priorities_of_a_plain_one(device):
     """With the compiler's own kernels, as users run it."""
     buffer = filled(1000, 1000, device=device)

@@ -25,25 +25,12 @@ _HUGE = tl.constexpr(torch.finfo(torch.float32).max)
 
 
 @triton.jit
-def _wanted(index, value, live, size, eps, lane, n, slots):
-    """What each update asks for.
-
-    Returns:
-        Slots, new values, whether it was refused, and whether it is to be written.
-    """
-    inside = lane < n
-    at = tl.load(index + lane, mask=inside, other=0)
+def _priority(value, eps, lane, inside):
+    """|value| + eps, or the value as it is."""
     new = tl.load(value + lane, mask=inside, other=0.0)
     if eps is not None:
         new = tl.abs(new) + tl.load(eps).to(tl.float32)
-    limit = slots
-    if size is not None:
-        limit = tl.load(size)
-    right = (at >= 0) & (at < limit) & (new >= 0) & (new <= _HUGE)  # NaN is neither
-    written = inside & right
-    if live is not None:
-        written = written & (tl.load(live + lane, mask=inside, other=0) != 0)
-    return at, tl.abs(new), inside & (right == 0), written  # abs: no -0, whose sign bit is set
+    return new
 
 
 @triton.jit
@@ -51,50 +38,75 @@ def _claim_of(lane):
     return lane.to(tl.uint32) + 0x80000001
 
 
-@triton.jit(do_not_specialize=["n", "slots"])
-def _claim(column, index, value, live, size, eps, n, slots, FLAT: tl.constexpr):
-    """Mark the slots [n] in `column` (float32 as uint32) with the last update of each."""
-    lane = tl.program_id(0) * FLAT + tl.arange(0, FLAT)
-    at, _, _, written = _wanted(index, value, live, size, eps, lane, n, slots)
-    tl.atomic_max(column + at, _claim_of(lane), mask=written, sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["n", "slots"])
-def _settle(
+@triton.jit(do_not_specialize=["n", "slots", "capacity"])
+def _claim(
     column,
-    masses,
     index,
     value,
-    live,
-    size,
     eps,
-    alpha,
-    ever_max,
+    live,
+    generation,
+    written,
+    size,
     refused,
+    dropped,
     n,
     slots,
+    capacity,
     FLAT: tl.constexpr,
 ):
-    """Write the value of every update whose claim stands, and count those refused.
+    """Mark the slots `index` [n] in `column` (float32 as uint32) with the last update of each.
 
-    `masses`, `ever_max` (float32 as int32) and `refused` may be None. FLAT is not less than the
-    threads of a program: two threads for one update would each look whether its claim stands.
+    What is not to be written claims nothing, and is counted: as `refused` what is wrong, as
+    `dropped` what is right or wrong, but late.
     """
     lane = tl.program_id(0) * FLAT + tl.arange(0, FLAT)
-    at, new, wrong, written = _wanted(index, value, live, size, eps, lane, n, slots)
-    # a slot holds the claim of its last update, or what that has written: no other's claim
-    written = written & (tl.load(column + at, mask=written, other=0) == _claim_of(lane))
-    tl.store(column + at, new.to(tl.uint32, bitcast=True), mask=written)
-    if masses is not None:
-        base = tl.where(written & (new > 0), new, 1.0).to(tl.float64)
-        mass = tl.exp(tl.log(base) * tl.load(alpha))
-        mass = tl.minimum(tl.maximum(mass, _TINY), _HUGE).to(tl.float32)
-        tl.store(masses + at, tl.where(new > 0, mass, 0.0), mask=written)
-    if ever_max is not None:
-        largest = tl.max(tl.where(written, new, 0.0), axis=0)  # without a sign, as integers
-        tl.atomic_max(ever_max, largest.to(tl.int32, bitcast=True), sem="relaxed")
+    inside = lane < n
+    at = tl.load(index + lane, mask=inside, other=0)
+    new = _priority(value, eps, lane, inside)
+    limit = slots
+    if size is not None:
+        limit = tl.load(size)
+    right = inside & (at >= 0) & (at < limit) & (new >= 0) & (new <= _HUGE)  # NaN is neither
+    alive = inside
+    if live is not None:
+        alive = inside & (tl.load(live + lane, mask=inside, other=0) != 0)
+    if generation is not None:
+        age = tl.load(written) - 1 - at
+        wrapped = age // capacity  # towards 0
+        wrapped = tl.where(wrapped * capacity > age, wrapped - 1, wrapped)
+        alive = alive & (tl.load(generation + lane, mask=inside, other=0) == wrapped)
     if refused is not None:
-        tl.atomic_add(refused, tl.sum(wrong.to(tl.int64), axis=0), sem="relaxed")
+        wrong = tl.sum((inside & (right == 0)).to(tl.int64), axis=0)
+        tl.atomic_add(refused, wrong, sem="relaxed")
+    if dropped is not None:
+        late = tl.sum((inside & (alive == 0)).to(tl.int64), axis=0)
+        tl.atomic_add(dropped, late, sem="relaxed")
+    tl.atomic_max(column + at, _claim_of(lane), mask=right & alive, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["n", "slots"])
+def _settle(column, masses, index, value, eps, alpha, ever_max, n, slots, FLAT: tl.constexpr):
+    """Write the value of every update whose claim stands; `masses` and `ever_max` may be None.
+
+    A slot holds the claim of its last update, or what that has written since: no other's claim.
+    FLAT is not less than the threads of a program: if two of them did one update, the second might
+    look after the first has written.
+    """
+    lane = tl.program_id(0) * FLAT + tl.arange(0, FLAT)
+    inside = lane < n
+    at = tl.load(index + lane, mask=inside, other=-1)
+    inside = (at >= 0) & (at < slots)
+    stands = inside & (tl.load(column + at, mask=inside, other=0) == _claim_of(lane))
+    new = tl.where(stands, tl.abs(_priority(value, eps, lane, stands)), 0.0)  # abs: no -0
+    tl.store(column + at, new.to(tl.uint32, bitcast=True), mask=stands)
+    if masses is not None:
+        mass = tl.exp(tl.log(tl.where(new > 0, new, 1.0).to(tl.float64)) * tl.load(alpha))
+        mass = tl.minimum(tl.maximum(mass, _TINY), _HUGE).to(tl.float32)
+        tl.store(masses + at, tl.where(new > 0, mass, 0.0), mask=stands)
+    if ever_max is not None:  # float32 as int32: without a sign, in the same order
+        largest = tl.max(new, axis=0).to(tl.int32, bitcast=True)
+        tl.atomic_max(ever_max, largest, sem="relaxed")
 
 
 def put(trees: Trees, index: Tensor, value: Tensor) -> None:
@@ -108,16 +120,13 @@ def put(trees: Trees, index: Tensor, value: Tensor) -> None:
         index: int64 [B].
         value: float32 [B].
     """
-    n = len(index)
-    if not n:
-        return
-    index, value = index.contiguous(), value.contiguous()
-    column = trees.sums[0].view(torch.uint32)
-    grid, slots = (triton.cdiv(n, FLAT),), trees.layout.capacity
-    given = (index, value, None, None, None)
-    _claim[grid](column, *given, n, slots, FLAT)
-    _settle[grid](column, None, *given, None, None, None, n, slots, FLAT)
-    refresh(trees, index)
+    if len(index):
+        index, value = index.contiguous(), value.contiguous()
+        column, n, slots = trees.sums[0].view(torch.uint32), len(index), trees.layout.capacity
+        grid, unused = (triton.cdiv(n, FLAT),), (None,) * 6
+        _claim[grid](column, index, value, None, *unused, n, slots, slots, FLAT)
+        _settle[grid](column, None, index, value, None, None, None, n, slots, FLAT)
+        refresh(trees, index)
 
 
 def assign(
@@ -129,10 +138,12 @@ def assign(
     alpha: Tensor,
     ever_max: Tensor,
     eps: Tensor | None = None,
-    live: Tensor | None = None,
     size: Tensor | int | None = None,
+    live: Tensor | None = None,
+    generation: Tensor | None = None,
+    written: Tensor | None = None,
     refused: Tensor | None = None,
-) -> None:
+) -> Tensor | int:
     """Set the priorities of the slots `index` [B], one after the other; masses and nodes follow.
 
     Args:
@@ -143,21 +154,29 @@ def assign(
         alpha: exponent of the priorities, float64, 0-dim.
         ever_max: takes up the largest priority written, float32, 0-dim.
         eps: added to |TD error|, float64, 0-dim.
-        live: bool [B], False for updates to be dropped; None drops none.
         size: how many slots may be named, a number or int64, 0-dim; None stands for all.
+        live: bool [B], False for updates to be dropped; None drops none.
+        generation: those of the transitions meant, int64 [B]; drops what has been overwritten.
+        written: how many transitions were ever written, int64, 0-dim; to go with `generation`.
         refused: to count updates whose slot or priority is out of range or NaN, int64, 0-dim.
+
+    Returns:
+        How many were dropped, int64, 0-dim, or 0.
     """
-    n = len(index)
+    n, slots = len(index), trees.layout.capacity
     if not n:
-        return
+        return 0
     index, value = index.contiguous(), value.contiguous()
     live = None if live is None else live.contiguous()
-    column, masses = raw.view(torch.uint32), trees.sums[0]
-    grid, slots = (triton.cdiv(n, FLAT),), trees.layout.capacity
-    if isinstance(size, int):
-        slots, size = size, None
-    given = (index, value, live, size, eps)
-    _claim[grid](column, *given, n, slots, FLAT)
-    counters = (ever_max.view(torch.int32), refused)
-    _settle[grid](column, masses, *given, alpha, *counters, n, slots, FLAT)
+    generation = None if generation is None else generation.contiguous()
+    dropped = None
+    if live is not None or generation is not None:
+        dropped = torch.zeros((), dtype=torch.int64, device=index.device)
+    limit, size = (size, None) if isinstance(size, int) else (slots, size)
+    column, grid = raw.view(torch.uint32), (triton.cdiv(n, FLAT),)
+    given, counters = (live, generation, written, size), (refused, dropped)
+    _claim[grid](column, index, value, eps, *given, *counters, n, limit, slots, FLAT)
+    record = ever_max.view(torch.int32)
+    _settle[grid](column, trees.sums[0], index, value, eps, alpha, record, n, slots, FLAT)
     refresh(trees, index)
+    return 0 if dropped is None else dropped

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from per_td.draws import points
+from per_td.ring import generation_of
 from per_td.tree import ExtremumTree, Layout, SumTree, reference
 from per_td.weights import importance_weights, mass_of
 from tests.oracle import assert_drawn_from
@@ -112,8 +113,10 @@ def test_random_updates_leave_what_a_loop_leaves(capacity, alpha, device):
         delta = torch.randn(n) * 10.0 ** torch.randint(-3, 4, (n,))
         for wrong in (math.nan, math.inf, -math.inf, 0.0):
             delta[torch.rand(n) < 0.05] = wrong
-        live = torch.rand(n) < 0.8
-        kernels.assign(
+        written = int(torch.randint(1, 3 * capacity + 1, ()))
+        live = torch.rand(n) < 0.9
+        generation = generation_of(index, written, capacity) + (torch.rand(n) < 0.1).long()
+        dropped = kernels.assign(
             column.trees,
             column.raw,
             index.to(device),
@@ -122,9 +125,13 @@ def test_random_updates_leave_what_a_loop_leaves(capacity, alpha, device):
             ever_max=column.ever_max,
             eps=number(0.01, device),
             live=live.to(device),
+            generation=generation.to(device),
+            written=torch.tensor(written, device=device),
             size=torch.tensor(size, device=device),
             refused=column.refused,
         )
+        live &= generation == generation_of(index, written, capacity)
+        assert dropped == (~live).sum()
         priority = (delta.abs() + 0.01).tolist()
         for i, p, alive in zip(index.tolist(), priority, live.tolist(), strict=True):
             if not (0 <= i < size and math.isfinite(p)):
@@ -172,7 +179,12 @@ def test_of_many_updates_of_one_slot_the_last_holds(n, device):
     value = torch.rand(n, device=device)
     for _ in range(3):
         kernels.assign(
-            column.trees, index, value, alpha=number(1.0, device), ever_max=column.ever_max
+            column.trees,
+            column.raw,
+            index,
+            value,
+            alpha=number(1.0, device),
+            ever_max=column.ever_max,
         )
         assert column.raw[77] == value[-1]
         assert column.ever_max == value[-1]
@@ -186,7 +198,12 @@ def test_extreme_priorities_keep_a_positive_finite_mass(device):
         index = torch.arange(len(values), device=device)
         value = torch.tensor(values, device=device)
         kernels.assign(
-            column.trees, index, value, alpha=number(alpha, device), ever_max=column.ever_max
+            column.trees,
+            column.raw,
+            index,
+            value,
+            alpha=number(alpha, device),
+            ever_max=column.ever_max,
         )
         mass = column.mass[: len(values)]
         assert (mass[:-1] > 0).all()
@@ -202,7 +219,12 @@ def test_a_negative_zero_does_not_keep_its_slot_from_being_written(device):
     for value in (-0.0, 3.0):
         value = torch.tensor([value], device=device)
         kernels.assign(
-            column.trees, index, value, alpha=number(1.0, device), ever_max=column.ever_max
+            column.trees,
+            column.raw,
+            index,
+            value,
+            alpha=number(1.0, device),
+            ever_max=column.ever_max,
         )
         assert column.raw[2] == value
         assert not column.raw[2].signbit()
@@ -213,7 +235,12 @@ def test_updates_of_nothing_change_nothing(device):
     none = torch.empty(0, dtype=torch.int64, device=device)
     kernels.put(column.trees, none, none.float())
     kernels.assign(
-        column.trees, none, none.float(), alpha=number(1.0, device), ever_max=column.ever_max
+        column.trees,
+        column.raw,
+        none,
+        none.float(),
+        alpha=number(1.0, device),
+        ever_max=column.ever_max,
     )
     assert column.sums[-1].item() == 4
     assert len(kernels.find(*column.tree, none.double())) == 0
