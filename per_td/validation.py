@@ -1,8 +1,9 @@
 """The checks at the boundary: what comes in is right, or an error says what was expected.
 
 On the CPU a wrong value raises before anything is written. On CUDA, looking at a value would stop
-the host until the device has caught up; there a wrong value is refused on the device: it is sent to
-a slot that nobody reads (`route`), the old one stays, and a counter tells.
+the host until the device has caught up; there, and in what torch.compile makes, a wrong value is
+refused on the device: it is sent to a slot that nobody reads (`route`), the old one stays, and a
+counter tells.
 """
 
 import math
@@ -29,8 +30,11 @@ __all__ = [
 
 
 def can_raise(tensor: Tensor) -> bool:
-    """Whether a value of `tensor` can be looked at without a host sync."""
-    return tensor.device.type == "cpu"
+    """Whether a value of `tensor` can be looked at.
+
+    Not on CUDA, where that would stop the host, and not while torch.compile traces: there is none.
+    """
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def resolve_device(device: torch.device | str | int | None) -> torch.device:
@@ -51,6 +55,8 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def positive_int(name: str, value: object) -> int:
     """`value` as an int of at least 1, or a ConfigurationError that names the argument."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
     if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
         raise ConfigurationError(f"{name}: expected an integer of at least 1, got {value!r}")
     return int(value.__index__())
@@ -82,6 +88,9 @@ def as_index(index: Any, device: torch.device) -> Tensor:
     Raises:
         IndexRangeError: it is not of an integer dtype, or has more than one dimension.
     """
+    if type(index) is Tensor and index.dtype is torch.int64 and index.device == device:
+        if index.ndim == 1:
+            return index
     index = torch.as_tensor(index)
     if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
         if index.numel():
@@ -101,6 +110,9 @@ def as_values(name: str, values: Any, index: Tensor) -> Tensor:
         PriorityError: the shape or the dtype is not that of one real number per index.
     """
     values = torch.as_tensor(values).detach()
+    if values.dtype is torch.float32 and values.shape == index.shape:
+        if values.device == index.device:
+            return values
     if values.dtype.is_complex or values.dtype == torch.bool:
         raise PriorityError(f"{name}: expected a real dtype, got {values.dtype}")
     if values.shape not in (index.shape, (*index.shape, 1)) and not (
@@ -134,7 +146,7 @@ def require_finite(name: str, values: Tensor, *, low: float = -math.inf) -> Tens
     return valid
 
 
-def require_in_range(index: Tensor, size: int) -> Tensor:
+def require_in_range(index: Tensor, size: Tensor | int) -> Tensor:
     """Which of `index` [B] lie in [0, size), bool [B].
 
     Raises:
@@ -144,7 +156,7 @@ def require_in_range(index: Tensor, size: int) -> Tensor:
     if can_raise(index) and not valid.all():
         at = _first_wrong(valid)
         raise IndexRangeError(
-            f"index: expected 0 <= index < {size}, the filled slots,"
+            f"index: expected 0 <= index < {int(size)}, the filled slots,"
             f" got {index[at].item()} at position {at}; nothing was written"
         )
     return valid

@@ -1,12 +1,37 @@
 """Fixtures: every device there is, and a generator on it."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before per_td brings triton, which reads it when imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--interpreted",
+        action="store_true",
+        help="run the tests for CUDA on the CPU too, by Triton's interpreter, in some minutes",
+    )
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Leave out what is interpreted, unless asked for: the kernels' own tests are always run."""
+    wanted = config.getoption("--interpreted")
+    params = [(item, getattr(item, "callspec", None)) for item in items]
+    left_out = {
+        item for item, p in params if p and p.params.get("device") == "interpreted" and not wanted
+    }
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(
     params=[
         "cpu",
+        "interpreted",
         pytest.param(
             "cuda",
             marks=[
@@ -16,8 +41,21 @@ import torch
         ),
     ]
 )
-def device(request) -> torch.device:
-    return torch.device(request.param)
+def device(request, monkeypatch) -> torch.device:
+    """The CPU, the CPU as if it were CUDA, by Triton's interpreter, and CUDA."""
+    if request.param != "interpreted":
+        return torch.device(request.param)
+    pytest.importorskip("triton", reason="triton is not installed")
+    from per_td import draws, kernels, validation
+    from per_td.kernels import cuda_draw, cuda_nodes, cuda_update
+
+    monkeypatch.setattr(kernels, "wanted", lambda device: False)
+    monkeypatch.setattr(kernels, "launched", lambda device: True)
+    for module, name in ((cuda_draw, "POINTS"), (cuda_nodes, "NODES"), (cuda_update, "FLAT")):
+        monkeypatch.setattr(module, name, 4096)  # the interpreter takes as long for any number
+    for module in (validation, draws):
+        monkeypatch.setattr(module, "can_raise", lambda tensor: False)
+    return torch.device("cpu")
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ class ExtremumTree:
     """
 
     def __init__(self, leaves: Tensor, layout: Layout, which: Literal["max", "min"]) -> None:
-        self._leaves = leaves
+        self.leaves = leaves
         self._reduce = _max_children if which == "max" else _min_children
         self._none = 0.0 if which == "max" else torch.inf
         self.nodes = layout.new_nodes(self._none, leaves.dtype, leaves.device)
@@ -44,14 +44,19 @@ class ExtremumTree:
         return self._layout.levels(self.nodes)
 
     @property
+    def root(self) -> int:
+        """Address of `value`."""
+        return self.nodes.data_ptr() + 4 * (self.nodes.numel() - 1)
+
+    @property
     def value(self) -> Tensor:
         """The extremum, a 0-dim tensor; 0 for "max" and inf for "min" where there is no value."""
         return self.nodes[-1]
 
     def refresh(self, index: Tensor) -> None:
         """Take up what was written at the leaves `index`, int64 [B]."""
-        reference.refresh(self._leaves, self._levels, index, self._reduce)
+        reference.refresh(self.leaves, self._levels, index, self._reduce)
 
     def refresh_all(self) -> None:
         """Take up whatever was written, in O(N)."""
-        reference.refresh_all(self._leaves, self._levels, self._reduce)
+        reference.refresh_all(self.leaves, self._levels, self._reduce)

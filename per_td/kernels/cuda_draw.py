@@ -1,0 +1,163 @@
+"""Draws from the sum tree on CUDA, and the weights of what was drawn, in Triton.
+
+The operations of `per_td.tree.reference.find` and `per_td.weights.importance_weights`. Launches
+depend on shapes alone and nothing is read back, so all of this can be captured in a CUDA graph.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["draw", "find", "weigh"]
+
+POINTS = 32  # that one program walks down together: 512 children at a time
+FLAT = 256  # elements that one program works on where they are independent
+
+
+@triton.jit
+def _child_at(mass, target):
+    """Which of 16 children holds the point `target` [n], given their masses [n, 16].
+
+    The first of positive mass whose prefix sum lies above the point; the last of positive mass
+    where the point is at or past the end (rounding); child 0 where all masses are 0.
+
+    Returns:
+        The children, and the sums of the masses before them, [n] each.
+    """
+    column = tl.arange(0, 16)[None, :]
+    prefix = tl.cumsum(mass, axis=1)
+    first = tl.min(tl.where((mass > 0) & (prefix > target[:, None]), column, 16), axis=1)
+    last = tl.max(tl.where(mass > 0, column, 0), axis=1)
+    child = tl.where(first < 16, first, last)
+    before = tl.sum(tl.where(column == child[:, None] - 1, prefix, 0.0), axis=1)
+    return child, before
+
+
+@triton.jit(do_not_specialize=["n"])
+def _walk(
+    leaves,
+    nodes,
+    offsets,
+    point,
+    index,
+    mass,
+    n,
+    DEPTH: tl.constexpr,
+    SCALED: tl.constexpr,
+    STRATIFIED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """From the root to the leaves, in one launch.
+
+    Args:
+        leaves, nodes, offsets: the tree, and where each of its DEPTH levels begins in `nodes`.
+        point: float64 [n].
+        index, mass: where the leaves and their masses go, [n].
+        n: how many points.
+        DEPTH: levels above the leaves.
+        SCALED: points are in [0, 1), to be scaled by the total; else in [0, total).
+        STRATIFIED: they are places within equal parts of that range, one in each.
+        BLOCK: points per program.
+    """
+    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = lane < n
+    column = tl.arange(0, 16)[None, :]
+    target = tl.load(point + lane, mask=inside, other=0.0)
+    if STRATIFIED:
+        target = (lane + target) / n
+    if SCALED:
+        target = target * tl.load(nodes + tl.load(offsets + DEPTH - 1))
+    node = tl.zeros([BLOCK], dtype=tl.int64)
+    for k in tl.static_range(DEPTH - 1):  # the children of the root first
+        level = nodes + tl.load(offsets + DEPTH - 2 - k)
+        child, before = _child_at(tl.load(level + node[:, None] * 16 + column), target)
+        target -= before
+        node = node * 16 + child
+    masses = tl.load(leaves + node[:, None] * 16 + column)
+    child, before = _child_at(masses.to(tl.float64), target)
+    tl.store(index + lane, node * 16 + child, mask=inside)
+    drawn = tl.sum(tl.where(column == child[:, None], masses, 0.0), axis=1)
+    tl.store(mass + lane, drawn, mask=inside)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _weigh(mass, unit, size, beta, weight, n, FLAT: tl.constexpr):
+    """(mass / unit)^-beta, or with a `size` (mass / unit * size)^-beta, in float64."""
+    lane = tl.program_id(0) * FLAT + tl.arange(0, FLAT)
+    inside = lane < n
+    ratio = tl.load(mass + lane, mask=inside, other=1.0).to(tl.float64)
+    ratio = ratio / tl.load(unit).to(tl.float64)
+    if size is not None:
+        ratio = ratio * tl.load(size).to(tl.float64)
+    power = tl.exp(-tl.load(beta).to(tl.float64) * tl.log(ratio))
+    tl.store(weight + lane, power.to(tl.float32), mask=inside)
+
+
+def _walked(
+    leaves: Tensor, nodes: Tensor, offsets: Tensor, point: Tensor, *, scaled: bool, stratified: bool
+) -> tuple[Tensor, Tensor]:
+    n = len(point)
+    index = torch.empty(n, dtype=torch.int64, device=point.device)
+    mass = torch.empty(n, dtype=torch.float32, device=point.device)
+    if n:
+        _walk[(triton.cdiv(n, POINTS),)](
+            leaves,
+            nodes,
+            offsets,
+            point.contiguous(),
+            index,
+            mass,
+            n,
+            DEPTH=len(offsets),
+            SCALED=scaled,
+            STRATIFIED=stratified,
+            BLOCK=POINTS,
+        )
+    return index, mass
+
+
+def find(leaves: Tensor, nodes: Tensor, offsets: Tensor, target: Tensor) -> Tensor:
+    """The leaves in which the cumulative masses pass `target`, float64 [B]: int64 [B].
+
+    Args:
+        leaves: masses, float32 [leaf_slots].
+        nodes: their sums, float64 [node_slots].
+        offsets: where each level begins in `nodes`, int64 [levels], on the same device.
+        target: points in [0, total).
+    """
+    return _walked(leaves, nodes, offsets, target, scaled=False, stratified=False)[0]
+
+
+def draw(
+    leaves: Tensor, nodes: Tensor, offsets: Tensor, point: Tensor, *, stratified: bool
+) -> tuple[Tensor, Tensor]:
+    """`find` for random points in [0, 1), to be scaled by the total, in one launch.
+
+    Args:
+        leaves, nodes, offsets: as for `find`.
+        point: float64 [B].
+        stratified: one from each of B equal parts of the total, in order.
+
+    Returns:
+        Leaves int64 [B] and their masses float32 [B].
+    """
+    return _walked(leaves, nodes, offsets, point, scaled=True, stratified=stratified)
+
+
+def weigh(mass: Tensor, beta: Tensor, unit: Tensor, size: Tensor | None = None) -> Tensor:
+    """Importance-sampling weights (mass / unit)^-beta, or (mass / unit * size)^-beta.
+
+    Args:
+        mass: masses of what was drawn, float32 [B].
+        beta: 0-dim.
+        unit: the mass whose weight is to be 1, or with a `size` the total; 0-dim.
+        size: number of transitions in the buffer, 0-dim.
+
+    Returns:
+        float32 [B].
+    """
+    weight = torch.empty_like(mass)
+    if len(mass):
+        _weigh[(triton.cdiv(len(mass), FLAT),)](mass, unit, size, beta, weight, len(mass), FLAT)
+    return weight

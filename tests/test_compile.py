@@ -1,0 +1,138 @@
+"""`sample` and `update_priority` under torch.compile, as one graph each."""
+
+import math
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from per_td import PrioritizedReplayBuffer
+from tests.oracle import assert_drawn_from, data
+
+DRAWS = ("independent", "stratified", "without_replacement")
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_was_compiled():
+    torch._dynamo.reset()
+
+
+def filled(n=40, capacity=50, device="cpu", **settings) -> PrioritizedReplayBuffer:
+    buffer = PrioritizedReplayBuffer(capacity, device=device, **settings)
+    buffer.extend(data(0, n, device), torch.linspace(0, 2, n, device=device))
+    return buffer
+
+
+def whole(function, backend="eager"):
+    return torch.compile(function, fullgraph=True, backend=backend)
+
+
+@pytest.mark.parametrize("normalization", ["batch", "buffer", "none"])
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("method", ["tree", "auto"])
+def test_sampling_is_one_graph_and_batches_are_what_they_are_without(draw, normalization, method):
+    buffer = filled(draw=draw, weight_normalization=normalization, method=method)
+    batch = whole(buffer.sample)(16)
+    index = batch["index"]
+    expected = data(0, 40)[index]
+    for key in ("observation", "action", ("next", "reward")):
+        assert torch.equal(batch[key], expected[key])
+    weight = buffer._priorities.weights(index, buffer.beta, 40)
+    torch.testing.assert_close(batch["priority_weight"], weight)
+    assert batch["generation"].tolist() == [0] * 16
+    assert (buffer.priority[index] > 0).all()
+    if draw == "without_replacement":
+        assert len(index.unique()) == 16
+
+
+@pytest.mark.parametrize("draw", ["independent", "stratified"])
+def test_compiled_draws_follow_the_priorities(draw):
+    buffer = filled(draw=draw)
+    mass = buffer.priority.double() ** buffer.alpha
+    index = whole(buffer.sample)(20_000)["index"]
+    assert_drawn_from(index, mass / mass.sum())
+
+
+@pytest.mark.parametrize("normalization", ["batch", "buffer"])
+@pytest.mark.parametrize("capacity", [1, 17, 50, 300])
+def test_updating_is_one_graph_and_leaves_what_it_leaves_without(capacity, normalization):
+    plain, compiled = (
+        filled(2 * capacity, capacity, weight_normalization=normalization) for _ in range(2)
+    )
+    update = whole(compiled.update_priority, "aot_eager")
+    for _ in range(5):
+        index, td_error = torch.randint(capacity, (64,)), torch.randn(64)
+        generation = torch.randint(3, (64,))
+        plain.update_priority(index, td_error, generation)
+        update(index, td_error, generation)
+        torch.testing.assert_close(compiled.priority, plain.priority, rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            compiled._priorities.masses.total, plain._priorities.masses.total, rtol=1e-6, atol=0
+        )
+        assert compiled.stats() == plain.stats()
+
+
+def test_compiled_updates_refuse_and_count_what_would_raise_without():
+    buffer = filled()
+    before = buffer.priority
+    index = torch.tensor([1, 2, 45, -1, 3])
+    whole(buffer.update_priority)(index, torch.tensor([math.nan, math.inf, 1.0, 1.0, 5.0]))
+    after = buffer.priority
+    assert after[3].item() == pytest.approx(5)
+    before[3] = after[3]
+    assert torch.equal(after, before)
+    assert buffer.stats()["refused_priorities"] == 4
+
+
+def test_what_changes_between_two_calls_is_not_compiled_in():
+    buffer = filled()
+    sample, update = whole(buffer.sample), whole(buffer.update_priority)
+    sample(16)
+    buffer.extend(data(40, 10))  # fills the last slots and
+    buffer.extend(data(50, 5))  # overwrites the first
+    buffer.beta = 1.0
+    buffer.alpha = 1.0
+    update(torch.tensor([4, 49]), torch.tensor([1e6, 1e6]), torch.tensor([0, 0]))
+    batch = sample(16)
+    assert set(batch["index"].tolist()) == {49}
+    assert buffer.stats()["stale_updates"] == 1
+    weight = buffer._priorities.weights(batch["index"], 1.0, 50)
+    torch.testing.assert_close(batch["priority_weight"], weight)
+
+
+def test_a_growing_buffer_is_compiled_twice_and_not_for_ever():
+    buffer, count = filled(10, capacity=100), CompileCounter()
+    sample, update = whole(buffer.sample, count), whole(buffer.update_priority, count)
+    for k in range(10):
+        batch = sample(8)
+        update(batch["index"], torch.rand(8), batch["generation"])
+        buffer.extend(data(k, 25))
+    assert count.frame_count <= 4
+
+
+def test_a_generator_costs_the_single_graph_and_is_drawn_from():
+    drawn = []
+    for compile_it in (True, False, True):
+        torch._dynamo.reset()
+        buffer = filled(generator=torch.Generator().manual_seed(3))
+        sample = torch.compile(buffer.sample, backend="eager") if compile_it else buffer.sample
+        drawn.append(sample(16)["index"].tolist())
+    assert drawn[0] == drawn[2]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+def test_a_compiled_step_learns_the_priorities_of_a_plain_one(device):
+    """With the compiler's own kernels, as users run it."""
+    buffer = filled(1000, 1000, device=device)
+
+    def step():
+        batch = buffer.sample(64)
+        buffer.update_priority(batch["index"], batch["action"] / 100, batch["generation"])
+        return batch["index"]
+
+    compiled = torch.compile(step, fullgraph=True)
+    drawn = torch.cat([compiled() for _ in range(30)]).unique().cpu()
+    expected = torch.linspace(0, 2, 1000)
+    expected[drawn] = drawn / 100 + buffer.eps
+    torch.testing.assert_close(buffer.priority.cpu(), expected, rtol=1e-6, atol=0)
