@@ -1,17 +1,17 @@
 """Which implementation runs: compiled kernels where there are some, plain torch elsewhere.
 
 The kernels are an optimisation of the functions in torch, never a second truth: the same tests
-hold for both. Where there are none, or torch.compile traces what it makes kernels of itself, plain
-torch takes over.
+hold for both. While torch.compile traces, it finds plain torch, to make kernels of its own.
+
+On the CPU they are written in numba, which is imported when the first buffer or tree on the CPU is
+made, not with `per_td`. Compiling them takes some seconds, once per machine: numba keeps the result
+in a folder (`__pycache__` beside its source, or in the user's cache folder, or in
+`NUMBA_CACHE_DIR`). Without numba, or where no such folder can be written and every process would
+have to compile again, plain torch takes over, and a `KernelWarning` says so.
 
 On CUDA they are written in Triton, which comes with torch's CUDA builds for Linux and is imported
-when the first buffer or tree on CUDA is made. Each kernel is compiled when it is first launched,
-and kept in Triton's cache folder. On the CPU they
-are written in numba, which is imported when the first buffer or tree on the CPU is made, not with
-`per_td`. Compiling them takes some seconds, once per machine: numba keeps the result in a folder
-(`__pycache__` beside its source, or in the user's cache folder, or in `NUMBA_CACHE_DIR`). Without
-numba, or where no such folder can be written and every process would have to compile again, plain
-torch takes over, and a `KernelWarning` says so.
+with the first buffer or tree on CUDA. It compiles a kernel when it is first launched, and keeps it
+in a folder too. Without Triton, plain torch takes over in the same way.
 
 The environment variable `PER_TD_KERNELS` chooses: "auto", as above, or "off": plain torch.
 """
