@@ -123,4 +123,4 @@ def test_data_without_a_first_dimension_is_refused():
 
 def test_nesting_and_flattening_are_inverse():
     leaves = {("a",): torch.zeros(1), ("b", "c"): torch.ones(1), ("b", "d", "e"): torch.ones(2)}
-    assert flattened(nested(leaves)) == leaves
+    assert flattened(nested(leaves.items())) == leaves
