@@ -31,6 +31,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the results")
     parser.add_argument("--name", help="of the files there; default: the device")
+    parser.add_argument("--pin", action="store_true", help="stay on one core, peers' threads too")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> Path:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seed": args.seed,
         "quick": args.quick,
-        "machine": machine() | {"core": _one_core() if args.device == "cpu" else None},
+        "machine": machine() | {"core": _one_core() if args.pin else None},
         "versions": versions(),
         "commit": commit(),
     }

@@ -14,6 +14,7 @@ from per_td import SumTree, draws
 __all__ = ["distance", "measure"]
 
 RANGES, RESIDUES = 125, 8
+OUTSIDE = RANGES * RESIDUES  # the bucket of slots that do not exist
 CHUNK = 10**7
 AT_ONCE = 2**16
 PEERS = {"cpprb": 10**6, "flashbax": 10**6}  # up to how many slots
@@ -59,15 +60,20 @@ METHODS = {
 
 
 def buckets(index: Tensor, capacity: int) -> Tensor:
-    """Bucket of each slot: itself up to 1,000 slots, else its range and its residue mod 8."""
-    if capacity <= RANGES * RESIDUES:
-        return index
-    return (index * RANGES // capacity) * RESIDUES + index % RESIDUES
+    """Bucket of each slot: itself up to 1,000 slots, else its range and its residue mod 8.
+
+    Slots that do not exist (peers have drawn such ones) go to a bucket of their own, the last.
+    """
+    if capacity > RANGES * RESIDUES:
+        bucket = (index * RANGES // capacity) * RESIDUES + index % RESIDUES
+    else:
+        bucket = index
+    return torch.where(index < capacity, bucket, OUTSIDE)
 
 
 def expected(mass: Tensor) -> Tensor:
-    """Probability of each bucket, float64 [1,000]."""
-    total = torch.zeros(RANGES * RESIDUES, dtype=torch.float64, device=mass.device)
+    """Probability of each bucket, float64 [1,001]."""
+    total = torch.zeros(OUTSIDE + 1, dtype=torch.float64, device=mass.device)
     for start in range(0, len(mass), CHUNK):
         part = mass[start : start + CHUNK]
         index = torch.arange(start, start + len(part), device=mass.device)
@@ -91,7 +97,8 @@ def distance(index: Tensor, probability: Tensor, capacity: int) -> dict[str, flo
     chi2 = chi2 + (torch.inf if bool(seen[~possible].any()) else 0.0)
     freedom = torch.tensor((int(possible.sum()) - 1) / 2, dtype=torch.float64, device=chi2.device)
     p = float(torch.special.gammaincc(freedom, chi2 / 2)) if chi2.isfinite() else 0.0
-    return {"tv": tv, "tv_perfect": float(perfect), "chi2_p": p}
+    outside = int(seen[OUTSIDE])
+    return {"tv": tv, "tv_perfect": float(perfect), "chi2_p": p, "outside": outside}
 
 
 def _of_methods(case: Case, capacity: int, n: int, rows: list[dict]) -> None:
@@ -115,11 +122,12 @@ def _of_peer(name: str, capacity: int, n: int, rows: list[dict]) -> None:
     try:
         peer = CONTESTANTS[name](Point(capacity, min(capacity, 8192)))
         found: list[Tensor] = []
-        while sum(map(len, found)) < n:
+        while sum(map(len, found)) < n:  # whole batches: stratified ones come in order
             peer.sample()
             found.append(torch.as_tensor(peer.drawn()).long())
         probability = expected(peer.priority.double() ** ALPHA)
-        row |= distance(torch.cat(found)[:n], probability, capacity)
+        row |= {"draws": sum(map(len, found))}
+        row |= distance(torch.cat(found), probability, capacity)
     except NotRun as reason:
         row["not_run"] = str(reason)
     rows.append(row)

@@ -39,11 +39,12 @@ def _lines(axes: Axes, case: dict, axis: str) -> None:
     several = len({row[other] for row in rows}) > 1
     with_total = {row["contestant"] for row in rows}
     rows += [r for r in _measured(case, "sample") if r["contestant"] not in with_total]
+    mixed = len({row["part"] for row in rows}) > 1
     series: dict[str, list[dict]] = {}
     for row in rows:
         label = row["contestant"] + (f", {other} {row[other]:,}" if several else "")
-        if row["part"] not in (TOTAL, None):
-            label += f" ({row['part']})" if with_total != {row["contestant"]} else ""
+        if mixed:
+            label += f" ({row['part']})"
         series.setdefault(label, []).append(row)
     for i, (label, points) in enumerate(series.items()):
         colour = COLOURS[i % len(COLOURS)]
@@ -102,22 +103,17 @@ def _exactness(axes: Axes, case: dict) -> None:
 
 
 def _profile(axes: Axes, case: dict) -> None:
-    rows = [
-        row for row in _measured(case, None)
-        if row["part"] != "all of it" and not row["part"].startswith("- ")
-    ]  # fmt: skip
-    calls = list(dict.fromkeys(row["contestant"] for row in rows))[::-1]
-    left = dict.fromkeys(calls, 0.0)
-    for i, row in enumerate(rows):
-        width = max(row["median"], 0.0)
-        call = row["contestant"]
-        axes.barh(call, width, left=left[call], color=COLOURS[i % len(COLOURS)], alpha=0.85)
-        if width > 0.04 * max(r["median"] for r in rows) * len(calls):
-            middle = left[call] + width / 2
-            axes.annotate(row["part"], (middle, call), ha="center", va="center", fontsize=7,
-                          rotation=90, color="white")  # fmt: skip
-        left[call] += width
-    axes.set(xlabel="time (us), medians of the parts")
+    rows = [row for row in _measured(case, None) if row["part"] != "rest"][::-1]
+    calls = list(dict.fromkeys(row["contestant"] for row in rows))
+    for at, row in enumerate(rows):
+        inner = row["part"].startswith("- ")
+        colour = COLOURS[calls.index(row["contestant"])]
+        alpha = 0.4 if inner else 1.0 if row["part"] == "all of it" else 0.7
+        axes.barh(at, row["median"], color=colour, alpha=alpha)
+        axes.annotate(f" {row['median']:.0f}", (row["median"], at), va="center", fontsize=8)
+    labels = [f"{row['contestant']}: {row['part']}" for row in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize=8)
+    axes.set(xlabel="time (us), medians; parts marked - belong to the part above")
     axes.grid(visible=False, axis="y")
 
 

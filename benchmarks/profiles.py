@@ -124,7 +124,7 @@ def _with_rest(entry: Entry) -> None:
     entry.rounds[REST] = [w - sum(p) for w, *p in zip(whole, *parts, strict=True)]
 
 
-def measure(case: Case, *, seed: int) -> tuple[list[Entry], int]:
+def measure(case: Case, *, seed: int) -> tuple[list[Entry], int, float]:
     """Entries, one for each call, whose parts are those of the call."""
     point = Point(case.capacities[0], case.batches[0], case.schemas[0], seed=seed)
     own = PerTd(point)
@@ -134,8 +134,8 @@ def measure(case: Case, *, seed: int) -> tuple[list[Entry], int]:
         Entry({"contestant": call, "capacity": point.capacity, "batch": point.batch}, _possible(p))
         for call, p in ((call, parts(own, {})) for call, parts in CALLS.items())
     ]
-    rounds = race(entries, case.seconds)
+    rounds, share = race(entries, case.seconds)
     for entry in entries:
         entry.rounds.pop("(fresh slots, not counted)", None)
         _with_rest(entry)
-    return entries, rounds
+    return entries, rounds, share

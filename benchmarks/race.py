@@ -119,7 +119,7 @@ def _calibrate(entry: Entry) -> float:
     return call_us * (entry.calls + (entry.calls > 1)) / 1e6
 
 
-def race(entries: list[Entry], seconds: float) -> int:
+def race(entries: list[Entry], seconds: float) -> tuple[int, float]:
     """Fill the `rounds` of all entries.
 
     The first call of a turn is not timed: it brings the entry's code back into the caches that the
@@ -130,14 +130,16 @@ def race(entries: list[Entry], seconds: float) -> int:
         seconds: about how long all of it may take.
 
     Returns:
-        The number of rounds.
+        The number of rounds, and the share of a core that this process had meanwhile: less than
+        all of it says that others were at work too.
     """
     round_s = sum(_calibrate(entry) for entry in entries)
     rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(seconds / round_s)))
     gc.collect()
     gc.freeze()
     gc.disable()
-    collected = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    collected = start
     try:
         for _ in range(rounds):
             for entry in entries:
@@ -151,4 +153,5 @@ def race(entries: list[Entry], seconds: float) -> int:
     finally:
         gc.enable()
         gc.unfreeze()
-    return rounds
+    share = (time.process_time() - cpu_start) / (time.perf_counter() - start)
+    return rounds, share

@@ -80,16 +80,23 @@ def _measure(case: Case, options: Options) -> dict:
         }
     rows: list[dict] = []
     notes: dict[str, str] = {}
+    share = None
     if case.kind == "cartpole":
         entries, rounds = cartpole.measure(quick=options.quick, seed=seed)
     elif case.kind == "profile":
-        entries, rounds = profiles.measure(case, seed=seed)
+        entries, rounds, share = profiles.measure(case, seed=seed)
     else:
         entries, rows, notes = _enter(case, options)
-        rounds = race(entries, case.seconds) if entries else 0
+        rounds, share = race(entries, case.seconds) if entries else (0, None)
     rows = _rows(entries) + rows
     goals = judge(case, entries, rows)
-    return {"rows": rows, "goals": goals, "rounds": rounds, "notes": notes}
+    return {
+        "rows": rows,
+        "goals": goals,
+        "rounds": rounds,
+        "core_share": share,
+        "notes": notes,
+    }
 
 
 def _obstacle(case: Case, options: Options) -> str | None:

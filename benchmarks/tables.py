@@ -132,12 +132,30 @@ def _exactness(rows: list[dict]) -> str:
     for row in rows:
         left = [row["contestant"], size(row["capacity"]), row["masses"]]
         if "not_run" in row:
-            body.append([*left, f"{NOT_RUN}: {row['not_run']}", "", "", ""])
+            body.append([*left, f"{NOT_RUN}: {row['not_run']}", "", "", "", ""])
             continue
         ratio = number(row["tv"] / row["tv_perfect"])
         chance = f"{row['chi2_p']:.2g}" if row["chi2_p"] >= 1e-12 else "0"
-        body.append([*left, f"{row['tv']:.5f}", f"{row['tv_perfect']:.5f}", ratio, chance])
-    head = ["method", "slots", "masses", "distance", "of perfect draws", "ratio", "chi-square p"]
+        body.append(
+            [
+                *left,
+                f"{row['tv']:.5f}",
+                f"{row['tv_perfect']:.5f}",
+                ratio,
+                chance,
+                str(row["outside"]),
+            ]
+        )
+    head = [
+        "method",
+        "slots",
+        "masses",
+        "distance",
+        "of perfect draws",
+        "ratio",
+        "chi-square p",
+        "outside",
+    ]
     return markdown_table(head, body)
 
 
@@ -156,6 +174,13 @@ def suggested_limit(case: dict, other: str = "multinomial") -> str:
     wins = [capacity for capacity in tree if capacity in flat and flat[capacity] < tree[capacity]]
     found = f"up to {size(max(wins))} slots" if wins else "nowhere"
     return f'Suggested for `method="auto"`: {other} {found}, the tree elsewhere.'
+
+
+def _noise(case: dict) -> str:
+    share = case.get("core_share")
+    if share is None or share > 0.95 or case["device"] == "cuda":
+        return ""
+    return f" **Noisy: the process had only {100 * share:.0f}% of a core.**"
 
 
 def case_text(case: dict) -> str:
@@ -181,5 +206,5 @@ def case_text(case: dict) -> str:
     if case["name"].startswith("methods"):
         lines += ["", suggested_limit(case)]
     if case.get("rounds"):
-        lines += ["", f"Medians (and quartiles) of {case['rounds']} rounds."]
+        lines += ["", f"Medians (and quartiles) of {case['rounds']} rounds." + _noise(case)]
     return "\n".join(lines)

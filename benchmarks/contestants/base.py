@@ -95,6 +95,7 @@ class Contestant:
         while n < CHECK_DRAWS:
             self.sample()
             index = torch.as_tensor(self.drawn()).long().cpu()
+            index = index[index < len(mass)]  # peers have drawn slots that do not exist
             found, n = found + float(mass[index].sum()), n + len(index)
         share = (found / n - uniform) / (want - uniform)
         if not 0.8 < share < 1.2:
