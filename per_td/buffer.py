@@ -47,6 +47,9 @@ class PrioritizedReplayBuffer:
         device: where transitions and priorities live; None is torch's default device.
         generator: source of all random draws, on the same device; None is torch's own, which
             `torch.manual_seed` seeds.
+        layout: how transitions lie in memory: "columns", a tensor per key, "records", one after
+            the other in a block, which takes fewer trips to memory per transition, or "auto": the
+            faster one for their size. Batches are the same, new tensors of their own either way.
         example: a TensorDict like one transition (batch size []), to allocate memory at once;
             without it, the first data does so.
 
@@ -78,6 +81,7 @@ class PrioritizedReplayBuffer:
         new_priority: str = "buffer_max",
         device: torch.device | str | int | None = None,
         generator: torch.Generator | None = None,
+        layout: str = "auto",
         example: TensorDictBase | None = None,
     ) -> None:
         capacity = validation.positive_int("capacity", capacity)
@@ -94,7 +98,7 @@ class PrioritizedReplayBuffer:
         self._beta = torch.tensor(0.0, dtype=torch.float64, device=self.device)
         self.beta = beta
         self._stale = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._storage = RingStorage(capacity, self.device)
+        self._storage = RingStorage(capacity, self.device, layout)
         self._priorities = PriorityTable(
             capacity,
             alpha=alpha,
@@ -211,7 +215,6 @@ class PrioritizedReplayBuffer:
         self._storage.check_leaves(leaves)
         return self._extend(leaves, priority)
 
-    @torch.no_grad()
     def _extend(self, leaves: Leaves, priority: Any) -> Tensor:
         index = self._storage.next_slots(count(leaves))
         initial = None
@@ -221,7 +224,6 @@ class PrioritizedReplayBuffer:
         self._priorities.write_new(index[-self.capacity :], initial)
         return index
 
-    @torch.no_grad()
     def sample(self, batch_size: int | None = None) -> TensorDict:
         """Draw a batch.
 
@@ -238,17 +240,16 @@ class PrioritizedReplayBuffer:
             EmptyBufferError: the buffer is empty, all priorities are 0, or without replacement
                 fewer than B transitions can be drawn.
         """
-        index = self._draw(batch_size)
-        return self._storage.read(
-            index,
-            {
-                "index": index,
-                "priority_weight": self._priorities.weights(index, self._beta, self._storage.size),
-                "generation": self._storage.generation(index),
-            },
-        )
+        index, weight = self._draw(batch_size)
+        return self._storage.read(index, {"priority_weight": weight})
 
-    def _draw(self, batch_size: int | None) -> Tensor:
+    def sample_leaves(self, batch_size: int | None = None) -> tuple[list[Tensor], Tensor, Tensor]:
+        """`sample` without a TensorDict: tensors [B, ...] in the order of keys, index, weight."""
+        index, weight = self._draw(batch_size)
+        return self._storage.gather(index)[0], index, weight
+
+    def _draw(self, batch_size: int | None) -> tuple[Tensor, Tensor]:
+        """Slots and their weights."""
         n = self.batch_size if batch_size is None else batch_size
         if n is None:
             raise ConfigurationError(
@@ -262,9 +263,10 @@ class PrioritizedReplayBuffer:
                 f"expected batch_size <= {len(self)}, the transitions in the buffer, to draw"
                 f" without replacement, got {n}"
             )
-        return self._priorities.sample(n, len(self), self.generator)
+        return self._priorities.sample_weighted(
+            n, len(self), self.generator, beta=self._beta, filled=self._storage.size
+        )
 
-    @torch.no_grad()
     def update_priority(self, index: Any, td_error: Any, generation: Any = None) -> None:
         """Set priorities to |td_error| + eps (section 3.3).
 
@@ -281,7 +283,6 @@ class PrioritizedReplayBuffer:
                 host, such updates are refused one by one and counted in `stats`.
         """
         index = validation.as_index(index, self.device)
-        live = None
         if generation is not None:
             generation = validation.as_index(generation, self.device)
             if generation.shape != index.shape:
@@ -289,10 +290,11 @@ class PrioritizedReplayBuffer:
                     f"generation: expected shape {list(index.shape)}, one per index,"
                     f" got {list(generation.shape)}"
                 )
-            live = generation == self._storage.generation(index)
-        self._priorities.update(index, td_error, len(self), live)
-        if live is not None:
-            self._stale += (~live).sum()
+        stale = self._priorities.update(
+            index, td_error, len(self), generation=generation, written=self._storage.written
+        )
+        if isinstance(stale, Tensor) or stale:
+            self._stale += stale
 
     def update_tensordict_priority(self, batch: TensorDictBase) -> None:
         """`update_priority` with "index", "td_error" and "generation" (if any) of a batch [B].
@@ -345,7 +347,7 @@ class PrioritizedReplayBuffer:
             "stale_updates": self._stale.clone(),
             "refused_priorities": table.refused.clone(),
             "priority": self.priority,
-            "transitions": nested(transitions),
+            "transitions": nested(transitions.items()),
             "generator": None if self.generator is None else self.generator.get_state(),
         }
 

@@ -34,6 +34,7 @@ MULTINOMIAL_UP_TO = {
     ("cpu", "independent"): 100_000,
     ("cpu", "without_replacement"): 20_000,
 }
+COMPILED_UP_TO = {("cpu", "without_replacement"): 20_000}
 
 
 def check_method(method: str, draw: str, capacity: int) -> None:
@@ -55,11 +56,19 @@ def check_method(method: str, draw: str, capacity: int) -> None:
         )
 
 
-def resolve_method(method: str, draw: str, capacity: int, device: torch.device) -> str:
-    """The method that "auto" stands for; any other `method` is returned as it is."""
+def resolve_method(
+    method: str, draw: str, capacity: int, device: torch.device, *, compiled: bool = False
+) -> str:
+    """The method that "auto" stands for; any other `method` is returned as it is.
+
+    Args:
+        method, draw, capacity, device: as for the buffer.
+        compiled: whether compiled kernels draw from the tree.
+    """
     if method != "auto":
         return method
-    fits = capacity <= MULTINOMIAL_UP_TO.get((device.type, draw), 0)
+    limits = COMPILED_UP_TO if compiled else MULTINOMIAL_UP_TO
+    fits = capacity <= limits.get((device.type, draw), 0)
     return "multinomial" if fits else "tree"
 
 

@@ -1,10 +1,11 @@
-"""Every error that per_td raises on purpose. All derive from `PerTdError`."""
+"""Every error that per_td raises on purpose, all derived from `PerTdError`; and its warning."""
 
 __all__ = [
     "CheckpointError",
     "ConfigurationError",
     "EmptyBufferError",
     "IndexRangeError",
+    "KernelWarning",
     "PerTdError",
     "PriorityError",
     "SchemaError",
@@ -37,3 +38,7 @@ class EmptyBufferError(PerTdError, RuntimeError):
 
 class CheckpointError(PerTdError, RuntimeError):
     """A saved state that cannot be loaded into this buffer."""
+
+
+class KernelWarning(UserWarning):
+    """Compiled kernels cannot be used; plain torch takes over, with the same results."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from per_td import draws, validation
 from per_td.errors import EmptyBufferError
+from per_td.ring import generation_of
 from per_td.tree import ExtremumTree, Layout, SumTree, reference
 from per_td.weights import importance_weights, mass_of, priority_of
 
@@ -57,6 +58,8 @@ class PriorityTable:
         layout = Layout.of(capacity)
         self._raw = torch.zeros(layout.leaf_slots, device=device)
         self.masses = SumTree(capacity, device)
+        compiled = self.masses.kernels is not None
+        self._method = draws.resolve_method(method, draw, capacity, device, compiled=compiled)
         self._largest = ExtremumTree(self._raw, layout, "max")
         self._smallest: ExtremumTree | None = None
         self.weight_normalization = weight_normalization
@@ -88,7 +91,7 @@ class PriorityTable:
         value = validation.real("alpha", value)
         if value != self._alpha:
             self._alpha = value
-            self.masses.fill(mass_of(self.raw, value))
+            self._refill()
 
     @property
     def eps(self) -> float:
@@ -101,7 +104,7 @@ class PriorityTable:
 
     @property
     def weight_normalization(self) -> str:
-        """What the weights are divided by; "buffer" keeps the smallest priority up to date."""
+        """What the weights are divided by; "buffer" keeps the smallest mass up to date."""
         return self._weight_normalization
 
     @weight_normalization.setter
@@ -112,7 +115,7 @@ class PriorityTable:
         if value != "buffer":
             self._smallest = None
         elif self._smallest is None:
-            self._smallest = ExtremumTree(self._raw, self.masses.layout, "min")
+            self._smallest = ExtremumTree(self.masses.leaves, self.masses.layout, "min")
 
     def for_new(self) -> Tensor:
         """Priority of transitions that nobody gave one: 0-dim (section 3.3, algorithm 1 line 6).
@@ -139,6 +142,8 @@ class PriorityTable:
             index: slots, int64 [n], without repetitions.
             priority: from `check_initial`, [n]; None, and -1, stand for that of `for_new`.
         """
+        if self._assign(index, priority, self.capacity, eps=0.0) is not None:
+            return
         if priority is None:
             priority = self.for_new().expand(index.shape)
         else:
@@ -147,7 +152,16 @@ class PriorityTable:
             priority = torch.where(refused, self.for_new(), priority)
         self._write(index, priority)
 
-    def update(self, index: Tensor, td_error: Any, size: int, live: Tensor | None) -> None:
+    def update(
+        self,
+        index: Tensor,
+        td_error: Any,
+        size: int,
+        live: Tensor | None = None,
+        *,
+        generation: Tensor | None = None,
+        written: Tensor | int = 0,
+    ) -> Tensor | int:
         """Set priorities from TD errors; where an index occurs twice, its last one holds.
 
         Args:
@@ -155,21 +169,82 @@ class PriorityTable:
             td_error: TD errors [B].
             size: number of filled slots.
             live: bool [B], False for updates to be dropped; None drops none.
+            generation: instead of `live`: those of the transitions meant, int64 [B], in a ring of
+                this capacity; what has been overwritten since is dropped.
+            written: how many transitions were ever written to the ring.
+
+        Returns:
+            How many were dropped.
 
         Raises:
             IndexRangeError: an index is not that of a filled slot.
             PriorityError: a TD error is NaN or infinite, or the shape or dtype is wrong.
                 On CUDA such updates are refused and counted instead.
         """
-        priority = priority_of(validation.as_values("td_error", td_error, index), self.eps)
+        td_error = validation.as_values("td_error", td_error, index)
+        if live is None:
+            dropped = self._assign(
+                index, td_error, size, eps=self._eps, generation=generation, written=written
+            )
+            if dropped is not None:
+                return dropped
+        priority = priority_of(td_error, self._eps)
         valid = validation.require_in_range(index, size)
         valid = valid & validation.require_finite("td_error", priority)
         if not validation.can_raise(valid):
             self.refused += (~valid).sum()
+        if generation is not None:
+            live = generation == generation_of(index, written, self.capacity)
         if live is not None:
             valid = valid & live
         index, priority = validation.route(index, priority, valid, self.masses.layout.spare)
         self._write(*reference.keep_last(index, priority))
+        return 0 if live is None else (~live).sum()
+
+    def _assign(
+        self,
+        index: Tensor,
+        value: Tensor | None,
+        size: int,
+        *,
+        eps: float,
+        generation: Tensor | None = None,
+        written: Tensor | int = 0,
+    ) -> int | None:
+        """Write |value| + eps, compiled; a value of None stands for the priority of `for_new`.
+
+        How many were dropped; None, and nothing is written, where there is no kernel or it
+        refuses: plain torch then does the work, or finds the words for what is wrong.
+        """
+        kernel = self.masses.kernels
+        if kernel is None:
+            return None
+        index = index.contiguous()
+        value = None if value is None else value.contiguous()
+        generation = None if generation is None else generation.contiguous()
+        leaves, sums, levels, depth = self.masses.memory
+        ever_max = self.ever_max.data_ptr()
+        dropped: int = kernel.assign(
+            self._raw.data_ptr(),
+            leaves,
+            sums,
+            self._largest.nodes.data_ptr(),
+            0 if self._smallest is None else self._smallest.nodes.data_ptr(),
+            levels,
+            depth,
+            index.data_ptr(),
+            0 if value is None else value.data_ptr(),
+            index.numel(),
+            size,
+            0 if generation is None else generation.data_ptr(),
+            int(written),
+            self.capacity,
+            eps,
+            self._alpha,
+            self._largest.root if self.new_priority == "buffer_max" else ever_max,
+            ever_max,
+        )
+        return None if dropped < 0 else dropped
 
     def _write(self, index: Tensor, priority: Tensor) -> None:
         self._raw[index] = priority
@@ -201,8 +276,11 @@ class PriorityTable:
         """Set the priorities of the first slots, and 0 for the others, in O(N); [n] float32."""
         self._raw.zero_()
         self._raw[: len(priority)] = priority
-        self.masses.fill(mass_of(self.raw, self._alpha))
         self._largest.refresh_all()
+        self._refill()
+
+    def _refill(self) -> None:
+        self.masses.fill(mass_of(self.raw, self._alpha))
         if self._smallest is not None:
             self._smallest.refresh_all()
 
@@ -220,20 +298,70 @@ class PriorityTable:
         Raises:
             EmptyBufferError: nothing, or not enough, can be drawn.
         """
-        if draws.resolve_method(self.method, self.draw, self.capacity, self.device) == "tree":
-            return self.masses.sample(n, generator, draw=self.draw)
+        return self._sample_with_mass(n, size, generator)[0]
+
+    def sample_weighted(
+        self,
+        n: int,
+        size: int,
+        generator: torch.Generator | None,
+        *,
+        beta: Tensor | float,
+        filled: Tensor | int,
+    ) -> tuple[Tensor, Tensor]:
+        """`sample`, and the `weights` of the slots drawn.
+
+        Args:
+            n, size, generator: as for `sample`.
+            beta: as for `weights`.
+            filled: `size`, on the device.
+
+        Returns:
+            int64 [n] and float32 [n].
+        """
+        kernel = self.masses.kernels
+        if kernel is None or self._method != "tree" or self.draw == "without_replacement":
+            index, mass = self._sample_with_mass(n, size, generator)
+            return index, self._weights_of(mass, beta, filled)
+        point = torch.rand(n, dtype=torch.float64, device=self.device, generator=generator)
+        index = torch.empty_like(point, dtype=torch.int64)
+        weight = torch.empty_like(point, dtype=torch.float32)
+        total = kernel.sample(
+            *self.masses.memory,
+            point.data_ptr(),
+            n,
+            self.draw == "stratified",
+            index.data_ptr(),
+            float(beta),
+            0 if self._smallest is None else self._smallest.root,
+            size if self._weight_normalization == "none" else 0,
+            weight.data_ptr(),
+        )
+        if not total > 0:
+            raise EmptyBufferError("expected a positive mass to draw from, got only masses of 0")
+        return index, weight
+
+    def _sample_with_mass(
+        self, n: int, size: int, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        if self._method == "tree":
+            return self.masses.sample_with_mass(n, generator, self.draw)
         if validation.can_raise(self._raw) and not self.masses.total > 0:
             raise EmptyBufferError(f"expected a positive priority, got 0 for all {size}")
-        return draws.multinomial(self.masses[:size], n, self.draw, generator)
+        index = draws.multinomial(self.masses[:size], n, self.draw, generator)
+        return index, self.masses.leaves.index_select(0, index)
 
     def weights(self, index: Tensor, beta: Tensor | float, size: Tensor | int) -> Tensor:
         """Importance-sampling weights of the slots drawn, float32 [B]."""
-        smallest = self._smallest
+        return self._weights_of(self.masses[index], beta, size)
+
+    def _weights_of(self, mass: Tensor, beta: Tensor | float, size: Tensor | int) -> Tensor:
+        smallest = None if self._smallest is None else self._smallest.value
         return importance_weights(
-            self.masses[index],
+            mass,
             beta,
             total=self.masses.total,
             size=size,
-            smallest=None if smallest is None else mass_of(smallest.value, self._alpha),
+            smallest=smallest,
             normalization=self._weight_normalization,
         )

@@ -82,6 +82,9 @@ def as_index(index: Any, device: torch.device) -> Tensor:
     Raises:
         IndexRangeError: it is not of an integer dtype, or has more than one dimension.
     """
+    if type(index) is Tensor and index.dtype is torch.int64 and index.device == device:
+        if index.ndim == 1:
+            return index
     index = torch.as_tensor(index)
     if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
         if index.numel():
@@ -101,6 +104,9 @@ def as_values(name: str, values: Any, index: Tensor) -> Tensor:
         PriorityError: the shape or the dtype is not that of one real number per index.
     """
     values = torch.as_tensor(values).detach()
+    if values.dtype is torch.float32 and values.shape == index.shape:
+        if values.device == index.device:
+            return values
     if values.dtype.is_complex or values.dtype == torch.bool:
         raise PriorityError(f"{name}: expected a real dtype, got {values.dtype}")
     if values.shape not in (index.shape, (*index.shape, 1)) and not (

@@ -37,7 +37,7 @@ def mass_of(priority: Tensor, alpha: float) -> Tensor:
         priority: raw priorities p, finite and not negative, [B].
         alpha: how much prioritization is used; 0 is uniform.
     """
-    mass = priority.pow(alpha).clamp(_SMALLEST, _LARGEST)
+    mass = priority.double().pow(alpha).clamp(_SMALLEST, _LARGEST).float()
     return torch.where(priority > 0, mass, 0.0)
 
 

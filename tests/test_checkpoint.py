@@ -36,16 +36,29 @@ def draws(buffer: PrioritizedReplayBuffer) -> list:
     return out
 
 
-@pytest.mark.parametrize("normalization", ["batch", "buffer"])
+@pytest.mark.parametrize(
+    ("normalization", "new_priority"), [("batch", "buffer_max"), ("buffer", "ever_max")]
+)
 @pytest.mark.parametrize("draw", ["independent", "stratified", "without_replacement"])
-def test_a_loaded_buffer_goes_on_as_the_saved_one_does(draw, normalization, tmp_path, device):
+def test_a_loaded_buffer_goes_on_as_the_saved_one_does(
+    draw, normalization, new_priority, tmp_path, device
+):
     generator = torch.Generator(device).manual_seed(3)
-    buffer = used(device, generator, draw=draw, weight_normalization=normalization)
+    buffer = used(
+        device,
+        generator,
+        draw=draw,
+        weight_normalization=normalization,
+        new_priority=new_priority,
+    )
+    buffer.update_priority([0], [100.0])
+    buffer.update_priority([0], [0.5])  # for the largest ever to differ from the largest
     buffer.save(tmp_path / "buffer.pt")
     loaded = PrioritizedReplayBuffer.load(tmp_path / "buffer.pt", device=device)
     same(buffer, loaded)
-    assert draws(buffer) == draws(loaded)
     assert buffer.extend(data(30, 3, device)).tolist() == loaded.extend(data(30, 3)).tolist()
+    same(buffer, loaded)
+    assert draws(buffer) == draws(loaded)
     same(buffer, loaded)
 
 

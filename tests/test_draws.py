@@ -40,13 +40,14 @@ def test_multinomial_and_tree_agree_without_replacement(device, generator):
 
 
 def test_multinomial_is_exact_where_float32_sums_are_not():
-    """A million equal masses after one that is a million times larger."""
-    n = 1_000_000
+    """In float32, 2^26 + 1 = 2^26: what comes after the large mass would never be drawn."""
+    n, large = 1_000_000, 2.0**26
     mass = torch.ones(n)
-    mass[0] = float(n)
+    mass[0] = large
     index = draws.multinomial(mass, 400_000, "independent", torch.Generator().manual_seed(0))
     part = torch.where(index == 0, 0, 1 + (index - 1) * 4 // (n - 1))
-    assert_drawn_from(part, [n / (2 * n - 1), *[(n - 1) / 4 / (2 * n - 1)] * 4])
+    total = large + n - 1
+    assert_drawn_from(part, [large / total, *[(n - 1) / 4 / total] * 4])
 
 
 def test_multinomial_says_when_too_few_can_be_drawn():

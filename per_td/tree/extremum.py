@@ -44,6 +44,11 @@ class ExtremumTree:
         return self._layout.levels(self.nodes)
 
     @property
+    def root(self) -> int:
+        """Address of `value`."""
+        return self.nodes.data_ptr() + 4 * (self.nodes.numel() - 1)
+
+    @property
     def value(self) -> Tensor:
         """The extremum, a 0-dim tensor; 0 for "max" and inf for "min" where there is no value."""
         return self.nodes[-1]

@@ -57,6 +57,10 @@ class Layout:
         """Index of the leaf that is written by refused updates and stays empty."""
         return self.capacity
 
+    def table(self) -> Tensor:
+        """The offsets and the widths, int64 [2, levels] on the CPU, as the kernels read them."""
+        return torch.tensor([self.offsets, self.widths], dtype=torch.int64, device="cpu")
+
     def levels(self, nodes: Tensor) -> list[Tensor]:
         """Views of the levels in `nodes` [node_slots], from the leaves' parents up to the root."""
         ends = (*self.offsets[1:], self.node_slots)

@@ -130,7 +130,7 @@ def draw_distinct(
             node.shape, dtype=torch.float64, device=leaves.device, generator=generator
         )
         first = _child_at(prefix, point * prefix[:, -1]).unsqueeze(-1)
-        later = torch.where(mass > 0, exponential((len(node), FANOUT)) / mass, torch.inf)
+        later = exponential((len(node), FANOUT)) / mass
         arrivals = (arrival.unsqueeze(-1) + later).scatter_(1, first, arrival.unsqueeze(-1))
         arrivals = arrivals.masked_fill_(mass <= 0, torch.inf).flatten()
         arrival, best = arrivals.topk(min(n, arrivals.numel()), largest=False, sorted=True)

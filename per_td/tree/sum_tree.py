@@ -1,11 +1,12 @@
 """SumTree: masses, their exact sums, and draws in proportion to them."""
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from per_td import draws, validation
+from per_td import draws, kernels, validation
 from per_td.errors import EmptyBufferError
 from per_td.tree import reference
 from per_td.tree.layout import Layout
@@ -40,6 +41,24 @@ class SumTree:
         self.device = validation.resolve_device(device)
         self.leaves = torch.zeros(self.layout.leaf_slots, device=self.device)
         self.nodes = self.layout.new_nodes(0.0, torch.float64, self.device)
+        self._table = self.layout.table()
+        self._depth = len(self.layout.widths)
+        self._compiled = kernels.wanted(self.device)
+
+    @property
+    def kernels(self) -> ModuleType | None:
+        """The compiled operations, where they are used; see `per_td.kernels`."""
+        return kernels.cpu() if self._compiled and not torch.compiler.is_compiling() else None
+
+    @property
+    def memory(self) -> tuple[int, int, int, int]:
+        """Addresses of the leaves, the sums and the table of levels, and how many these are."""
+        return (
+            self.leaves.data_ptr(),
+            self.nodes.data_ptr(),
+            self._table.data_ptr(),
+            self._depth,
+        )
 
     @property
     def levels(self) -> list[Tensor]:
@@ -77,6 +96,8 @@ class SumTree:
         """
         index = validation.as_index(index, self.device)
         value = validation.as_values("value", value, index)
+        if self._put(index, value, self.capacity):
+            return
         valid = validation.require_in_range(index, self.capacity)
         valid = valid & validation.require_finite("value", value, low=0.0)
         index, value = validation.route(index, value, valid, self.layout.spare)
@@ -89,17 +110,40 @@ class SumTree:
             index: int64 [B]; occurrences of the same index must carry the same value.
             value: float32 [B].
         """
+        if self._put(index, value, self.layout.leaf_slots):
+            return
         self.leaves[index] = value
         reference.refresh(self.leaves, self.levels, index, reference.sum_children)
+
+    def _put(self, index: Tensor, value: Tensor, size: int) -> bool:
+        """`update` compiled; False, and nothing is done, where it cannot be or must not be."""
+        kernel = self.kernels
+        if kernel is None:
+            return False
+        index, value = index.contiguous(), value.contiguous()
+        at = index.data_ptr(), value.data_ptr(), len(index)
+        done: bool = kernel.put(*self.memory, *at, size)
+        return done
 
     def fill(self, value: Tensor) -> None:
         """Set the masses of all slots at once, in O(N); float32 [capacity]."""
         self.leaves[: self.capacity] = value
+        kernel = self.kernels
+        if kernel is not None:
+            kernel.rebuild(*self.memory)
+            return
         reference.refresh_all(self.leaves, self.levels, reference.sum_children)
 
     def find(self, target: Tensor) -> Tensor:
         """The slots in which the cumulative mass passes `target`, float64 [B]: int64 [B]."""
-        return reference.find(self.leaves, self.levels, target)
+        kernel = self.kernels
+        if kernel is None:
+            return reference.find(self.leaves, self.levels, target)
+        target = target.clone(memory_format=torch.contiguous_format)
+        index, mass = torch.empty_like(target, dtype=torch.int64), target.float()
+        at = target.data_ptr(), len(target), index.data_ptr(), mass.data_ptr()
+        kernel.find(*self.memory, *at)
+        return index
 
     def sample(
         self,
@@ -125,11 +169,19 @@ class SumTree:
         """
         validation.positive_int("n", n)
         validation.one_of("draw", draw, draws.DRAWS)
+        return self.sample_with_mass(n, generator, draw)[0]
+
+    def sample_with_mass(
+        self, n: int, generator: torch.Generator | None, draw: str
+    ) -> tuple[Tensor, Tensor]:
+        """`sample` without the checks of its arguments, with the masses drawn, float32 [n]."""
         if validation.can_raise(self.leaves) and not self.total > 0:
             raise EmptyBufferError("expected a positive mass to draw from, got only masses of 0")
         if draw == "without_replacement":
-            return self._sample_distinct(n, generator)
-        return self.find(draws.points(n, draw, self.device, generator) * self.total)
+            index = self._sample_distinct(n, generator)
+        else:
+            index = self.find(draws.points(n, draw, self.device, generator) * self.total)
+        return index, self.leaves.index_select(0, index)
 
     def _sample_distinct(self, n: int, generator: torch.Generator | None) -> Tensor:
         draws.require_enough(self.capacity, n)

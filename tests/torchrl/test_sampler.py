@@ -130,6 +130,7 @@ def test_indices_of_minus_one_are_skipped():
     sampler = PrioritizedSampler(4, ALPHA, BETA)
     sampler.mark_update(torch.tensor([-1, 1, -1]))
     assert sampler.priority.tolist() == [0, 1, 0, 0]
+    assert sampler._table.masses.total == 1
     sampler.update_priority(torch.tensor([-1, 2, -1]), torch.tensor([9.0, 2.0, 9.0]))
     sampler.update_priority(-1, 9.0)
     assert sampler.priority.tolist() == [0, 1, 2, 0]
@@ -167,6 +168,14 @@ def test_alpha_is_applied_once_to_what_new_elements_get():
     sampler.mark_update(1)
     assert sampler.priority.tolist() == [16, 16]
     assert sampler._table.masses[:].tolist() == [4, 4]
+
+
+def test_the_priority_of_new_elements_does_not_grow_by_being_handed_back():
+    sampler = PrioritizedSampler(4, ALPHA, BETA, eps=0.5)
+    sampler.update_priority(0, 3.0)
+    for index in (1, 2, 3):
+        sampler.update_priority(index, sampler.default_priority)
+    assert sampler.priority.tolist() == [3.5, 3.5, 3.5, 3.5]
 
 
 def test_td_errors_that_were_squared_can_be_declared_so():

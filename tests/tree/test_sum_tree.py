@@ -44,7 +44,7 @@ def test_every_node_is_the_sum_of_its_children(capacity):
     tree.update(torch.arange(capacity), torch.rand(capacity))
     tree.update([0], [0.25])
     children = tree.leaves.double()
-    for level, width in zip(tree._levels, tree.layout.widths, strict=True):
+    for level, width in zip(tree.levels, tree.layout.widths, strict=True):
         torch.testing.assert_close(level[:width], children.view(-1, 16).sum(-1), rtol=1e-15, atol=0)
         children = level
 
@@ -150,7 +150,7 @@ def test_a_tree_of_1e8_equal_masses_is_unbiased_and_small(draw):
     index = tree.sample(1_000_000, torch.Generator().manual_seed(1), draw=draw)
     share = torch.bincount(index % 8, minlength=8) / len(index)
     assert ((share - 0.125).abs() < 0.002).all(), share
-    held = tree.leaves.nbytes + tree._levels[0].untyped_storage().nbytes()
+    held = tree.leaves.nbytes + tree.nodes.nbytes
     assert held <= 6 * capacity
 
 

@@ -1,0 +1,21 @@
+"""TensorDicts made from what is known to fit, without the checks that the constructor makes."""
+
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+
+__all__ = ["make"]
+
+
+def make(tree: dict[str, Any], batch_size: torch.Size, device: torch.device) -> TensorDict:
+    """A TensorDict of tensors [*batch_size, ...] on `device`, dictionaries of them nested.
+
+    The constructor takes three times as long; what replaces it is private to tensordict, which is
+    why there is a way without.
+    """
+    fast = getattr(TensorDict, "_new_unsafe", None)
+    if fast is None:
+        return TensorDict(tree, batch_size=batch_size, device=device)
+    batch: TensorDict = fast(source=tree, batch_size=batch_size, device=device)
+    return batch

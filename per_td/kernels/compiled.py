@@ -1,0 +1,16 @@
+"""The CPU kernels, compiled when this is imported, or read from numba's cache on disk."""
+
+from per_td.kernels.draw import find, sample, weigh
+from per_td.kernels.rows import gather, scatter
+from per_td.kernels.update import assign, put, rebuild
+
+__all__ = [
+    "assign",
+    "find",
+    "gather",
+    "put",
+    "rebuild",
+    "sample",
+    "scatter",
+    "weigh",
+]

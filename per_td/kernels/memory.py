@@ -1,0 +1,113 @@
+"""What the CPU kernels need to work on the memory of tensors, and numba does not have.
+
+Kernels are given addresses (`Tensor.data_ptr()`), not array views: nothing has to be kept beside
+the tensors, or made anew where they are replaced, copied or moved to shared memory.
+
+numba compiles a kernel anew when the file that holds it changes, but not when a file imported by
+that one does: after editing this one, empty numba's cache.
+"""
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+__all__ = [
+    "copy",
+    "floats",
+    "doubles",
+    "integers",
+    "prefetch",
+    "table",
+]
+
+_BYTE_POINTER = ir.IntType(8).as_pointer()
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(typing_context: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], _BYTE_POINTER)
+
+    return types.voidptr(types.int64), generate
+
+
+@njit
+def floats(address: int, n: int) -> Any:
+    """The float32 array [n] at an address."""
+    return carray(_pointer(address), n, np.float32)
+
+
+@njit
+def doubles(address: int, n: int) -> Any:
+    """The float64 array [n] at an address."""
+    return carray(_pointer(address), n, np.float64)
+
+
+@njit
+def integers(address: int, n: int) -> Any:
+    """The int64 array [n] at an address."""
+    return carray(_pointer(address), n, np.int64)
+
+
+@njit
+def table(address: int, rows: int, columns: int) -> Any:
+    """The int64 array [rows, columns] at an address."""
+    return carray(_pointer(address), (rows, columns), np.int64)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def prefetch(typing_context: Any, address: Any) -> Any:
+    """Ask for the cache line at `address`, without waiting for it; any address is safe."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        flag = ir.IntType(32)
+        prototype = ir.FunctionType(ir.VoidType(), [_BYTE_POINTER, flag, flag, flag])
+        function = cgutils.get_or_insert_function(builder.module, prototype, "llvm.prefetch.p0")
+        place = builder.inttoptr(arguments[0], _BYTE_POINTER)
+        builder.call(function, [place, flag(0), flag(3), flag(1)])  # for reading, to keep, data
+        return context.get_dummy_value()
+
+    return types.none(types.int64), generate
+
+
+def _mover(size: int | None) -> Any:
+    """Copies `size` bytes (None: as many as its third argument says), however they are aligned."""
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def move(typing_context: Any, to: Any, source: Any, count: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            destination, origin = (builder.inttoptr(a, _BYTE_POINTER) for a in arguments[:2])
+            length = arguments[2] if size is None else ir.IntType(64)(size)
+            cgutils.raw_memcpy(builder, destination, origin, length, 1)
+            return context.get_dummy_value()
+
+        return types.none(types.int64, types.int64, types.int64), generate
+
+    return move
+
+
+_move_32, _move_8, _move_4, _move_1, _move_many = map(_mover, (32, 8, 4, 1, None))
+
+
+@njit
+def copy(to: int, source: int, count: int) -> None:
+    """Copy bytes; the usual few without the call that a copy of unknown length costs."""
+    if count > 256:
+        _move_many(to, source, count)
+        return
+    while count >= 32:
+        _move_32(to, source, 32)
+        to, source, count = to + 32, source + 32, count - 32
+    while count >= 8:
+        _move_8(to, source, 8)
+        to, source, count = to + 8, source + 8, count - 8
+    if count >= 4:
+        _move_4(to, source, 4)
+        to, source, count = to + 4, source + 4, count - 4
+    while count > 0:
+        _move_1(to, source, 1)
+        to, source, count = to + 1, source + 1, count - 1

@@ -1,0 +1,181 @@
+"""Changes to the trees on the CPU, compiled: every node above what changed is recomputed once.
+
+Functions take addresses of contiguous tensors, and their lengths; the callers see to dtypes.
+`shape` is the table of `Layout.shape`: offset and width of each level above the leaves. Sums are
+taken pairwise, in float64.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from per_td.kernels.memory import doubles, floats, integers, prefetch, table
+from per_td.kernels.vector import max_f32, min_positive_f32, sum_f32, sum_f64
+
+__all__ = ["assign", "put", "rebuild"]
+
+_TINY = float(np.finfo(np.float32).tiny)
+_HUGE = float(np.finfo(np.float32).max)
+
+
+def _refresher(first: Any, size: int, above: Any, above_size: int) -> Any:
+    """A function that recomputes the nodes above the leaves `index` [n].
+
+    `first` and `above` reduce 16 leaves, or 16 nodes, of so many bytes each, at an address.
+    """
+
+    def level_with(reduce: Any, child: int) -> Any:
+        @njit
+        def level(children: int, nodes: Any, offset: int, width: int, at: Any) -> None:
+            n = at.shape[0]
+            if n >= width:  # as many leaves as nodes: all are cheaper, and so are those above
+                for node in range(width):
+                    nodes[offset + node] = reduce(children + 16 * child * node)
+                return
+            last = -1
+            for i in range(n):
+                at[i] >>= 4
+                if at[i] != last:
+                    last = at[i]
+                    nodes[offset + last] = reduce(children + 16 * child * last)
+
+        return level
+
+    lowest, higher = level_with(first, size), level_with(above, above_size)
+
+    @njit
+    def refresh(leaves: int, sums: int, nodes: Any, levels: Any, index: Any) -> None:
+        at = index.copy()
+        lowest(leaves, nodes, 0, levels[1, 0], at)
+        for k in range(1, levels.shape[1]):
+            children = sums + above_size * levels[0, k - 1]
+            higher(children, nodes, levels[0, k], levels[1, k], at)
+
+    return refresh
+
+
+_refresh_sums = _refresher(sum_f32, 4, sum_f64, 8)
+_refresh_max = _refresher(max_f32, 4, max_f32, 4)
+_refresh_min = _refresher(min_positive_f32, 4, min_positive_f32, 4)
+
+
+@njit
+def _mass_of(priority: float, alpha: float) -> float:
+    if not priority > 0:
+        return 0.0
+    mass = priority**alpha
+    return min(max(mass, _TINY), _HUGE)
+
+
+@njit("void(int64, int64, int64, int64)", cache=True, nogil=True)
+def rebuild(leaves: int, sums: int, shape: int, depth: int) -> None:
+    """Recompute all sums."""
+    levels = table(shape, 2, depth)
+    everything = np.empty(levels[1, 0], np.int64)
+    nodes = doubles(sums, levels[0, -1] + 1)
+    _refresh_sums(leaves, sums, nodes, levels, everything)
+
+
+@njit(
+    "boolean(int64, int64, int64, int64, int64, int64, int64, int64)",
+    cache=True,
+    nogil=True,
+)
+def put(
+    leaves: int, sums: int, shape: int, depth: int, index: int, value: int, n: int, size: int
+) -> bool:
+    """Set the masses of the leaves `index` [n] one after the other; sums follow.
+
+    False, and nothing is written, if an index is not in [0, size) or a value is negative, infinite
+    or NaN.
+    """
+    at, masses = integers(index, n), floats(value, n)
+    for i in range(n):
+        if not (0 <= at[i] < size and 0 <= masses[i] <= _HUGE):
+            return False
+    levels = table(shape, 2, depth)
+    column = floats(leaves, 16 * levels[1, 0])
+    for i in range(n):
+        column[at[i]] = masses[i]
+    _refresh_sums(leaves, sums, doubles(sums, levels[0, -1] + 1), levels, at)
+    return True
+
+
+@njit(
+    "int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64,"
+    " int64, int64, float64, float64, int64, int64)",
+    cache=True,
+    nogil=True,
+)
+def assign(
+    raw: int,
+    leaves: int,
+    sums: int,
+    maxima: int,
+    minima: int,
+    shape: int,
+    depth: int,
+    index: int,
+    value: int,
+    n: int,
+    size: int,
+    generation: int,
+    written: int,
+    slots: int,
+    eps: float,
+    alpha: float,
+    known: int,
+    ever_max: int,
+) -> int:
+    """Set the priorities of the slots `index` [n] to |value| + eps, one after the other.
+
+    Args:
+        raw, leaves: priorities and masses.
+        sums, maxima, minima: the nodes above; minima may be 0: there are none.
+        shape, depth: the table of levels.
+        index, value: slots and values, [n]. A `value` of 0 stands for the priority at `known`, or
+            1 if that is 0, for all.
+        n, size: how many; how many slots may be named.
+        generation: those of the transitions meant, [n], to drop what is stale; 0 drops nothing.
+        written, slots: how many transitions were ever written, to how many slots.
+        eps, alpha: as in the paper.
+        known, ever_max: addresses of priorities; the second is raised to the largest ever.
+
+    Returns:
+        How many were dropped; -1, and nothing has been written, if an index is not in [0, size)
+        or a priority is infinite or NaN.
+    """
+    at, values, then = integers(index, n), floats(value, n), integers(generation, n)
+    for i in range(n):
+        if not (0 <= at[i] < size and (value == 0 or abs(values[i]) + np.float32(eps) <= _HUGE)):
+            return -1
+        prefetch(raw + 4 * at[i])
+        prefetch(leaves + 4 * at[i])
+        prefetch(sums + 8 * (at[i] >> 4))
+        prefetch(maxima + 4 * (at[i] >> 4))
+    levels = table(shape, 2, depth)
+    width, nodes = 16 * levels[1, 0], levels[0, -1] + 1
+    priorities, masses = floats(raw, width), floats(leaves, width)
+    default = floats(known, 1)[0]
+    default = default if default > 0 else np.float32(1)
+    kept, count = np.empty(n, np.int64), 0
+    for i in range(n):
+        if generation != 0 and then[i] != (written - 1 - at[i]) // slots:
+            continue
+        priorities[at[i]] = default if value == 0 else abs(values[i]) + np.float32(eps)
+        kept[count] = at[i]
+        count += 1
+    kept = kept[:count]
+    previous, mass, largest = np.float32(0), np.float32(0), floats(ever_max, 1)
+    for i in range(count):  # of equal indices, the last has been left
+        priority = priorities[kept[i]]
+        if priority != previous:
+            previous, mass = priority, np.float32(_mass_of(np.float64(priority), alpha))
+        masses[kept[i]] = mass
+        largest[0] = max(largest[0], priority)
+    _refresh_sums(leaves, sums, doubles(sums, nodes), levels, kept)
+    _refresh_max(raw, maxima, floats(maxima, nodes), levels, kept)
+    if minima != 0:
+        _refresh_min(leaves, minima, floats(minima, nodes), levels, kept)
+    return n - count

@@ -1,0 +1,122 @@
+"""Sixteen children at once: what numba does not turn into vector instructions by itself.
+
+Written in LLVM's own terms, which know vectors of any length; LLVM cuts them to what the processor
+has. Sums are taken pairwise, in float64, and the last prefix sum is the sum, bit for bit.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+__all__ = ["count_f32", "count_f64", "max_f32", "min_positive_f32", "sum_f32", "sum_f64"]
+
+_WIDTH = 16
+_INT = ir.IntType(32)
+_DOUBLE, _FLOAT = ir.DoubleType(), ir.FloatType()
+_DOUBLES, _FLOATS = ir.VectorType(_DOUBLE, _WIDTH), ir.VectorType(_FLOAT, _WIDTH)
+
+
+def _load(builder: Any, address: Any, vector: Any) -> Any:
+    value = builder.load(builder.inttoptr(address, vector.as_pointer()))
+    value.align = 8 if vector is _DOUBLES else 4
+    return value
+
+
+def _splat(vector: Any, number: float) -> Any:
+    return ir.Constant(vector, [ir.Constant(vector.element, number)] * _WIDTH)
+
+
+def _broadcast(builder: Any, value: Any, vector: Any) -> Any:
+    undefined = ir.Constant(vector, ir.Undefined)
+    zeros = ir.Constant(ir.VectorType(_INT, _WIDTH), [_INT(0)] * _WIDTH)
+    return builder.shuffle_vector(
+        builder.insert_element(undefined, value, _INT(0)), undefined, zeros
+    )
+
+
+def _reduce(builder: Any, name: str, value: Any) -> Any:
+    """`llvm.vector.reduce.fmax` or `fmin`; there are no NaN."""
+    kind = "f64" if value.type == _DOUBLES else "f32"
+    prototype = ir.FunctionType(value.type.element, [value.type])
+    full = f"llvm.vector.reduce.{name}.v{_WIDTH}{kind}"
+    function = cgutils.get_or_insert_function(builder.module, prototype, full)
+    return builder.call(function, [value], fastmath=("nnan",))
+
+
+def _prefix_sums(builder: Any, value: Any) -> Any:
+    """Prefix sums in four steps: to each, add what lies 1, 2, 4 and 8 places before."""
+    for shift in (1, 2, 4, 8):
+        places = [_INT(_WIDTH + i - shift if i >= shift else 0) for i in range(_WIDTH)]
+        mask = ir.Constant(ir.VectorType(_INT, _WIDTH), places)
+        value = builder.fadd(
+            value, builder.shuffle_vector(_splat(_DOUBLES, 0.0), value, mask)
+        )
+    return value
+
+
+def _doubles_at(builder: Any, address: Any, vector: Any) -> Any:
+    value = _load(builder, address, vector)
+    return value if vector is _DOUBLES else builder.fpext(value, _DOUBLES)
+
+
+def _counter(vector: Any) -> Any:
+    """(address, target) -> how many prefix sums are at most the target, and the largest of them."""
+
+    @intrinsic
+    def count(typing_context: Any, address: Any, target: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            prefix = _prefix_sums(builder, _doubles_at(builder, arguments[0], vector))
+            limit = _broadcast(builder, arguments[1], _DOUBLES)
+            passed = builder.fcmp_ordered("<=", prefix, limit)
+            bits = builder.bitcast(passed, ir.IntType(_WIDTH))
+            step = builder.zext(builder.ctpop(bits), ir.IntType(64))
+            sums = builder.select(passed, prefix, _splat(_DOUBLES, 0.0))
+            before = _reduce(builder, "fmax", sums)
+            return context.make_tuple(builder, signature.return_type, [step, before])
+
+        pair = types.Tuple((types.int64, types.float64))
+        return pair(types.int64, types.float64), generate
+
+    return count
+
+
+def _summer(vector: Any) -> Any:
+    @intrinsic
+    def total(typing_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            prefix = _prefix_sums(builder, _doubles_at(builder, arguments[0], vector))
+            return builder.extract_element(prefix, _INT(_WIDTH - 1))
+
+        return types.float64(types.int64), generate
+
+    return total
+
+
+@intrinsic
+def max_f32(typing_context: Any, address: Any) -> Any:
+    """The largest of 16 numbers that are not negative."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _reduce(builder, "fmax", _load(builder, arguments[0], _FLOATS))
+
+    return types.float32(types.int64), generate
+
+
+@intrinsic
+def min_positive_f32(typing_context: Any, address: Any) -> Any:
+    """The smallest of 16 numbers among those above 0; infinity where there are none."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = _load(builder, arguments[0], _FLOATS)
+        positive = builder.fcmp_ordered(">", value, _splat(_FLOATS, 0.0))
+        value = builder.select(positive, value, _splat(_FLOATS, float("inf")))
+        return _reduce(builder, "fmin", value)
+
+    return types.float32(types.int64), generate
+
+
+count_f32, count_f64 = _counter(_FLOATS), _counter(_DOUBLES)
+sum_f32, sum_f64 = _summer(_FLOATS), _summer(_DOUBLES)

@@ -1,0 +1,90 @@
+"""How transitions lie in memory: a tensor per field, or records, one after the other, in a block.
+
+Reading a transition from columns touches a place in memory per field, a record only one or two.
+Either way every field is a tensor [capacity, ...]: with records, a view into the block.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["LAYOUTS", "Field", "block_of", "columns_of", "resolve_layout", "views_of"]
+
+LAYOUTS = ("auto", "columns", "records")
+
+RECORDS_UP_TO = 1024
+"""layout="auto" takes records, on the CPU with compiled kernels, up to this many bytes each."""
+
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of a transition.
+
+    Args:
+        key: its names in the TensorDict, from the outside in.
+        shape: without the batch dimension.
+        dtype: of its elements.
+    """
+
+    key: tuple[str, ...]
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Length in memory."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def resolve_layout(layout: str, fields: list[Field], *, compiled: bool) -> str:
+    """The layout that "auto" stands for; any other `layout` is returned as it is."""
+    if layout != "auto":
+        return layout
+    small = sum(field.bytes for field in fields) <= RECORDS_UP_TO
+    return "records" if compiled and small else "columns"
+
+
+def columns_of(fields: list[Field], capacity: int, device: torch.device) -> list[Tensor]:
+    """Memory for each field, [capacity, ...], filled with 0."""
+    return [
+        torch.zeros((capacity, *field.shape), dtype=field.dtype, device=device) for field in fields
+    ]
+
+
+def _offsets(fields: list[Field]) -> tuple[list[int], int]:
+    """Where each field begins in a record, and the length of the record, in bytes.
+
+    The largest elements come first, so that each is aligned without gaps.
+    """
+    offsets, end = [0] * len(fields), 0
+    for i in sorted(range(len(fields)), key=lambda i: -fields[i].dtype.itemsize):
+        offsets[i] = end
+        end += fields[i].bytes
+    return offsets, max(1, -(-end // _ALIGNMENT)) * _ALIGNMENT
+
+
+def block_of(fields: list[Field], capacity: int, device: torch.device) -> Tensor:
+    """Memory for records, uint8 [capacity, bytes of a record], filled with 0."""
+    return torch.zeros((capacity, _offsets(fields)[1]), dtype=torch.uint8, device=device)
+
+
+def views_of(fields: list[Field], block: Tensor) -> list[Tensor]:
+    """The fields of the records in `block` [n, bytes], views [n, ...]."""
+    offsets, length = _offsets(fields)
+    views = []
+    for field, offset in zip(fields, offsets, strict=True):
+        size = field.dtype.itemsize
+        inner = torch.empty(field.shape, device="meta").stride()
+        views.append(
+            torch.as_strided(
+                block.view(field.dtype),
+                (len(block), *field.shape),
+                (length // size, *inner),
+                offset // size,
+            )
+        )
+    return views
