@@ -5,7 +5,7 @@ from benchmarks.case import Case, Goal, Ref
 __all__ = ["CASES"]
 
 PEERS = ("TorchRL prioritized", "cpprb", "flashbax", "tianshou")
-STANDARD_EXTEND = ("per_td", "copy into columns", "TorchRL uniform", *PEERS)
+STANDARD_EXTEND = ("per_td", "per_td, plain torch", "copy into columns", "TorchRL uniform", *PEERS)
 GROWTH = tuple(10**k for k in range(4, 9))
 CROSSOVER = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 10_000_000)
 CUDA_BATCHES = (256, 1_024, 8_192, 65_536)
@@ -26,7 +26,7 @@ CASES: tuple[Case, ...] = (
         "1M filled slots, five-leaf transitions of 77 bytes, batches of 256, one CPU core."
         " `update` is of the batch just drawn, as in training; `update, other slots` is of slots"
         " that are not in the caches.",
-        contestants=("per_td", "TorchRL uniform", *PEERS),
+        contestants=("per_td", "per_td, plain torch", "TorchRL uniform", *PEERS),
         parts=("sample", "update", "update_cold"),
         seconds=25,
         goals=(
@@ -111,7 +111,7 @@ CASES: tuple[Case, ...] = (
         "methods",
         "Ways of drawing: crossover, independent draws",
         '256 draws from masses alone; what `method="auto"` chooses follows from this.',
-        contestants=("tree", "multinomial", "cumsum + searchsorted"),
+        contestants=("tree", "tree, plain torch", "multinomial", "cumsum + searchsorted"),
         parts=("sample",),
         capacities=CROSSOVER,
         seconds=20,
@@ -121,7 +121,7 @@ CASES: tuple[Case, ...] = (
         "methods-distinct",
         "Ways of drawing: crossover, without replacement",
         "256 different slots from masses alone.",
-        contestants=("tree", "multinomial", "exponential keys + topk"),
+        contestants=("tree", "tree, plain torch", "multinomial", "exponential keys + topk"),
         parts=("sample",),
         capacities=CROSSOVER,
         draws=("without_replacement",),
@@ -152,6 +152,20 @@ CASES: tuple[Case, ...] = (
                 Ref("per_td", "step"),
                 1.15,
                 Ref("uniform", "step"),
+            ),
+        ),
+    ),
+    Case(
+        "startup",
+        "The first call of a process",
+        "Processes of their own, with torch and tensordict already imported. Numba compiles the CPU"
+        " kernels once and keeps them in a folder: cold is that first time, warm every later one.",
+        kind="startup",
+        goals=(
+            Goal(
+                "ms for import, first buffer, sample and update, kernels from the cache",
+                Ref("warm cache", "together"),
+                300.0,
             ),
         ),
     ),

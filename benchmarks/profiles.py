@@ -5,18 +5,18 @@ call work on the same slots in the order of the call, so that each finds in the 
 find there; the slots are new in every call.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from tensordict import TensorDict
 
 from benchmarks.case import Case
 from benchmarks.contestants.own import PerTd
 from benchmarks.race import Entry, Part, race
-from benchmarks.workload import BETA, Point
-from per_td import draws, validation
-from per_td.weights import mass_of, priority_of
+from benchmarks.workload import BETA, Point, Pool
+from per_td import batch, draws, validation
+from per_td.storage import nested
 
 __all__ = ["measure"]
 
@@ -27,25 +27,29 @@ Parts = dict[str, Callable[[], Any]]
 
 
 def _sample_parts(own: PerTd, at: dict) -> Parts:
-    table, storage, point = own.buffer._priorities, own.buffer._storage, own.point
+    table, storage, n = own.buffer._priorities, own.buffer._storage, own.point.batch
+    tree = table.masses
 
     def draw() -> None:
-        at["index"] = table.sample(point.batch, point.capacity, None)
+        at["index"], at["weight"] = table.sample_weighted(
+            n, own.point.capacity, None, beta=own.buffer._beta, filled=storage.size
+        )
 
     def gather() -> None:
-        index = at["index"]
-        columns = storage.data.items()
-        at["leaves"] = {key: column.index_select(0, index) for key, column in columns}
+        at["leaves"], at["generation"] = storage.gather(at["index"])
+
+    def result() -> None:
+        leaves = nested(zip(storage._columns, at["leaves"], strict=True))
+        added = {"index": at["index"], "generation": at["generation"]}
+        leaves.update(added, priority_weight=at["weight"])
+        batch.make(leaves, at["index"].shape, own.cpu)
 
     return {
-        "draw": draw,
-        f"{NESTED}random numbers": lambda: draws.points(point.batch, "independent", own.cpu),
-        "weights": lambda: table.weights(at["index"], own.buffer._beta, storage.size),
-        "generations": lambda: storage.generation(at["index"]),
-        "gather": gather,
-        "result TensorDict": lambda: TensorDict(
-            {**at["leaves"], "index": at["index"]}, batch_size=at["index"].shape, device=own.cpu
-        ),
+        "draw and weights": draw,
+        f"{NESTED}random numbers": lambda: draws.points(n, "independent", own.cpu),
+        f"{NESTED}walk, other slots": lambda: tree.find(own.points.next()[1]),
+        "gather and generations": gather,
+        "result TensorDict": result,
         WHOLE: own.sample,
     }
 
@@ -53,30 +57,20 @@ def _sample_parts(own: PerTd, at: dict) -> Parts:
 def _update_parts(own: PerTd, at: dict) -> Parts:
     table, storage, size = own.buffer._priorities, own.buffer._storage, own.point.capacity
 
-    def fresh() -> None:
-        at["index"], at["td_error"] = own.pool.next()
-        at["generation"] = storage.generation(at["index"])
-
     def checks() -> None:
-        index = validation.as_index(at["index"], own.cpu)
-        validation.require_in_range(index, size)
-        validation.require_finite("td_error", validation.as_values("", at["td_error"], index))
+        validation.as_index(at["index"], own.cpu)
+        validation.as_index(at["generation"], own.cpu)
 
-    def stale() -> None:
-        generation = validation.as_index(at["generation"], own.cpu)
-        at["live"] = generation == storage.generation(at["index"])
-        own.buffer._stale.add_((~at["live"]).sum())
+    def update(what: Callable) -> None:
+        fate = {"generation": at["generation"], "written": storage.written}
+        what(at["index"], at["td_error"], size, **fate)
 
     return {
-        "(fresh slots, not counted)": fresh,
-        "stale updates": stale,
-        "priority table": lambda: table.update(at["index"], at["td_error"], size, at["live"]),
-        f"{NESTED}checks, in plain torch": checks,
-        f"{NESTED}priority and mass, in plain torch": lambda: mass_of(
-            priority_of(at["td_error"], own.buffer.eps), own.buffer.alpha
+        "checks of the indices": checks,
+        "priority table": lambda: update(table.update),
+        f"{NESTED}raw priorities, masses, sums, extrema": lambda: update(
+            functools.partial(table._assign, eps=own.buffer.eps)
         ),
-        f"{NESTED}masses and sums": lambda: table.masses.write(at["index"], at["td_error"].abs()),
-        f"{NESTED}largest priority": lambda: table._largest.refresh(at["index"]),
         WHOLE: lambda: own.buffer.update_priority(at["index"], at["td_error"], at["generation"]),
     }
 
@@ -102,15 +96,24 @@ def _extend_parts(own: PerTd, at: dict) -> Parts:
 CALLS = {"sample": _sample_parts, "update": _update_parts, "extend": _extend_parts}
 
 
-def _possible(parts: Parts) -> list[Part]:
-    """Those that run; each is called once, in order."""
-    kept = []
-    for name, run in parts.items():
+def _possible(own: PerTd, call: str) -> list[Part]:
+    """The parts of `call` that run; each is called once, in order.
+
+    Those of an update get new slots each, the others follow from one another.
+    """
+    kept, at = [], {}
+
+    def fresh() -> None:
+        at["index"], at["td_error"] = own.pool.next()
+        at["generation"] = own.buffer._storage.generation(at["index"])
+
+    for name, run in CALLS[call](own, at).items():
         try:
+            fresh()
             run()
         except (AttributeError, TypeError, KeyError):
             continue
-        kept.append(Part(name, torch.no_grad()(run), summed=False))
+        kept.append(Part(name, run, fresh if call == "update" else None, summed=False))
     return kept
 
 
@@ -118,7 +121,7 @@ def _with_rest(entry: Entry) -> None:
     parts = [
         values
         for name, values in entry.rounds.items()
-        if name != WHOLE and not name.startswith((NESTED, "("))
+        if name != WHOLE and not name.startswith(NESTED)
     ]
     whole = entry.rounds[WHOLE]
     entry.rounds[REST] = [w - sum(p) for w, *p in zip(whole, *parts, strict=True)]
@@ -129,13 +132,17 @@ def measure(case: Case, *, seed: int) -> tuple[list[Entry], int, float]:
     point = Point(case.capacities[0], case.batches[0], case.schemas[0], seed=seed)
     own = PerTd(point)
     own.cpu = torch.device("cpu")
+    own.points = Pool(point)  # points in the tree, in place of TD errors
+    total = own.buffer._priorities.masses.total
+    own.points.td_error = torch.rand(len(own.points.index), dtype=torch.float64) * total
     own.buffer.beta = BETA
     entries = [
-        Entry({"contestant": call, "capacity": point.capacity, "batch": point.batch}, _possible(p))
-        for call, p in ((call, parts(own, {})) for call, parts in CALLS.items())
+        Entry(
+            {"contestant": c, "capacity": point.capacity, "batch": point.batch}, _possible(own, c)
+        )
+        for c in CALLS
     ]
     rounds, share = race(entries, case.seconds)
     for entry in entries:
-        entry.rounds.pop("(fresh slots, not counted)", None)
         _with_rest(entry)
     return entries, rounds, share

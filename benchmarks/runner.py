@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks import cartpole, exactness, profiles
+from benchmarks import cartpole, exactness, profiles, startup
 from benchmarks.case import Case
 from benchmarks.contestants import CONTESTANTS, NotRun
 from benchmarks.goals import judge
@@ -83,6 +83,8 @@ def _measure(case: Case, options: Options) -> dict:
     share = None
     if case.kind == "cartpole":
         entries, rounds = cartpole.measure(quick=options.quick, seed=seed)
+    elif case.kind == "startup":
+        rows, entries, rounds = startup.measure(quick=options.quick), [], 0
     elif case.kind == "profile":
         entries, rounds, share = profiles.measure(case, seed=seed)
     else:

@@ -30,7 +30,7 @@ def markdown_table(head: list[str], body: list[list[str]]) -> str:
 def _cell(row: dict) -> str:
     if "median" not in row:
         return f"{NOT_RUN}: {row['not_run']}"
-    if row["unit"] != "us":
+    if "q1" not in row:
         return f"{number(row['median'])}"
     return f"{number(row['median'])} ({number(row['q1'])} to {number(row['q3'])})"
 
@@ -93,7 +93,8 @@ def _label(row: dict, keys: list[str], *, part: bool) -> str:
 
 
 def _by_part(rows: list[dict], extra: list[str]) -> str:
-    timed = [row for row in rows if row.get("unit", "us") == "us"]
+    timed = [row for row in rows if row.get("unit", "us") in ("us", "ms")]
+    unit = next((row["unit"] for row in timed if "unit" in row), "us")
     parts = _values(timed, "part")
     lines: dict[str, dict[str | None, dict]] = {}
     for row in timed:
@@ -104,7 +105,7 @@ def _by_part(rows: list[dict], extra: list[str]) -> str:
             body.append([label, _cell(cells[None]), *[""] * (len(parts) - 1)])
         else:
             body.append([label, *(_cell(cells[p]) if p in cells else "" for p in parts)])
-    return markdown_table(["us", *(parts or [""])], body)
+    return markdown_table([unit, *(parts or [""])], body)
 
 
 def _by_axis(rows: list[dict], axis: str, extra: list[str]) -> str:
@@ -164,16 +165,16 @@ def _profile(rows: list[dict]) -> str:
     return markdown_table(["call", "part", "us"], body)
 
 
-def suggested_limit(case: dict, other: str = "multinomial") -> str:
+def suggested_limit(case: dict, tree_name: str = "tree", other: str = "multinomial") -> str:
     """Up to which capacity `other` beats the tree, by what was measured."""
     medians: dict[str, dict[int, float]] = {}
     for row in case["rows"]:
         if row.get("median") is not None:
             medians.setdefault(row["contestant"], {})[row["capacity"]] = row["median"]
-    tree, flat = medians.get("tree", {}), medians.get(other, {})
+    tree, flat = medians.get(tree_name, {}), medians.get(other, {})
     wins = [capacity for capacity in tree if capacity in flat and flat[capacity] < tree[capacity]]
     found = f"up to {size(max(wins))} slots" if wins else "nowhere"
-    return f'Suggested for `method="auto"`: {other} {found}, the tree elsewhere.'
+    return f'Suggested for `method="auto"`: {other} {found}, the {tree_name} elsewhere.'
 
 
 def _noise(case: dict) -> str:
@@ -204,7 +205,7 @@ def case_text(case: dict) -> str:
     for name, note in case.get("notes", {}).items():
         lines += ["", f"{name}: {note}."]
     if case["name"].startswith("methods"):
-        lines += ["", suggested_limit(case)]
+        lines += ["", suggested_limit(case), "", suggested_limit(case, "tree, plain torch")]
     if case.get("rounds"):
         lines += ["", f"Medians (and quartiles) of {case['rounds']} rounds." + _noise(case)]
     return "\n".join(lines)

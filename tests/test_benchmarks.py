@@ -76,7 +76,7 @@ def test_every_measured_row_has_a_median_between_its_quartiles(results):
 def test_the_parts_and_the_rest_of_a_call_make_up_all_of_it(results):
     cases = {case["name"]: case for case in json.loads(results.read_text())["cases"]}
     parts = [row["part"] for row in cases["profile"]["rows"] if row["contestant"] == "sample"]
-    assert {"draw", "weights", "gather", "all of it", "rest"} <= set(parts)
+    assert {"draw and weights", "gather and generations", "all of it", "rest"} <= set(parts)
 
 
 def test_draws_are_as_far_from_the_right_distribution_as_perfect_ones(results):

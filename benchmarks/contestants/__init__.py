@@ -9,6 +9,7 @@ CONTESTANTS: dict[str, type[Contestant]] = {
     contestant.name: contestant
     for contestant in (
         own.PerTd,
+        own.PlainTorch,
         own.Columns,
         own.Records,
         own.CopyColumns,
@@ -19,6 +20,7 @@ CONTESTANTS: dict[str, type[Contestant]] = {
         peers.Flashbax,
         peers.Tianshou,
         methods.Tree,
+        methods.PlainTree,
         methods.Multinomial,
         methods.CumulativeSum,
         methods.ExponentialKeys,

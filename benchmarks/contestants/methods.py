@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.contestants.base import Contestant, NotRun
+from benchmarks.contestants.own import plain_torch
 from benchmarks.workload import ALPHA, Point
 from per_td import SumTree, draws
 
-__all__ = ["CumulativeSum", "ExponentialKeys", "Multinomial", "Tree"]
+__all__ = ["CumulativeSum", "ExponentialKeys", "Multinomial", "PlainTree", "Tree"]
 
 
 class _Method(Contestant):
@@ -50,6 +51,17 @@ class Tree(_Method):
     def sample(self) -> None:
         """Draw."""
         self.index = self.tree.sample(self.point.batch, draw=self.point.draw)
+
+
+class PlainTree(Tree):
+    """per_td's sum tree without its compiled kernels."""
+
+    name = "tree, plain torch"
+
+    def prepare(self) -> None:
+        """Fill the tree."""
+        with plain_torch():
+            super().prepare()
 
 
 class Multinomial(_Method):

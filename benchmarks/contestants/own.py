@@ -1,6 +1,9 @@
 """per_td's buffer, and the floor below its `extend`."""
 
+import contextlib
 import inspect
+import os
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -8,9 +11,17 @@ from torch import Tensor
 
 from benchmarks.contestants.base import Contestant, NotRun, tensor_bytes
 from benchmarks.workload import ALPHA, BETA, EPS, Point
-from per_td import PrioritizedReplayBuffer
+from per_td import PrioritizedReplayBuffer, kernels
 
-__all__ = ["Columns", "CopyColumns", "PerTd", "Records", "filled_buffer"]
+__all__ = [
+    "Columns",
+    "CopyColumns",
+    "PerTd",
+    "PlainTorch",
+    "Records",
+    "filled_buffer",
+    "plain_torch",
+]
 
 
 def filled_buffer(
@@ -94,6 +105,31 @@ class PerTd(Contestant):
         """Bytes that priorities take."""
         used = tensor_bytes(self.buffer._priorities)
         return {"priority state": (used / self.point.capacity, "bytes per slot")}
+
+
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """What is made inside does without compiled kernels; NotRun where there are none anyway."""
+    if kernels.cpu() is None:
+        raise NotRun("there are no compiled kernels here: per_td is this")
+    before = os.environ.get(kernels.VARIABLE)
+    os.environ[kernels.VARIABLE] = "off"
+    try:
+        yield
+    finally:
+        del os.environ[kernels.VARIABLE]
+        if before is not None:
+            os.environ[kernels.VARIABLE] = before
+
+
+class PlainTorch(PerTd):
+    """per_td without its compiled kernels, as where numba is missing."""
+
+    name = "per_td, plain torch"
+
+    def __init__(self, point: Point) -> None:
+        with plain_torch():
+            super().__init__(point)
 
 
 class Columns(PerTd):
