@@ -27,7 +27,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="the parts of each call")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: see that it runs")
     parser.add_argument(
-        "--only", nargs="+", metavar="CASE", choices=[case.name for case in CASES], help="some only"
+        "--only",
+        nargs="+",
+        metavar="CASE",
+        choices=["cpu", "cuda", *(case.name for case in CASES)],
+        help="some only: cpu or cuda for all of a device, or names of cases",
     )
     parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the results")
     parser.add_argument("--name", help="of the files there; default: the device")
@@ -50,8 +54,10 @@ def main(argv: list[str] | None = None) -> Path:
     args = parse(argv)
     torch.set_num_threads(1)
     options = Options(args.device, args.peers, args.profile, args.quick, args.seed)
-    cases = [case for case in CASES if args.only is None or case.name in args.only]
-    name = args.name or args.device + "-quick" * args.quick + "-part" * (args.only is not None)
+    only = set(args.only or ("cpu", "cuda"))
+    cases = [case for case in CASES if {case.name, case.device} & only]
+    part = args.only is not None and args.device not in only
+    name = args.name or args.device + "-quick" * args.quick + "-part" * part
     start = time.perf_counter()
     results = {
         "format": FORMAT,

@@ -14,7 +14,12 @@ CUDA_BATCHES = (256, 1_024, 8_192, 65_536)
 def _extend_goals(n: str) -> tuple[Goal, ...]:
     of = Ref("per_td", "extend")
     return (
-        Goal(f"`extend` of {n} / TorchRL's", of, 0.1, Ref("TorchRL uniform", "extend")),
+        Goal(
+            f"`extend` of {n} / that of TorchRL's uniform buffer",
+            of,
+            0.1,
+            Ref("TorchRL uniform", "extend"),
+        ),
         Goal(f"`extend` of {n} / copying the bytes", of, 2.0, Ref("copy into columns", "extend")),
     )
 

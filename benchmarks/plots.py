@@ -88,12 +88,14 @@ def _exactness(axes: Axes, case: dict) -> None:
     for row in case["rows"]:
         if "tv" in row:
             series.setdefault(f"{row['contestant']}, {row['masses']} masses", []).append(row)
-    for i, (label, points) in enumerate(series.items()):
+    methods = list(dict.fromkeys(points[0]["contestant"] for points in series.values()))
+    for label, points in series.items():
+        i = methods.index(points[0]["contestant"])
         axes.plot(
             [row["capacity"] for row in points],
             [row["tv"] / row["tv_perfect"] for row in points],
             f"{MARKERS[i % len(MARKERS)]}{'-' if 'equal' in label else '--'}",
-            color=COLOURS[i // 2 % len(COLOURS)],
+            color=COLOURS[i % len(COLOURS)],
             label=label,
         )
     axes.axhline(1, color="#718096", lw=1, ls=":")

@@ -262,6 +262,36 @@ def test_a_contestant_goes_through_its_parts(name):
         part.run()
 
 
+@pytest.mark.parametrize("name", [n for n, c in CONTESTANTS.items() if c.clock == "cuda"])
+def test_a_cuda_contestant_goes_through_a_step(name, monkeypatch):
+    if not torch.cuda.is_available():  # its logic can be seen without a device
+
+        class Replay:
+            def __init__(self, step):
+                self.replay = step
+
+        monkeypatch.setattr("benchmarks.contestants.cuda._capture", Replay)
+        monkeypatch.setattr("torch.cuda.set_sync_debug_mode", lambda mode: None)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    contestant = made(name, Point(500, 20, "number", device=device))
+    (step,) = contestant.parts(("step",))
+    assert step.name == TOTAL
+    before = contestant.drawn().clone()
+    step.run()
+    assert not torch.equal(before, contestant.drawn())
+    assert contestant.facts().get("host syncs", (0.0, ""))[0] == 0.0
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_cases_run(tmp_path):
+    path = main(["--quick", "--device", "cuda", "--only", "cuda", "--out", str(tmp_path)])
+    cases = json.loads(path.read_text())["cases"]
+    assert path.stem == "cuda-quick"
+    assert {case["device"] for case in cases} == {"cuda"}
+    assert all(case["rows"] for case in cases)
+
+
 def test_bytes_are_counted_once_per_memory():
     column = torch.zeros(10)
     assert (
