@@ -15,8 +15,9 @@ from per_td.errors import (
     PriorityError,
     SchemaError,
 )
+from per_td.leaves import Leaves, count, flattened, nested
 from per_td.priorities import PriorityTable
-from per_td.storage import Leaves, RingStorage, count, flattened, nested
+from per_td.storage import RingStorage
 
 __all__ = ["PrioritizedReplayBuffer"]
 
@@ -196,7 +197,8 @@ class PrioritizedReplayBuffer:
             PriorityError: `priority` has a wrong shape or dtype, or a value is NaN, infinite or
                 negative (on CUDA such a value is replaced by that of `new_priority`, and counted).
         """
-        return self._extend(self._storage.check(transitions), priority)
+        leaves = self._storage.check(transitions)
+        return self._extend(leaves, transitions.batch_size[0], priority)
 
     def add(self, transition: TensorDictBase, priority: Any = None) -> Tensor:
         """Write one transition, a TensorDict of batch size []; see `extend`.
@@ -209,20 +211,24 @@ class PrioritizedReplayBuffer:
                 f"expected a TensorDict of batch size [], got {list(transition.batch_size)}:"
                 " use extend() for several transitions"
             )
-        return self._extend(self._storage.check(transition, batched=False), priority)[0]
+        leaves = self._storage.check(transition, batched=False)
+        return self._extend(leaves, 1, priority).squeeze_(0)
 
     def extend_leaves(self, leaves: Leaves, priority: Any = None) -> Tensor:
         """`extend` without a TensorDict: tensors [n, ...] by key, a tuple of names."""
         self._storage.check_leaves(leaves)
-        return self._extend(leaves, priority)
+        return self._extend(leaves, count(leaves), priority)
 
-    def _extend(self, leaves: Leaves, priority: Any) -> Tensor:
-        index = self._storage.next_slots(count(leaves))
+    def _extend(self, leaves: Leaves, n: int, priority: Any) -> Tensor:
+        index = self._storage.next_slots(n)
         initial = None
         if priority is not None:
             initial = self._priorities.check_initial(priority, index)[-self.capacity :]
-        self._storage.write(leaves)
-        self._priorities.write_new(index[-self.capacity :], initial)
+        row = self._storage.write(leaves, n)
+        if initial is None:
+            self._priorities.write_row(*row)
+        else:
+            self._priorities.write_new(index[-self.capacity :], initial)
         return index
 
     def sample(self, batch_size: int | None = None) -> TensorDict:

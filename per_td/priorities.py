@@ -156,6 +156,30 @@ class PriorityTable:
             priority = torch.where(refused, self.for_new(), priority)
         self._write(index, priority)
 
+    def write_row(self, start: int, n: int) -> None:
+        """`write_new` for the `n` slots, at most `capacity`, from `start` on and around the end."""
+        kernel = self.masses.kernels
+        if kernel is None:
+            index = torch.arange(start, start + n, device=self.device).remainder_(self.capacity)
+            self.write_new(index, None)
+        elif n:
+            at = start, n, self.capacity, self._alpha
+            kernel.renew(*self._memory, *at, self._known, self.ever_max.data_ptr())
+
+    @property
+    def _memory(self) -> tuple[int, ...]:
+        """Addresses of priorities, masses, sums, maxima, minima and levels; number of levels."""
+        leaves, sums, levels, depth = self.masses.memory
+        smallest = 0 if self._smallest is None else self._smallest.nodes.data_ptr()
+        maxima = self._largest.nodes.data_ptr()
+        return self._raw.data_ptr(), leaves, sums, maxima, smallest, levels, depth
+
+    @property
+    def _known(self) -> int:
+        """Address of the priority that new transitions get, unless it is 0."""
+        own = self.new_priority == "buffer_max"
+        return self._largest.root if own else self.ever_max.data_ptr()
+
     def update(
         self,
         index: Tensor,
@@ -236,16 +260,8 @@ class PriorityTable:
         index = index.contiguous()
         value = None if value is None else value.contiguous()
         generation = None if generation is None else generation.contiguous()
-        leaves, sums, levels, depth = self.masses.memory
-        ever_max = self.ever_max.data_ptr()
         dropped: int = kernel.assign(
-            self._raw.data_ptr(),
-            leaves,
-            sums,
-            self._largest.nodes.data_ptr(),
-            0 if self._smallest is None else self._smallest.nodes.data_ptr(),
-            levels,
-            depth,
+            *self._memory,
             index.data_ptr(),
             0 if value is None else value.data_ptr(),
             index.numel(),
@@ -255,8 +271,8 @@ class PriorityTable:
             self.capacity,
             eps,
             self._alpha,
-            self._largest.root if self.new_priority == "buffer_max" else ever_max,
-            ever_max,
+            self._known,
+            self.ever_max.data_ptr(),
         )
         return None if dropped < 0 else dropped
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from per_td.buffer import PrioritizedReplayBuffer
 from per_td.errors import SchemaError
-from per_td.storage import Leaves
+from per_td.leaves import Leaves
 
 __all__ = ["TransitionReplayBuffer"]
 

@@ -7,7 +7,7 @@ counter tells.
 """
 
 import math
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -82,15 +82,19 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
     return value
 
 
+def _is_plain(value: Any, dtype: torch.dtype, device: torch.device) -> TypeGuard[Tensor]:
+    """Whether nothing has to be converted: the usual case, seen at little cost."""
+    return type(value) is Tensor and value.dtype is dtype and value.device == device
+
+
 def as_index(index: Any, device: torch.device) -> Tensor:
     """`index` (tensor, array, sequence or int) as int64 [B] on `device`.
 
     Raises:
         IndexRangeError: it is not of an integer dtype, or has more than one dimension.
     """
-    if type(index) is Tensor and index.dtype is torch.int64 and index.device == device:
-        if index.ndim == 1:
-            return index
+    if _is_plain(index, torch.int64, device) and index.ndim == 1:
+        return index
     index = torch.as_tensor(index)
     if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
         if index.numel():
@@ -109,10 +113,9 @@ def as_values(name: str, values: Any, index: Tensor) -> Tensor:
     Raises:
         PriorityError: the shape or the dtype is not that of one real number per index.
     """
+    if _is_plain(values, torch.float32, index.device) and values.shape == index.shape:
+        return values.detach()
     values = torch.as_tensor(values).detach()
-    if values.dtype is torch.float32 and values.shape == index.shape:
-        if values.device == index.device:
-            return values
     if values.dtype.is_complex or values.dtype == torch.bool:
         raise PriorityError(f"{name}: expected a real dtype, got {values.dtype}")
     if values.shape not in (index.shape, (*index.shape, 1)) and not (

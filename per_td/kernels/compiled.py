@@ -2,7 +2,7 @@
 
 from per_td.kernels.draw import find, sample, weigh
 from per_td.kernels.rows import gather, scatter
-from per_td.kernels.update import assign, put, rebuild
+from per_td.kernels.update import assign, put, rebuild, renew
 
 __all__ = [
     "assign",
@@ -10,6 +10,7 @@ __all__ = [
     "gather",
     "put",
     "rebuild",
+    "renew",
     "sample",
     "scatter",
     "weigh",

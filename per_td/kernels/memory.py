@@ -17,17 +17,19 @@ from numba.extending import intrinsic
 
 __all__ = [
     "copy",
-    "floats",
     "doubles",
+    "floats",
     "integers",
+    "pick",
     "prefetch",
+    "spread",
     "table",
 ]
 
 _BYTE_POINTER = ir.IntType(8).as_pointer()
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _pointer(typing_context: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], _BYTE_POINTER)
@@ -59,7 +61,7 @@ def table(address: int, rows: int, columns: int) -> Any:
     return carray(_pointer(address), (rows, columns), np.int64)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def prefetch(typing_context: Any, address: Any) -> Any:
     """Ask for the cache line at `address`, without waiting for it; any address is safe."""
 
@@ -77,7 +79,7 @@ def prefetch(typing_context: Any, address: Any) -> Any:
 def _mover(size: int | None) -> Any:
     """Copies `size` bytes (None: as many as its third argument says), however they are aligned."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def move(typing_context: Any, to: Any, source: Any, count: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             destination, origin = (builder.inttoptr(a, _BYTE_POINTER) for a in arguments[:2])
@@ -111,3 +113,46 @@ def copy(to: int, source: int, count: int) -> None:
     while count > 0:
         _move_1(to, source, 1)
         to, source, count = to + 1, source + 1, count - 1
+
+
+@njit
+def spread(to: int, step: int, source: int, length: int, n: int) -> None:
+    """Copy `n` rows of `length` bytes, which lie close together, to places `step` bytes apart."""
+    if step == length:
+        copy(to, source, n * length)
+    elif length == 8:
+        for i in range(n):
+            _move_8(to + i * step, source + i * 8, 8)
+    elif length == 4:
+        for i in range(n):
+            _move_4(to + i * step, source + i * 4, 4)
+    elif length == 1:
+        for i in range(n):
+            _move_1(to + i * step, source + i, 1)
+    elif length == 32:
+        for i in range(n):
+            _move_32(to + i * step, source + i * 32, 32)
+    else:
+        for i in range(n):
+            copy(to + i * step, source + i * length, length)
+
+
+@njit
+def pick(to: int, source: int, step: int, length: int, index: Any) -> None:
+    """Copy the rows `index` [n] of `length` bytes, `step` bytes apart, to lie close together."""
+    n = index.shape[0]
+    if length == 8:
+        for i in range(n):
+            _move_8(to + i * 8, source + index[i] * step, 8)
+    elif length == 4:
+        for i in range(n):
+            _move_4(to + i * 4, source + index[i] * step, 4)
+    elif length == 1:
+        for i in range(n):
+            _move_1(to + i, source + index[i] * step, 1)
+    elif length == 32:
+        for i in range(n):
+            _move_32(to + i * 32, source + index[i] * step, 32)
+    else:
+        for i in range(n):
+            copy(to + i * length, source + index[i] * step, length)

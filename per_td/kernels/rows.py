@@ -6,14 +6,12 @@ a row, in bytes. So it does not matter how the fields lie in memory.
 
 from numba import njit
 
-from per_td.kernels.memory import copy, integers, prefetch, table
+from per_td.kernels.memory import integers, pick, prefetch, spread, table
 
 __all__ = ["gather", "scatter"]
 
 
-@njit(
-    "void(int64, int64, int64, int64, int64, int64, int64, int64, int64)", cache=True, nogil=True
-)
+@njit("void(int64, int64, int64, int64, int64, int64, int64, int64, int64)", cache=True, nogil=True)
 def gather(
     fields: int,
     sizes: int,
@@ -44,9 +42,7 @@ def gather(
     for i in range(n):
         wrapped[i] = (written - 1 - at[i]) // slots
     for k in range(count):
-        step, length = size[k]
-        for i in range(n):
-            copy(place[k] + i * length, first[k] + at[i] * step, length)
+        pick(place[k], first[k], size[k, 0], size[k, 1], at)
 
 
 @njit("void(int64, int64, int64, int64, int64, int64, int64)", cache=True, nogil=True)
@@ -65,10 +61,5 @@ def scatter(
     for k in range(count):
         step, length = size[k]
         first, origin = begin[k], place[k]
-        if step == length:
-            copy(first + start * step, origin, head * length)
-            copy(first, origin + head * length, (n - head) * length)
-            continue
-        for i in range(n):
-            slot = start + i if i < head else i - head
-            copy(first + slot * step, origin + i * length, length)
+        spread(first + start * step, step, origin, length, head)
+        spread(first, step, origin + head * length, length, n - head)

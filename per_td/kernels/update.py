@@ -13,51 +13,66 @@ from numba import njit
 from per_td.kernels.memory import doubles, floats, integers, prefetch, table
 from per_td.kernels.vector import max_f32, min_positive_f32, sum_f32, sum_f64
 
-__all__ = ["assign", "put", "rebuild"]
+__all__ = ["assign", "put", "rebuild", "renew"]
 
 _TINY = float(np.finfo(np.float32).tiny)
 _HUGE = float(np.finfo(np.float32).max)
 
 
-def _refresher(first: Any, size: int, above: Any, above_size: int) -> Any:
-    """A function that recomputes the nodes above the leaves `index` [n].
+def _refreshers(first: Any, size: int, above: Any, above_size: int) -> Any:
+    """Two functions that recompute the nodes above some leaves: those in a list, those in a row.
 
     `first` and `above` reduce 16 leaves, or 16 nodes, of so many bytes each, at an address.
     """
 
     def level_with(reduce: Any, child: int) -> Any:
         @njit
-        def level(children: int, nodes: Any, offset: int, width: int, at: Any) -> None:
-            n = at.shape[0]
-            if n >= width:  # as many leaves as nodes: all are cheaper, and so are those above
-                for node in range(width):
-                    nodes[offset + node] = reduce(children + 16 * child * node)
-                return
+        def row(children: int, nodes: Any, offset: int, begin: int, end: int) -> None:
+            for node in range(begin, end):
+                nodes[offset + node] = reduce(children + 16 * child * node)
+
+        @njit
+        def some(children: int, nodes: Any, offset: int, at: Any) -> None:
             last = -1
-            for i in range(n):
+            for i in range(at.shape[0]):
                 at[i] >>= 4
                 if at[i] != last:
                     last = at[i]
                     nodes[offset + last] = reduce(children + 16 * child * last)
 
-        return level
+        return row, some
 
-    lowest, higher = level_with(first, size), level_with(above, above_size)
+    row_of_leaves, some_leaves = level_with(first, size)
+    row_of_nodes, some_nodes = level_with(above, above_size)
+
+    @njit
+    def refresh_row(leaves: int, sums: int, nodes: Any, levels: Any, begin: int, end: int) -> None:
+        begin, end = begin >> 4, (end + 15) >> 4
+        row_of_leaves(leaves, nodes, 0, begin, end)
+        for k in range(1, levels.shape[1]):
+            begin, end = begin >> 4, (end + 15) >> 4
+            row_of_nodes(sums + above_size * levels[0, k - 1], nodes, levels[0, k], begin, end)
 
     @njit
     def refresh(leaves: int, sums: int, nodes: Any, levels: Any, index: Any) -> None:
+        if index.shape[0] >= levels[1, 0]:  # as many leaves as nodes: all of them are cheaper
+            refresh_row(leaves, sums, nodes, levels, 0, 16 * levels[1, 0])
+            return
         at = index.copy()
-        lowest(leaves, nodes, 0, levels[1, 0], at)
+        some_leaves(leaves, nodes, 0, at)
         for k in range(1, levels.shape[1]):
             children = sums + above_size * levels[0, k - 1]
-            higher(children, nodes, levels[0, k], levels[1, k], at)
+            if at.shape[0] >= levels[1, k]:
+                row_of_nodes(children, nodes, levels[0, k], 0, levels[1, k])
+            else:
+                some_nodes(children, nodes, levels[0, k], at)
 
-    return refresh
+    return refresh, refresh_row
 
 
-_refresh_sums = _refresher(sum_f32, 4, sum_f64, 8)
-_refresh_max = _refresher(max_f32, 4, max_f32, 4)
-_refresh_min = _refresher(min_positive_f32, 4, min_positive_f32, 4)
+_refresh_sums, _refresh_row_of_sums = _refreshers(sum_f32, 4, sum_f64, 8)
+_refresh_max, _refresh_row_of_max = _refreshers(max_f32, 4, max_f32, 4)
+_refresh_min, _refresh_row_of_min = _refreshers(min_positive_f32, 4, min_positive_f32, 4)
 
 
 @njit
@@ -72,9 +87,8 @@ def _mass_of(priority: float, alpha: float) -> float:
 def rebuild(leaves: int, sums: int, shape: int, depth: int) -> None:
     """Recompute all sums."""
     levels = table(shape, 2, depth)
-    everything = np.empty(levels[1, 0], np.int64)
     nodes = doubles(sums, levels[0, -1] + 1)
-    _refresh_sums(leaves, sums, nodes, levels, everything)
+    _refresh_row_of_sums(leaves, sums, nodes, levels, 0, 16 * levels[1, 0])
 
 
 @njit(
@@ -100,6 +114,51 @@ def put(
         column[at[i]] = masses[i]
     _refresh_sums(leaves, sums, doubles(sums, levels[0, -1] + 1), levels, at)
     return True
+
+
+@njit(
+    "void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, float64, int64,"
+    " int64)",
+    cache=True,
+    nogil=True,
+)
+def renew(
+    raw: int,
+    leaves: int,
+    sums: int,
+    maxima: int,
+    minima: int,
+    shape: int,
+    depth: int,
+    start: int,
+    n: int,
+    slots: int,
+    alpha: float,
+    known: int,
+    ever_max: int,
+) -> None:
+    """Give `n` slots, from `start` on and around the ring, the priority at `known`, or 1 for 0.
+
+    The other arguments are those of `assign`.
+    """
+    levels = table(shape, 2, depth)
+    width, nodes = 16 * levels[1, 0], levels[0, -1] + 1
+    priorities, masses = floats(raw, width), floats(leaves, width)
+    priority, largest = floats(known, 1)[0], floats(ever_max, 1)
+    priority = priority if priority > 0 else np.float32(1)
+    largest[0] = max(largest[0], priority)
+    mass = np.float32(_mass_of(np.float64(priority), alpha))
+    begin, end = start, min(start + n, slots)
+    for _ in range(2):
+        priorities[begin:end] = priority
+        masses[begin:end] = mass
+        _refresh_row_of_sums(leaves, sums, doubles(sums, nodes), levels, begin, end)
+        _refresh_row_of_max(raw, maxima, floats(maxima, nodes), levels, begin, end)
+        if minima != 0:
+            _refresh_row_of_min(leaves, minima, floats(minima, nodes), levels, begin, end)
+        begin, end = 0, start + n - slots
+        if end <= 0:
+            break
 
 
 @njit(

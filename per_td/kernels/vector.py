@@ -51,9 +51,7 @@ def _prefix_sums(builder: Any, value: Any) -> Any:
     for shift in (1, 2, 4, 8):
         places = [_INT(_WIDTH + i - shift if i >= shift else 0) for i in range(_WIDTH)]
         mask = ir.Constant(ir.VectorType(_INT, _WIDTH), places)
-        value = builder.fadd(
-            value, builder.shuffle_vector(_splat(_DOUBLES, 0.0), value, mask)
-        )
+        value = builder.fadd(value, builder.shuffle_vector(_splat(_DOUBLES, 0.0), value, mask))
     return value
 
 
