@@ -250,10 +250,10 @@ class PrioritizedReplayBuffer:
         index, weight = self._draw(batch_size)
         return self._storage.read(index, {"priority_weight": weight})
 
-    def sample_leaves(self, batch_size: int | None = None) -> tuple[list[Tensor], Tensor, Tensor]:
-        """`sample` without a TensorDict: tensors [B, ...] in the order of keys, index, weight."""
+    def sample_leaves(self, batch_size: int | None = None) -> tuple[Leaves, Tensor, Tensor]:
+        """`sample` without a TensorDict: tensors [B, ...] by key, index and weight."""
         index, weight = self._draw(batch_size)
-        return self._storage.gather(index)[0], index, weight
+        return self._storage.leaves(index), index, weight
 
     def _draw(self, batch_size: int | None) -> tuple[Tensor, Tensor]:
         """Slots and their weights."""

@@ -202,6 +202,10 @@ class RingStorage:
         records = self._block.index_select(0, index)
         return [view.contiguous() for view in self._views(records).values()]
 
+    def leaves(self, index: Tensor) -> Leaves:
+        """Copies of the transitions in the slots `index` [B], by key."""
+        return dict(zip(self._columns, self.gather(index)[0], strict=True))
+
     def read(self, index: Tensor, extra: dict[str, Tensor]) -> TensorDict:
         """The transitions in the slots `index` [B], with these, `generation` and `extra`, [B]."""
         leaves, generation = self.gather(index)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,11 +17,25 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 def _observation(value: Any) -> Tensor:
     """[1, *obs]; floating point as float32, integers (images, say) in their own dtype."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.flags.writeable:
+        return torch.from_numpy(value[None].astype(np.float32, copy=False))
     tensor = torch.as_tensor(value).detach()
     return (tensor.float() if tensor.is_floating_point() else tensor).unsqueeze(0)
 
 
+_PLAIN: dict[torch.dtype, tuple[tuple[type, ...], Any]] = {
+    torch.int64: ((int, np.integer), np.int64),
+    torch.float32: ((int, float, np.integer, np.floating), np.float32),
+    torch.bool: ((bool, np.bool_), np.bool_),
+}
+"""For each dtype, Python's and numpy's numbers that need no questions, and numpy's own dtype."""
+
+
 def _scalar(name: str, value: Any, dtype: torch.dtype) -> Tensor:
+    """[1]; numpy makes tensors of plain numbers in a quarter of the time that torch takes."""
+    plain, numpy_dtype = _PLAIN[dtype]
+    if isinstance(value, plain):
+        return torch.from_numpy(np.array([value], numpy_dtype))
     number: Tensor = torch.as_tensor(value).detach()
     if number.numel() != 1:
         raise SchemaError(f"{name}: expected one number, got shape {list(number.shape)}")
@@ -143,15 +158,15 @@ class TransitionReplayBuffer:
         Raises:
             EmptyBufferError: nothing has been pushed.
         """
-        batch = self.buffer.sample(batch_size)
+        leaves, index, weight = self.buffer.sample_leaves(batch_size)
         return (
-            batch["state"].float(),
-            batch["action"].unsqueeze(-1),
-            batch["reward"],
-            batch["next_state"].float(),
-            batch["done"].float(),
-            batch["index"],
-            batch["priority_weight"],
+            leaves["state",].float(),
+            leaves["action",].unsqueeze(-1),
+            leaves["reward",],
+            leaves["next_state",].float(),
+            leaves["done",].float(),
+            index,
+            weight,
         )
 
     def update_priorities(self, indices: Any, td_errors: Any) -> None:

@@ -1,6 +1,6 @@
 """The CPU kernels, compiled when this is imported, or read from numba's cache on disk."""
 
-from per_td.kernels.draw import find, sample, weigh
+from per_td.kernels.draw import find, sample
 from per_td.kernels.rows import gather, scatter
 from per_td.kernels.update import assign, put, rebuild, renew
 
@@ -13,5 +13,4 @@ __all__ = [
     "renew",
     "sample",
     "scatter",
-    "weigh",
 ]

@@ -11,9 +11,10 @@ import numpy as np
 from numba import njit
 
 from per_td.kernels.memory import doubles, floats, integers, prefetch, table
+from per_td.kernels.power import power
 from per_td.kernels.vector import count_f32, count_f64
 
-__all__ = ["find", "sample", "weigh"]
+__all__ = ["find", "sample"]
 
 
 @njit
@@ -36,7 +37,7 @@ def _search(children: Any, target: float) -> tuple[int, float]:
     return 0, 0.0
 
 
-@njit(inline="always")
+@njit(inline="always", error_model="numpy")
 def _walk(leaves: int, sums: int, levels: Any, target: Any, index: Any, mass: Any) -> None:
     """From the root to the leaves, all points together on each level.
 
@@ -82,6 +83,7 @@ def _walk(leaves: int, sums: int, levels: Any, target: Any, index: Any, mass: An
     "void(int64, int64, int64, int64, int64, int64, int64, int64)",
     cache=True,
     nogil=True,
+    error_model="numpy",
 )
 def find(
     leaves: int, sums: int, shape: int, depth: int, target: int, n: int, index: int, mass: int
@@ -94,27 +96,12 @@ def find(
     _walk(leaves, sums, levels, doubles(target, n), integers(index, n), floats(mass, n))
 
 
-@njit
-def _weigh(mass: Any, beta: float, unit: float, factor: float, weight: Any) -> None:
-    if unit == 0.0:
-        unit = np.inf
-        for i in range(mass.shape[0]):
-            unit = min(unit, mass[i])
-    for i in range(mass.shape[0]):
-        weight[i] = (mass[i] / unit * factor) ** -beta
-
-
-@njit("void(int64, int64, float64, float64, float64, int64)", cache=True, nogil=True)
-def weigh(mass: int, n: int, beta: float, unit: float, factor: float, weight: int) -> None:
-    """Write (mass / unit * factor)^-beta to `weight`; a unit of 0 is the smallest of `mass`."""
-    _weigh(floats(mass, n), beta, unit, factor, floats(weight, n))
-
-
 @njit(
     "float64(int64, int64, int64, int64, int64, int64, boolean, int64,"
     " float64, int64, int64, int64)",
     cache=True,
     nogil=True,
+    error_model="numpy",
 )
 def sample(
     leaves: int,
@@ -130,7 +117,7 @@ def sample(
     size: int,
     weight: int,
 ) -> float:
-    """Draw leaves and weigh them: `find`, then `weigh`, for points in [0, 1), which are used up.
+    """Draw leaves, as `find` does, for points in [0, 1), which are used up, and weigh them.
 
     Args:
         leaves, sums, shape, depth: the tree.
@@ -153,10 +140,14 @@ def sample(
     for i in range(n):
         target[i] = ((i + target[i]) / n if stratified else target[i]) * total
     _walk(leaves, sums, levels, target, integers(index, n), mass)
-    unit, factor = 0.0, 1.0
+    unit, factor = total, 1.0
     if size > 0:
-        unit, factor = total, float(size)
+        factor = float(size)
     elif smallest != 0:
         unit = np.float64(floats(smallest, 1)[0])
-    _weigh(mass, beta, unit, factor, floats(weight, n))
+    else:
+        unit = np.float64(mass.min())
+    for i in range(n):
+        target[i] = mass[i] / unit * factor
+    power(target, -beta, floats(weight, n))
     return total

@@ -11,7 +11,12 @@ from per_td.kernels.memory import integers, pick, prefetch, spread, table
 __all__ = ["gather", "scatter"]
 
 
-@njit("void(int64, int64, int64, int64, int64, int64, int64, int64, int64)", cache=True, nogil=True)
+@njit(
+    "void(int64, int64, int64, int64, int64, int64, int64, int64, int64)",
+    cache=True,
+    nogil=True,
+    error_model="numpy",
+)
 def gather(
     fields: int,
     sizes: int,
@@ -45,7 +50,12 @@ def gather(
         pick(place[k], first[k], size[k, 0], size[k, 1], at)
 
 
-@njit("void(int64, int64, int64, int64, int64, int64, int64)", cache=True, nogil=True)
+@njit(
+    "void(int64, int64, int64, int64, int64, int64, int64)",
+    cache=True,
+    nogil=True,
+    error_model="numpy",
+)
 def scatter(
     fields: int, sizes: int, count: int, slots: int, start: int, n: int, source: int
 ) -> None:

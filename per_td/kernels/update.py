@@ -11,6 +11,7 @@ import numpy as np
 from numba import njit
 
 from per_td.kernels.memory import doubles, floats, integers, prefetch, table
+from per_td.kernels.power import power
 from per_td.kernels.vector import max_f32, min_positive_f32, sum_f32, sum_f64
 
 __all__ = ["assign", "put", "rebuild", "renew"]
@@ -75,15 +76,16 @@ _refresh_max, _refresh_row_of_max = _refreshers(max_f32, 4, max_f32, 4)
 _refresh_min, _refresh_row_of_min = _refreshers(min_positive_f32, 4, min_positive_f32, 4)
 
 
-@njit
-def _mass_of(priority: float, alpha: float) -> float:
-    if not priority > 0:
-        return 0.0
-    mass = priority**alpha
-    return min(max(mass, _TINY), _HUGE)
+@njit(inline="always", error_model="numpy")
+def _masses_of(priorities: Any, alpha: float, masses: Any) -> None:
+    """Write p^alpha to `masses`: positive and finite in float32, 0 for a priority of 0."""
+    power(priorities, alpha, masses)
+    for i in range(priorities.shape[0]):
+        mass = min(max(masses[i], _TINY), _HUGE)
+        masses[i] = mass if priorities[i] > 0 else 0.0
 
 
-@njit("void(int64, int64, int64, int64)", cache=True, nogil=True)
+@njit("void(int64, int64, int64, int64)", cache=True, nogil=True, error_model="numpy")
 def rebuild(leaves: int, sums: int, shape: int, depth: int) -> None:
     """Recompute all sums."""
     levels = table(shape, 2, depth)
@@ -95,6 +97,7 @@ def rebuild(leaves: int, sums: int, shape: int, depth: int) -> None:
     "boolean(int64, int64, int64, int64, int64, int64, int64, int64)",
     cache=True,
     nogil=True,
+    error_model="numpy",
 )
 def put(
     leaves: int, sums: int, shape: int, depth: int, index: int, value: int, n: int, size: int
@@ -121,6 +124,7 @@ def put(
     " int64)",
     cache=True,
     nogil=True,
+    error_model="numpy",
 )
 def renew(
     raw: int,
@@ -147,11 +151,12 @@ def renew(
     priority, largest = floats(known, 1)[0], floats(ever_max, 1)
     priority = priority if priority > 0 else np.float32(1)
     largest[0] = max(largest[0], priority)
-    mass = np.float32(_mass_of(np.float64(priority), alpha))
+    p, mass = np.full(1, np.float64(priority)), np.empty(1)
+    _masses_of(p, alpha, mass)
     begin, end = start, min(start + n, slots)
     for _ in range(2):
         priorities[begin:end] = priority
-        masses[begin:end] = mass
+        masses[begin:end] = mass[0]
         _refresh_row_of_sums(leaves, sums, doubles(sums, nodes), levels, begin, end)
         _refresh_row_of_max(raw, maxima, floats(maxima, nodes), levels, begin, end)
         if minima != 0:
@@ -166,6 +171,7 @@ def renew(
     " int64, int64, float64, float64, int64, int64)",
     cache=True,
     nogil=True,
+    error_model="numpy",
 )
 def assign(
     raw: int,
@@ -226,13 +232,13 @@ def assign(
         kept[count] = at[i]
         count += 1
     kept = kept[:count]
-    previous, mass, largest = np.float32(0), np.float32(0), floats(ever_max, 1)
+    p, mass, largest = np.empty(count), np.empty(count), floats(ever_max, 1)
     for i in range(count):  # of equal indices, the last has been left
-        priority = priorities[kept[i]]
-        if priority != previous:
-            previous, mass = priority, np.float32(_mass_of(np.float64(priority), alpha))
-        masses[kept[i]] = mass
-        largest[0] = max(largest[0], priority)
+        p[i] = priorities[kept[i]]
+        largest[0] = max(largest[0], priorities[kept[i]])
+    _masses_of(p, alpha, mass)
+    for i in range(count):
+        masses[kept[i]] = mass[i]
     _refresh_sums(leaves, sums, doubles(sums, nodes), levels, kept)
     _refresh_max(raw, maxima, floats(maxima, nodes), levels, kept)
     if minima != 0:
