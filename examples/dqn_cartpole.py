@@ -339,12 +339,19 @@ def draw_learning(axes, history: History) -> None:
 
 
 def draw_priorities(axes, priority: np.ndarray, masses: np.ndarray) -> None:
-    """Which priorities are stored, and which are drawn."""
+    """Which priorities are stored, and which the next draws would pick."""
     low, high = priority.min(), priority.max()
     edges = np.geomspace(low * 0.9, high * 1.1, 41)
     stored, drawn = np.full(len(priority), 100 / len(priority)), 100 * masses / masses.sum()
     axes.hist(priority, edges, weights=stored, color=BLUE, alpha=0.35, label="stored")
-    axes.hist(priority, edges, weights=drawn, color=ORANGE, histtype="step", lw=2, label="drawn")
+    axes.hist(
+        priority, edges, weights=drawn, color=ORANGE, histtype="step", lw=2, label="expected draws"
+    )
+    new = priority == high  # a transition holds the largest priority until it is first drawn
+    if 1 < new.sum() < len(priority):
+        top = max(stored[new].sum(), drawn[new].sum())
+        place = {"xytext": (0, 4), "textcoords": "offset points", "ha": "right", "color": GREY}
+        axes.annotate("not drawn yet", (edges[-1], top), **place)
     axes.set(xscale="log", xlabel="priority, |TD error| + epsilon", ylabel="share in each bin (%)")
     axes.set_title(f"{len(priority):,} priorities at the end", loc="left")
     axes.legend(loc="upper left", frameon=False)
@@ -354,9 +361,9 @@ def draw_sample_size(axes, history: History) -> None:
     """How far from uniform the draws are over time."""
     if history.sample_size:
         axes.plot(*np.array(history.sample_size).T, color=ORANGE, lw=1.5)
-    axes.set(xlabel="environment steps", ylabel="(Σm)² / NΣm² (%)")
+    axes.set(xlabel="environment steps", ylabel="(Σm)² / NΣm² (%)\nm = priority^alpha")
     axes.set(xlim=(0, None), ylim=(0, 105))
-    axes.set_title("Effective sample size of the probabilities, m = priority^alpha", loc="left")
+    axes.set_title("Effective sample size of the sampling probabilities", loc="left")
 
 
 def save_picture(summary: dict, history: History, priority, masses) -> None:
