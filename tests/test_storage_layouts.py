@@ -181,6 +181,18 @@ def test_fields_of_a_record_are_aligned_and_do_not_overlap():
     assert written == 0
 
 
+def test_large_memory_is_zero_aligned_and_of_its_dtype(layout, choice):
+    storage = RingStorage(300_000, CPU, layout)
+    storage.write(storage.check(data(0, 5)))
+    for column in storage.data.values(True, True):
+        assert column.data_ptr() % column.itemsize == 0
+        assert not column[5:].any()
+    storage.write(storage.check(data(5, 299_999)))
+    batch = storage.read(torch.tensor([0, 3, 4, 299_999]), {})
+    assert batch["action"].tolist() == [300_000, 300_003, 4, 299_999]
+    assert batch["next", "reward"].squeeze(-1).tolist() == [300_000, 300_003, 4, 299_999]
+
+
 def test_auto_takes_records_for_small_transitions_where_there_are_kernels():
     def field(n):
         return [Field(("x",), torch.Size([n]), torch.uint8)]
