@@ -62,12 +62,12 @@ class Args:
     capacity: int = option(10_000, "transitions in the buffer")
     batch_size: int = option(128, "transitions in a gradient step")
 
-    lr: float = option(5e-4, "Adam's learning rate at the start; it falls linearly to a tenth")
+    lr: float = option(2e-3, "Adam's learning rate at the start; it falls linearly to a tenth")
     gamma: float = option(0.99, "discount factor")
-    tau: float = option(0.01, "share of the online network that each step mixes into the target")
+    tau: float = option(0.02, "share of the online network mixed into the target each time")
     hidden: int = option(256, "units in each of the two hidden layers")
     learning_starts: int = option(500, "random steps before the first gradient step")
-    train_every: int = option(2, "environment steps per gradient step")
+    train_every: int = option(4, "environment steps per gradient step")
     explore_end: float = option(0.02, "share of random actions after its decay")
     explore_steps: int = option(5_000, "steps in which it falls from 1, linearly")
 
@@ -328,24 +328,31 @@ def draw_learning(axes, history: History) -> None:
     axes.axhline(LONGEST_EPISODE, color=GREY, lw=1, ls=":")
     if history.returns:
         steps, returns = np.array(history.returns).T
-        axes.scatter(steps, returns, s=9, color=BLUE, alpha=0.25, lw=0, label="training episode")
+        axes.scatter(steps, returns, s=12, color=BLUE, alpha=0.35, lw=0, label="training episode")
         axes.plot(steps, moving_mean(returns, 20), color=BLUE, lw=2, label="mean of the last 20")
     steps, means = np.array(history.greedy_returns).T
-    axes.plot(steps, means, "D-", color=ORANGE, ms=4, lw=1, label="greedy evaluation (selection)")
+    axes.plot(steps, means, "D-", color=ORANGE, ms=4, lw=1, label="greedy, for selection")
     axes.set(xlabel="environment steps", ylabel="return (steps the pole stays up)")
-    axes.set(xlim=(0, None), ylim=(0, 1.04 * LONGEST_EPISODE))
+    axes.set(xlim=(0, None), ylim=(0, 1.15 * LONGEST_EPISODE))  # room above for the legend
     axes.set_title("Learning curve", loc="left")
-    axes.legend(loc="upper left", frameon=True, framealpha=0.9, edgecolor="none")
+    axes.legend(loc="upper center", ncols=3, frameon=False, columnspacing=1.2, handlelength=1.6)
 
 
 def draw_priorities(axes, priority: np.ndarray, masses: np.ndarray) -> None:
-    """Which priorities are stored, and which are drawn."""
+    """Which priorities are stored, and which the next draws would pick."""
     low, high = priority.min(), priority.max()
     edges = np.geomspace(low * 0.9, high * 1.1, 41)
     stored, drawn = np.full(len(priority), 100 / len(priority)), 100 * masses / masses.sum()
     axes.hist(priority, edges, weights=stored, color=BLUE, alpha=0.35, label="stored")
-    axes.hist(priority, edges, weights=drawn, color=ORANGE, histtype="step", lw=2, label="drawn")
-    axes.set(xscale="log", xlabel="priority, |TD error| + epsilon", ylabel="share (%)")
+    axes.hist(
+        priority, edges, weights=drawn, color=ORANGE, histtype="step", lw=2, label="expected draws"
+    )
+    new = priority == high  # a transition holds the largest priority until it is first drawn
+    if 1 < new.sum() < len(priority):
+        top = max(stored[new].sum(), drawn[new].sum())
+        place = {"xytext": (0, 4), "textcoords": "offset points", "ha": "right", "color": GREY}
+        axes.annotate("not drawn yet", (edges[-1], top), **place)
+    axes.set(xscale="log", xlabel="priority, |TD error| + epsilon", ylabel="share in each bin (%)")
     axes.set_title(f"{len(priority):,} priorities at the end", loc="left")
     axes.legend(loc="upper left", frameon=False)
 
@@ -354,9 +361,9 @@ def draw_sample_size(axes, history: History) -> None:
     """How far from uniform the draws are over time."""
     if history.sample_size:
         axes.plot(*np.array(history.sample_size).T, color=ORANGE, lw=1.5)
-    axes.set(xlabel="environment steps", ylabel="effective share\nof the buffer (%)")
+    axes.set(xlabel="environment steps", ylabel="(Σm)² / NΣm² (%)\nm = priority^alpha")
     axes.set(xlim=(0, None), ylim=(0, 105))
-    axes.set_title("Effective sample size of the draws", loc="left")
+    axes.set_title("Effective sample size of the sampling probabilities", loc="left")
 
 
 def save_picture(summary: dict, history: History, priority, masses) -> None:
@@ -374,6 +381,8 @@ def save_picture(summary: dict, history: History, priority, masses) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         axes.set_axisbelow(True)
+    for name in ("learning", "sample size"):
+        panels[name].xaxis.set_major_formatter("{x:,.0f}")
     figure.suptitle(
         f"DQN on {ENV_ID}, {summary['replay']} replay, seed {summary['seed']}: greedy return "
         f"{summary['eval_mean']:.0f} after {summary['steps']:,} steps",

@@ -8,8 +8,8 @@ from tensordict import TensorDict
 __all__ = ["make"]
 
 
-def make(tree: dict[str, Any], batch_size: torch.Size, device: torch.device) -> TensorDict:
-    """A TensorDict of tensors [*batch_size, ...] on `device`, dictionaries of them nested.
+def make(tree: dict[str, Any], batch_size: torch.Size, device: torch.device | None) -> TensorDict:
+    """A TensorDict of tensors [*batch_size, ...] on `device`, nested in any way.
 
     The constructor takes three times as long; what replaces it is private to tensordict, which is
     why there is a way without.

@@ -1,7 +1,5 @@
 """RingStorage: transitions in preallocated memory, the oldest overwritten by the newest."""
 
-from array import array
-from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -9,20 +7,12 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from per_td import batch, kernels, layouts, validation
+from per_td import batch, kernels, layouts, rows, validation
 from per_td.leaves import Leaves, count, flattened, nested
 from per_td.ring import generation_of
 from per_td.schema import RESERVED, Schema
 
 __all__ = ["RESERVED", "Leaves", "RingStorage", "count", "flattened", "nested"]
-
-
-def _addresses(tensors: Iterable[Tensor]) -> "array[int]":
-    return array("q", [tensor.data_ptr() for tensor in tensors])
-
-
-def _address(numbers: "array[int]") -> int:
-    return numbers.buffer_info()[0]
 
 
 class RingStorage:
@@ -133,9 +123,7 @@ class RingStorage:
         else:
             columns = layouts.columns_of(fields, self.capacity, self.device)
             self._columns = dict(zip(leaves, columns, strict=True))
-        rows = zip(fields, self._columns.values(), strict=True)
-        steps = [[column.stride(0) * column.itemsize, field.bytes] for field, column in rows]
-        self._sizes = torch.tensor(steps, dtype=torch.int64, device="cpu")
+        self._sizes = rows.steps(self._columns.values())
 
     def _views(self, block: Tensor) -> Leaves:
         fields = self._schema.fields
@@ -168,10 +156,8 @@ class RingStorage:
         if kernel is None:
             self._copy(new, start, kept)
         else:
-            first, source = self._origins(), _addresses(new)
-            at = self.capacity, start, kept
-            sizes = self._sizes.data_ptr()
-            kernel.scatter(_address(first), sizes, len(new), *at, _address(source))
+            columns, at = self._columns.values(), {"start": start, "n": kept}
+            rows.scatter(kernel, columns, self._sizes, new, capacity=self.capacity, **at)
         self.write_count = self._written + n
         return start, kept
 
@@ -179,22 +165,16 @@ class RingStorage:
         """`leaf` on this device, as plain numbers, one after the other."""
         if leaf.device != self.device:
             leaf = validation.to_device(leaf, self.device)
-        if leaf.is_neg() or leaf.is_conj():
-            leaf = leaf.resolve_neg().resolve_conj()
-        return leaf if leaf.is_contiguous() else leaf.contiguous()
-
-    def _origins(self) -> "array[int]":
-        """Addresses of the columns: read anew, since tensors may be moved to shared memory."""
-        return _addresses(self._columns.values())
+        return rows.plain(leaf)
 
     def _copy(self, new: list[Tensor], start: int, n: int) -> None:
         """Write `n` rows from the slot `start` on, and from slot 0 on past the end."""
         head = min(n, self.capacity - start)
         for column, leaf in zip(self._columns.values(), new, strict=True):
-            rows = leaf.detach().reshape(n, *column.shape[1:])
-            column[start : start + head] = rows[:head]
+            new_rows = leaf.detach().reshape(n, *column.shape[1:])
+            column[start : start + head] = new_rows[:head]
             if head < n:
-                column[: n - head] = rows[head:]
+                column[: n - head] = new_rows[head:]
 
     def filled(self) -> Leaves:
         """The filled part of every column, views [len, ...]."""
@@ -210,32 +190,11 @@ class RingStorage:
         kernel = self._kernels_for(n)
         if kernel is None or not index.is_contiguous():
             return self._select(index), self.generation(index)
-        out = [torch.empty_like(like) for like in self._likes(n)]
-        generation = torch.empty_like(index)
-        first, to = self._origins(), _addresses(out)
-        kernel.gather(
-            _address(first),
-            self._sizes.data_ptr(),
-            len(out),
-            index.data_ptr(),
-            n,
-            _address(to),
-            self._written,
-            self.capacity,
-            generation.data_ptr(),
-        )
-        return out, generation
-
-    def _likes(self, n: int) -> list[Tensor]:
-        """Tensors like those `gather` returns: `empty_like` takes half as long as `empty`."""
-        like = self._like
-        if not like or like[0].shape[0] != n:
-            like = [
-                torch.empty((), dtype=field.dtype, device=self.device).expand(n, *field.shape)
-                for field in self._schema.fields.values()
-            ]
-            self._like = like
-        return like
+        columns = self._columns.values()
+        if not self._like or self._like[0].shape[0] != n:
+            self._like = rows.likes(columns, n)
+        ring = {"written": self._written, "capacity": self.capacity}
+        return rows.gather(kernel, columns, self._sizes, self._like, index, **ring)
 
     def _select(self, index: Tensor) -> list[Tensor]:
         if self._block is None:

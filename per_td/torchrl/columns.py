@@ -3,30 +3,22 @@
 Indexing a TensorDict costs several times what indexing its tensors does. The result is the same.
 """
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from tensordict import MemoryMappedTensor, TensorDict
 from torch import Tensor
 
-from per_td import validation
+from per_td import batch, kernels, validation
+from per_td import rows as row_copies
 
-__all__ = ["Columns", "Part", "new_tensordict"]
+__all__ = ["Columns", "Part"]
 
 Part = tuple[int, int, int]
 """(slot, row, length): a run of rows that goes to consecutive slots."""
 
 _TENSORS = (Tensor, MemoryMappedTensor)
-
-_new_unsafe = getattr(TensorDict, "_new_unsafe", None)
-
-
-def new_tensordict(source: dict[str, Any], batch_size: torch.Size, device: Any) -> TensorDict:
-    """A TensorDict of entries that are known to fit; its constructor would check each, slowly."""
-    if _new_unsafe is None:
-        return TensorDict(source, batch_size=batch_size, device=device)
-    made: TensorDict = _new_unsafe(source, batch_size=batch_size, device=device, nested=False)
-    return made
 
 
 class _Leaf(NamedTuple):
@@ -107,7 +99,7 @@ def _assemble(
     for name, child in node.children.items():
         source[name] = _assemble(child, rows, batch_size, {})
     source.update(extra)
-    return new_tensordict(source, batch_size + node.batch_tail, node.device)
+    return batch.make(source, batch_size + node.batch_tail, node.device)
 
 
 class Columns:
@@ -123,6 +115,10 @@ class Columns:
         self._columns = columns
         self._index = root.leaves["index"].place
         self._on_cpu = all(column.device.type == "cpu" for column in columns)
+        packed = self._on_cpu and all(column[:1].is_contiguous() for column in columns)
+        self._compiled = packed and kernels.wanted(torch.device("cpu"))
+        self._sizes = row_copies.steps(columns)
+        self._like: list[Tensor] = []
 
     @classmethod
     def of(cls, data: Any, capacity: int) -> "Columns | None":
@@ -133,6 +129,10 @@ class Columns:
             return None
         fits = root.leaves["index"][1:] == (torch.Size([]), torch.int64)
         return cls(root, columns) if fits else None
+
+    @property
+    def _kernels(self) -> ModuleType | None:
+        return kernels.cpu() if self._compiled and not torch.compiler.is_compiling() else None
 
     def rows_of(self, data: Any, *, single: bool = False) -> list[Tensor] | None:
         """The tensors of `data`, a row or rows for each column but "index".
@@ -159,6 +159,12 @@ class Columns:
             parts: the runs of consecutive slots.
         """
         rows[self._index] = index
+        kernel = self._kernels
+        if kernel is not None:
+            plain = [row_copies.plain(row) for row in rows]
+            at = {"capacity": len(self._columns[0]), "start": parts[0][0], "n": len(index)}
+            row_copies.scatter(kernel, self._columns, self._sizes, plain, **at)
+            return
         for column, new in zip(self._columns, rows, strict=True):
             if not self._on_cpu:
                 new = validation.to_device(new, column.device)
@@ -171,6 +177,13 @@ class Columns:
 
     def gather(self, index: Tensor, extra: dict[str, Tensor]) -> TensorDict:
         """The rows `index` [B], with `extra` entries [B], "index" among them, in their places."""
+        kernel = self._kernels
+        if kernel is not None:
+            if not self._like or len(self._like[0]) != len(index):
+                self._like = row_copies.likes(self._columns, len(index))
+            index = index.contiguous()
+            rows, _ = row_copies.gather(kernel, self._columns, self._sizes, self._like, index)
+            return _assemble(self._root, rows, index.shape, extra)
         rows = [
             index if place == self._index else column.index_select(0, index)
             for place, column in enumerate(self._columns)

@@ -211,8 +211,10 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         self._follow(storage)
         if len(storage) == 0:
             raise EmptyBufferError("Cannot sample from an empty storage.")
-        index = self._table.sample(batch_size, self._max_capacity, self._rng)
-        weight = self._table.weights(index, self._beta, len(storage))
+        size = len(storage)
+        index, weight = self._table.sample_weighted(
+            batch_size, size, self._rng, beta=self._beta, filled=size
+        )
         where = torch.unravel_index(index, storage.shape) if storage.ndim > 1 else index
         return where, {"priority_weight": weight}
 

@@ -1,0 +1,152 @@
+"""The contestants on a GPU: per_td eager and in a CUDA graph, flat methods in a graph, and a CPU.
+
+A step is sample + update. In a graph all of it is replayed with one launch: what is drawn differs
+from replay to replay (the generator's state advances), the TD errors are the same.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from benchmarks.contestants.base import Contestant, NotRun
+from benchmarks.contestants.own import PerTd
+from benchmarks.workload import ALPHA, BETA, EPS, Point
+from per_td import draws
+
+__all__ = ["GraphCumulativeSum", "GraphMultinomial", "OnCpu", "PerTdEager", "PerTdGraph"]
+
+
+def _capture(step: object) -> torch.cuda.CUDAGraph:
+    """A graph of `step`, after a warm-up on a side stream as torch's notes say."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        raise NotRun(f"it cannot be captured ({str(error).splitlines()[0]})") from error
+    return graph
+
+
+class OnCpu(PerTd):
+    """per_td on the CPU of the same machine, one thread."""
+
+    name = "per_td on the CPU"
+
+    def __init__(self, point: Point) -> None:
+        super().__init__(dataclasses.replace(point, device="cpu"))
+
+
+class PerTdEager(PerTd):
+    """per_td, each operation launched from Python."""
+
+    name = "per_td, eager"
+    clock = "cuda"
+
+    def facts(self) -> dict[str, tuple[float, str]]:
+        """Bytes, and whether a step stops the host."""
+        return super().facts() | {"host syncs": (self._syncs(), "in a step")}
+
+    def _syncs(self) -> float:
+        self.step()  # what is compiled when first used is not meant
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self.step()
+        except RuntimeError:
+            return 1.0
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return 0.0
+
+
+class PerTdGraph(PerTd):
+    """per_td, a step captured in a CUDA graph."""
+
+    name = "per_td, graph"
+    clock = "cuda"
+
+    def __init__(self, point: Point) -> None:
+        super().__init__(point)
+        _, self.td_error = self.pool.next()
+        self.graph = _capture(self._step)
+
+    def _step(self) -> None:
+        self.sample()
+        self.update()
+
+    def step(self) -> None:
+        """Replay."""
+        self.graph.replay()
+
+
+class _GraphFlat(Contestant):
+    """Masses in one tensor and nothing above them: drawing is O(N)."""
+
+    clock = "cuda"
+
+    def __init__(self, point: Point) -> None:
+        super().__init__(point)
+        data, self.priority = self.initial()
+        self.columns = dict(data.items())
+        self.mass = self.priority**ALPHA
+        _, self.td_error = self.pool.next()
+        self.sample()
+        self.check()
+        self.graph = _capture(self._step)
+
+    def draw(self) -> Tensor:
+        """Slots in proportion to mass, int64 [B]."""
+        raise NotImplementedError
+
+    def sample(self) -> None:
+        """Draw, gather, weigh."""
+        self.index = index = self.draw()
+        mass = self.mass[index]
+        self.batch = {key: column.index_select(0, index) for key, column in self.columns.items()}
+        self.weight = (mass / mass.amin()) ** -BETA
+
+    def drawn(self) -> Tensor:
+        """The slots of the last batch."""
+        return self.index
+
+    def _step(self) -> None:
+        self.sample()
+        self.mass[self.index] = (self.td_error.abs() + EPS) ** ALPHA
+
+    def step(self) -> None:
+        """Replay."""
+        self.graph.replay()
+
+
+class GraphMultinomial(_GraphFlat):
+    """torch.multinomial in float32."""
+
+    name = "multinomial, graph"
+
+    def __init__(self, point: Point) -> None:
+        if point.capacity > draws.MULTINOMIAL_LIMIT:
+            raise NotRun("torch.multinomial takes at most 2^24 categories")
+        super().__init__(point)
+
+    def draw(self) -> Tensor:
+        """One call."""
+        return torch.multinomial(self.mass, self.point.batch, replacement=True)
+
+
+class GraphCumulativeSum(_GraphFlat):
+    """The running sum of all masses in float64, and a binary search in it."""
+
+    name = "cumsum + searchsorted, graph"
+
+    def draw(self) -> Tensor:
+        """Three calls."""
+        sums = self.mass.cumsum(0, dtype=torch.float64)
+        point = torch.rand(self.point.batch, dtype=torch.float64, device=sums.device) * sums[-1]
+        return torch.searchsorted(sums, point, right=True).clamp_(max=len(sums) - 1)

@@ -1,0 +1,168 @@
+"""per_td's buffer, and the floor below its `extend`."""
+
+import contextlib
+import inspect
+import os
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from benchmarks.contestants.base import Contestant, NotRun, tensor_bytes
+from benchmarks.workload import ALPHA, BETA, EPS, Point
+from per_td import PrioritizedReplayBuffer, kernels
+
+__all__ = [
+    "Columns",
+    "CopyColumns",
+    "PerTd",
+    "PlainTorch",
+    "Records",
+    "filled_buffer",
+    "plain_torch",
+]
+
+
+def filled_buffer(
+    point: Point, data: Tensor, priority: Tensor, **options: object
+) -> PrioritizedReplayBuffer:
+    """A full buffer; loading a state takes O(N), where writing the priorities would take longer."""
+    buffer = PrioritizedReplayBuffer(
+        point.capacity,
+        point.batch,
+        alpha=ALPHA,
+        beta=BETA,
+        eps=EPS,
+        draw=point.draw,
+        device=point.device,
+        **options,
+    )
+    buffer.extend(data[:1])
+    state = buffer.state_dict()
+    state |= {"write_count": len(data), "transitions": dict(data.items()), "priority": priority}
+    buffer.load_state_dict(state)
+    return buffer
+
+
+class PerTd(Contestant):
+    """per_td as it comes."""
+
+    name = "per_td"
+    options: ClassVar[dict[str, object]] = {}
+
+    def __init__(self, point: Point) -> None:
+        super().__init__(point)
+        accepted = inspect.signature(PrioritizedReplayBuffer).parameters
+        for option in self.options:
+            if option not in accepted:
+                raise NotRun(f"PrioritizedReplayBuffer takes no {option!r} in this version")
+        data, self.priority = self.initial()
+        self.buffer = filled_buffer(point, data, self.priority, **self.options)
+        self.incoming, self.single = self.new(), self.new()[0]
+        self.check()
+
+    def sample(self) -> None:
+        """Draw, gather, weigh."""
+        self.batch = self.buffer.sample()
+
+    def drawn(self) -> Tensor:
+        """The slots of the last batch."""
+        return self.batch["index"]
+
+    def before_update(self) -> None:
+        """TD errors for the batch just drawn."""
+        _, self.td_error = self.pool.next()
+
+    def update(self) -> None:
+        """New priorities for the batch just drawn."""
+        batch = self.batch
+        self.buffer.update_priority(batch["index"], self.td_error, batch["generation"])
+
+    def before_update_cold(self) -> None:
+        """Slots that were not just drawn, and TD errors for them."""
+        self.index, self.td_error = self.pool.next()
+
+    def update_cold(self) -> None:
+        """New priorities for them."""
+        self.buffer.update_priority(self.index, self.td_error)
+
+    def step(self) -> None:
+        """What replay adds to a training step: all of the above in one."""
+        self.sample()
+        self.before_update()
+        self.update()
+
+    def extend(self) -> None:
+        """Write a batch of transitions."""
+        self.buffer.extend(self.incoming)
+
+    def add(self) -> None:
+        """Write one transition."""
+        self.buffer.add(self.single)
+
+    def facts(self) -> dict[str, tuple[float, str]]:
+        """Bytes that priorities take."""
+        used = tensor_bytes(self.buffer._priorities)
+        return {"priority state": (used / self.point.capacity, "bytes per slot")}
+
+
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """What is made inside does without compiled kernels; NotRun where there are none anyway."""
+    if kernels.cpu() is None:
+        raise NotRun("there are no compiled kernels here: per_td is this")
+    before = os.environ.get(kernels.VARIABLE)
+    os.environ[kernels.VARIABLE] = "off"
+    try:
+        yield
+    finally:
+        del os.environ[kernels.VARIABLE]
+        if before is not None:
+            os.environ[kernels.VARIABLE] = before
+
+
+class PlainTorch(PerTd):
+    """per_td without its compiled kernels, as where numba is missing."""
+
+    name = "per_td, plain torch"
+
+    def __init__(self, point: Point) -> None:
+        with plain_torch():
+            super().__init__(point)
+
+
+class Columns(PerTd):
+    """One tensor per field."""
+
+    name = "columns"
+    options: ClassVar[dict[str, object]] = {"layout": "columns"}
+
+
+class Records(PerTd):
+    """All fields of a transition side by side."""
+
+    name = "records"
+    options: ClassVar[dict[str, object]] = {"layout": "records"}
+
+
+class CopyColumns(Contestant):
+    """What writing costs at the very least: the same bytes copied into one tensor per field."""
+
+    name = "copy into columns"
+
+    def __init__(self, point: Point) -> None:
+        super().__init__(point)
+        self.columns = dict(self.initial()[0].items())
+        self.incoming = dict(self.new().items())
+        self.at = 0
+
+    @torch.no_grad()
+    def extend(self) -> None:
+        """Copy, and move on."""
+        end = self.at + self.point.batch
+        if end > self.point.capacity:
+            self.at, end = 0, self.point.batch
+        for key, column in self.columns.items():
+            column[self.at : end] = self.incoming[key]
+        self.at = end

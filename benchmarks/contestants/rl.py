@@ -1,0 +1,119 @@
+"""TorchRL's buffer: with its own samplers, and with per_td's."""
+
+import os
+import warnings
+
+import torch
+from torch import Tensor
+
+from benchmarks.contestants.base import Contestant, NotRun
+from benchmarks.workload import ALPHA, BETA, EPS, Point
+
+__all__ = ["InTorchRL", "TorchRLPrioritized", "TorchRLUniform"]
+
+
+class _TorchRL(Contestant):
+    requires = "torchrl"
+
+    def __init__(self, point: Point) -> None:
+        super().__init__(point)
+        os.environ.setdefault("RL_LOGGING_LEVEL", "WARNING")
+        from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+
+        self.buffer = TensorDictReplayBuffer(
+            storage=LazyTensorStorage(point.capacity, device=point.device),
+            sampler=self.sampler(),
+            batch_size=point.batch,
+        )
+        data, priority = self.initial()
+        self.buffer.extend(data)
+        self.prioritize(priority)
+        self.incoming, self.single = self.new(), self.new()[0]
+        self.check()
+
+    def sampler(self) -> object:
+        """TorchRL's sampler to be measured."""
+        raise NotImplementedError
+
+    def prioritize(self, priority: Tensor) -> None:
+        """Set all priorities."""
+
+    def sample(self) -> None:
+        """Draw and gather."""
+        self.batch = self.buffer.sample()
+
+    def drawn(self) -> Tensor:
+        """The slots of the last batch."""
+        return self.batch["index"]
+
+    def extend(self) -> None:
+        """Write a batch of transitions."""
+        self.buffer.extend(self.incoming)
+
+    def add(self) -> None:
+        """Write one transition."""
+        self.buffer.add(self.single)
+
+
+class TorchRLUniform(_TorchRL):
+    """Uniform replay, as most people use it."""
+
+    name = "TorchRL uniform"
+
+    def sampler(self) -> object:
+        """Uniform draws."""
+        from torchrl.data.replay_buffers import RandomSampler
+
+        return RandomSampler()
+
+
+class InTorchRL(_TorchRL):
+    """per_td's sampler in TorchRL's buffer."""
+
+    name = "per_td in TorchRL"
+
+    def sampler(self) -> object:
+        """per_td's."""
+        from per_td.torchrl import PrioritizedSampler
+
+        return PrioritizedSampler(self.point.capacity, alpha=ALPHA, beta=BETA, eps=EPS)
+
+    def prioritize(self, priority: Tensor) -> None:
+        """Set all priorities."""
+        self.buffer.update_priority(torch.arange(len(priority)), priority)
+        self.priority = priority
+
+    def before_update(self) -> None:
+        """The loss writes its TD errors into the batch."""
+        self.batch.set("td_error", self.pool.next()[1].abs())
+
+    def update(self) -> None:
+        """New priorities for the batch just drawn."""
+        self.buffer.update_tensordict_priority(self.batch)
+
+    def before_update_cold(self) -> None:
+        """Slots that were not just drawn, and TD errors for them."""
+        self.index, td_error = self.pool.next()
+        self.td_error = td_error.abs()
+
+    def update_cold(self) -> None:
+        """New priorities for them."""
+        self.buffer.update_priority(self.index, self.td_error)
+
+
+class TorchRLPrioritized(InTorchRL):
+    """TorchRL's own prioritized replay: a C++ extension that only some builds of torch can load."""
+
+    name = "TorchRL prioritized"
+    peer = True
+
+    def sampler(self) -> object:
+        """TorchRL's own, if its tree loads."""
+        from torchrl.data.replay_buffers import PrioritizedSampler
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return PrioritizedSampler(self.point.capacity, alpha=ALPHA, beta=BETA, eps=EPS)
+        except (RuntimeError, NameError, TypeError) as error:
+            raise NotRun(f"its tree does not load with this torch ({error})") from error

@@ -1,0 +1,148 @@
+"""Where the microseconds go: the parts of a call of the buffer, one after the other.
+
+This looks inside: a part that a version of the buffer does not have is left out. The parts of a
+call work on the same slots in the order of the call, so that each finds in the caches what it would
+find there; the slots are new in every call.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.case import Case
+from benchmarks.contestants.own import PerTd
+from benchmarks.race import Entry, Part, race
+from benchmarks.workload import BETA, Point, Pool
+from per_td import batch, draws, validation
+from per_td.storage import nested
+
+__all__ = ["measure"]
+
+WHOLE, REST = "all of it", "rest"
+NESTED = "- "  # marks parts of the part above, not counted in the rest
+
+Parts = dict[str, Callable[[], Any]]
+
+
+def _sample_parts(own: PerTd, at: dict) -> Parts:
+    table, storage, n = own.buffer._priorities, own.buffer._storage, own.point.batch
+    tree = table.masses
+
+    def draw() -> None:
+        at["index"], at["weight"] = table.sample_weighted(
+            n, own.point.capacity, None, beta=own.buffer._beta, filled=storage.size
+        )
+
+    def gather() -> None:
+        at["leaves"], at["generation"] = storage.gather(at["index"])
+
+    def result() -> None:
+        leaves = nested(zip(storage._columns, at["leaves"], strict=True))
+        added = {"index": at["index"], "generation": at["generation"]}
+        leaves.update(added, priority_weight=at["weight"])
+        batch.make(leaves, at["index"].shape, own.cpu)
+
+    return {
+        "draw and weights": draw,
+        f"{NESTED}random numbers": lambda: draws.points(n, "independent", own.cpu),
+        f"{NESTED}walk, other slots": lambda: tree.find(own.points.next()[1]),
+        "gather and generations": gather,
+        "result TensorDict": result,
+        WHOLE: own.sample,
+    }
+
+
+def _update_parts(own: PerTd, at: dict) -> Parts:
+    table, storage, size = own.buffer._priorities, own.buffer._storage, own.point.capacity
+
+    def checks() -> None:
+        validation.as_index(at["index"], own.cpu)
+        validation.as_index(at["generation"], own.cpu)
+
+    def update(what: Callable) -> None:
+        fate = {"generation": at["generation"], "written": storage.written}
+        what(at["index"], at["td_error"], size, **fate)
+
+    return {
+        "checks of the indices": checks,
+        "priority table": lambda: update(table.update),
+        f"{NESTED}raw priorities, masses, sums, extrema": lambda: update(
+            functools.partial(table._assign, eps=own.buffer.eps)
+        ),
+        WHOLE: lambda: own.buffer.update_priority(at["index"], at["td_error"], at["generation"]),
+    }
+
+
+def _extend_parts(own: PerTd, at: dict) -> Parts:
+    table, storage = own.buffer._priorities, own.buffer._storage
+
+    def check() -> None:
+        at["leaves"] = storage.check(own.incoming)
+
+    def slots() -> None:
+        at["index"] = storage.next_slots(own.point.batch)
+
+    return {
+        "checks": check,
+        "slots": slots,
+        "copy": lambda: storage.write(at["leaves"]),
+        "priorities": lambda: table.write_new(at["index"], None),
+        WHOLE: own.extend,
+    }
+
+
+CALLS = {"sample": _sample_parts, "update": _update_parts, "extend": _extend_parts}
+
+
+def _possible(own: PerTd, call: str) -> list[Part]:
+    """The parts of `call` that run; each is called once, in order.
+
+    Those of an update get new slots each, the others follow from one another.
+    """
+    kept, at = [], {}
+
+    def fresh() -> None:
+        at["index"], at["td_error"] = own.pool.next()
+        at["generation"] = own.buffer._storage.generation(at["index"])
+
+    for name, run in CALLS[call](own, at).items():
+        try:
+            fresh()
+            run()
+        except (AttributeError, TypeError, KeyError):
+            continue
+        kept.append(Part(name, run, fresh if call == "update" else None, summed=False))
+    return kept
+
+
+def _with_rest(entry: Entry) -> None:
+    parts = [
+        values
+        for name, values in entry.rounds.items()
+        if name != WHOLE and not name.startswith(NESTED)
+    ]
+    whole = entry.rounds[WHOLE]
+    entry.rounds[REST] = [w - sum(p) for w, *p in zip(whole, *parts, strict=True)]
+
+
+def measure(case: Case, *, seed: int) -> tuple[list[Entry], int, float]:
+    """Entries, one for each call, whose parts are those of the call."""
+    point = Point(case.capacities[0], case.batches[0], case.schemas[0], seed=seed)
+    own = PerTd(point)
+    own.cpu = torch.device("cpu")
+    own.points = Pool(point)  # points in the tree, in place of TD errors
+    total = own.buffer._priorities.masses.total
+    own.points.td_error = torch.rand(len(own.points.index), dtype=torch.float64) * total
+    own.buffer.beta = BETA
+    entries = [
+        Entry(
+            {"contestant": c, "capacity": point.capacity, "batch": point.batch}, _possible(own, c)
+        )
+        for c in CALLS
+    ]
+    rounds, share = race(entries, case.seconds)
+    for entry in entries:
+        _with_rest(entry)
+    return entries, rounds, share

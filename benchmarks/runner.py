@@ -1,0 +1,144 @@
+"""Runs a case and returns its record."""
+
+import gc
+import itertools
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks import cartpole, exactness, profiles, startup
+from benchmarks.case import Case
+from benchmarks.contestants import CONTESTANTS, NotRun
+from benchmarks.goals import judge
+from benchmarks.race import Entry, race, spread
+from benchmarks.workload import Point
+
+__all__ = ["Options", "run"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for."""
+
+    device: str = "cpu"
+    peers: bool = False
+    profile: bool = False
+    quick: bool = False
+    seed: int = 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _enter(case: Case, options: Options) -> tuple[list[Entry], list[dict], dict[str, str]]:
+    """Build all contestants: those who run, rows for those who cannot and for facts, footnotes."""
+    entries, rows, notes = [], [], {}
+    grid = itertools.product(case.schemas, case.draws, case.capacities, case.batches)
+    for (schema, draw, capacity, batch), name in itertools.product(grid, case.contestants):
+        contestant = CONTESTANTS[name]
+        key = {
+            "contestant": name,
+            "capacity": capacity,
+            "batch": batch,
+            "schema": schema,
+            "draw": draw,
+        }
+        try:
+            if contestant.peer and not options.peers:
+                raise NotRun("--peers was not asked for")
+            made = contestant(Point(capacity, batch, schema, draw, case.device, options.seed))
+        except NotRun as reason:
+            rows.append(key | {"part": None, "not_run": str(reason)})
+            continue
+        if contestant.note:
+            notes[name] = contestant.note
+        entries.append(Entry(key, made.parts(case.parts), contestant.clock))
+        for fact, (value, unit) in made.facts().items():
+            rows.append(key | {"part": fact, "median": value, "unit": unit})
+    return entries, rows, notes
+
+
+def _rows(entries: list[Entry]) -> list[dict]:
+    return [
+        entry.key
+        | {"part": part, "unit": "us", "clock": entry.clock}
+        | {name: round(value, 4) for name, value in vars(spread(values)).items()}
+        for entry in entries
+        for part, values in entry.rounds.items()
+    ]
+
+
+def _measure(case: Case, options: Options) -> dict:
+    seed = options.seed
+    if case.kind == "exactness":
+        return {
+            "rows": exactness.measure(case, peers=options.peers, quick=options.quick, seed=seed)
+        }
+    rows: list[dict] = []
+    notes: dict[str, str] = {}
+    share = None
+    if case.kind == "cartpole":
+        entries, rounds = cartpole.measure(quick=options.quick, seed=seed)
+    elif case.kind == "startup":
+        rows, entries, rounds = startup.measure(quick=options.quick), [], 0
+    elif case.kind == "profile":
+        entries, rounds, share = profiles.measure(case, seed=seed)
+    else:
+        entries, rows, notes = _enter(case, options)
+        rounds, share = race(entries, case.seconds) if entries else (0, None)
+    rows = _rows(entries) + rows
+    goals = judge(case, entries, rows)
+    return {
+        "rows": rows,
+        "goals": goals,
+        "rounds": rounds,
+        "core_share": share,
+        "notes": notes,
+    }
+
+
+def _obstacle(case: Case, options: Options) -> str | None:
+    if case.device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device"
+    if case.device == "cuda" and options.device != "cuda":
+        return "--device cuda was not asked for"
+    if case.by_request is not None and not getattr(options, case.by_request):
+        return f"--{case.by_request} was not asked for"
+    return None
+
+
+def run(case: Case, options: Options) -> dict:
+    """The record of a case: rows and goals, or why it was not run."""
+    _say(f"{case.name}: {case.title} ...")
+    record = {
+        "name": case.name,
+        "title": case.title,
+        "about": case.about,
+        "kind": case.kind,
+        "plot": case.plot,
+        "device": case.device,
+    }
+    start = time.perf_counter()
+    reason = _obstacle(case, options)
+    if reason is None:
+        try:
+            record |= _measure(case, options)
+        except NotRun as obstacle:
+            reason = str(obstacle)
+        except Exception as error:  # the other cases are worth having
+            traceback.print_exc()
+            reason = f"FAILED: {type(error).__name__}: {str(error).splitlines()[0]}"
+            record["failed"] = True
+    if reason is not None:
+        goals = [{"text": g.text, "limit": g.limit, "not_run": reason} for g in case.goals]
+        relative = [g.against is not None for g in case.goals]
+        goals = [g | {"relative": r} for g, r in zip(goals, relative, strict=True)]
+        record |= {"not_run": reason, "rows": [], "goals": goals}
+    record["seconds"] = round(time.perf_counter() - start, 1)
+    gc.collect()
+    _say(f"{case.name}: " + (f"not run: {reason}" if reason else f"{record['seconds']} s"))
+    return record

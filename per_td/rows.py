@@ -1,0 +1,119 @@
+"""Rows of several tensors of one length on the CPU, copied by the compiled kernels.
+
+Addresses are read anew in each call, since tensors may be moved to shared memory in between.
+"""
+
+from array import array
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+__all__ = ["gather", "likes", "plain", "scatter", "steps"]
+
+
+def _addresses(tensors: Iterable[Tensor]) -> "array[int]":
+    return array("q", [tensor.data_ptr() for tensor in tensors])
+
+
+def plain(leaf: Tensor) -> Tensor:
+    """`leaf` with its numbers as they are, one after the other in memory."""
+    if leaf.is_neg() or leaf.is_conj():
+        leaf = leaf.resolve_neg().resolve_conj()
+    return leaf if leaf.is_contiguous() else leaf.contiguous()
+
+
+def steps(columns: Iterable[Tensor]) -> Tensor:
+    """Distance between rows and length of a row in bytes, int64 [columns, 2], for the kernels.
+
+    Args:
+        columns: [capacity, ...]; the numbers of a row lie one after the other.
+    """
+    sizes = [
+        [column.stride(0) * column.itemsize, column.shape[1:].numel() * column.itemsize]
+        for column in columns
+    ]
+    return torch.tensor(sizes, dtype=torch.int64, device="cpu").reshape(-1, 2)
+
+
+def likes(columns: Iterable[Tensor], n: int) -> list[Tensor]:
+    """Tensors like n rows of each column: `empty_like` takes half as long as `empty`."""
+    return [
+        torch.empty((), dtype=column.dtype, device=column.device).expand(n, *column.shape[1:])
+        for column in columns
+    ]
+
+
+def scatter(
+    kernel: ModuleType,
+    columns: Iterable[Tensor],
+    sizes: Tensor,
+    new: Sequence[Tensor],
+    *,
+    capacity: int,
+    start: int,
+    n: int,
+) -> None:
+    """Copy `n` rows to the slots from `start` on, and from slot 0 on past the end.
+
+    Args:
+        kernel: the compiled kernels.
+        columns: [capacity, ...].
+        sizes: `steps` of the columns.
+        new: the rows, [n, ...], or [...] for one; `plain`, of the columns' dtypes.
+        capacity: number of slots.
+        start: the first slot.
+        n: at most `capacity`.
+    """
+    first, source = _addresses(columns), _addresses(new)
+    kernel.scatter(
+        first.buffer_info()[0],
+        sizes.data_ptr(),
+        len(new),
+        capacity,
+        start,
+        n,
+        source.buffer_info()[0],
+    )
+
+
+def gather(
+    kernel: ModuleType,
+    columns: Iterable[Tensor],
+    sizes: Tensor,
+    like: Sequence[Tensor],
+    index: Tensor,
+    *,
+    written: int = 0,
+    capacity: int = 1,
+) -> tuple[list[Tensor], Tensor]:
+    """Copies of the rows `index`, and the generations of a ring.
+
+    Args:
+        kernel: the compiled kernels.
+        columns: [capacity, ...].
+        sizes: `steps` of the columns.
+        like: `likes` of the columns for so many rows.
+        index: slots that exist, int64 [B], contiguous.
+        written: how many rows were ever written to the ring.
+        capacity: of the ring.
+
+    Returns:
+        Contiguous tensors [B, ...], and `per_td.ring.generation_of` the rows, int64 [B].
+    """
+    out = [torch.empty_like(rows, memory_format=torch.contiguous_format) for rows in like]
+    generation = torch.empty_like(index)
+    first, to = _addresses(columns), _addresses(out)
+    kernel.gather(
+        first.buffer_info()[0],
+        sizes.data_ptr(),
+        len(out),
+        index.data_ptr(),
+        index.numel(),
+        to.buffer_info()[0],
+        written,
+        capacity,
+        generation.data_ptr(),
+    )
+    return out, generation
