@@ -23,12 +23,19 @@ MULTINOMIAL_LIMIT = 2**24
 """torch.multinomial refuses more categories than this."""
 
 # method="auto" takes torch.multinomial up to this capacity, and the tree above it and wherever
-# there is no entry. Medians on one core of an AMD EPYC (torch 2.13), batches of 256, microseconds:
+# there is no entry; in plain torch, and on the CPU with compiled kernels. Medians on one core of
+# an AMD EPYC (torch 2.13), batches of 256, microseconds, with weights in the second table:
 #   slots                         1,000   10,000   30,000   100,000   1,000,000
 #   independent: tree               109      213      142       183         182
 #   independent: multinomial         27       41       60       142       1,221
 #   without replacement: tree       369      715      685       739         780
 #   without replacement: multin.     63      323      663     2,180      43,382
+#
+#   slots, compiled               1,000   10,000   20,000    30,000   100,000   1,000,000
+#   independent: tree                10       12       12        12        14          64
+#   independent: multinomial         36       51       64        76       155       1,449
+#   without replacement: tree       334      554      611       607       952       2,176
+#   without replacement: multin.     75      312      511       693     2,142      51,184
 # On CUDA torch.multinomial stops the host when drawing without replacement; the tree never does.
 MULTINOMIAL_UP_TO = {
     ("cpu", "independent"): 100_000,

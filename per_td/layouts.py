@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from per_td.memory import zeros
+
 __all__ = ["LAYOUTS", "Field", "block_of", "columns_of", "resolve_layout", "views_of"]
 
 LAYOUTS = ("auto", "columns", "records")
@@ -59,9 +61,7 @@ def resolve_layout(layout: str, fields: list[Field], *, compiled: bool) -> str:
 
 def columns_of(fields: list[Field], capacity: int, device: torch.device) -> list[Tensor]:
     """Memory for each field, [capacity, ...], filled with 0."""
-    return [
-        torch.zeros((capacity, *field.shape), dtype=field.dtype, device=device) for field in fields
-    ]
+    return [zeros((capacity, *field.shape), field.dtype, device) for field in fields]
 
 
 def _offsets(fields: list[Field]) -> tuple[list[int], int]:
@@ -78,22 +78,13 @@ def _offsets(fields: list[Field]) -> tuple[list[int], int]:
 
 def block_of(fields: list[Field], capacity: int, device: torch.device) -> Tensor:
     """Memory for records, uint8 [capacity, bytes of a record], filled with 0."""
-    return torch.zeros((capacity, _offsets(fields)[1]), dtype=torch.uint8, device=device)
+    return zeros((capacity, _offsets(fields)[1]), torch.uint8, device)
 
 
 def views_of(fields: list[Field], block: Tensor) -> list[Tensor]:
     """The fields of the records in `block` [n, bytes], views [n, ...]."""
-    offsets, length = _offsets(fields)
-    views = []
-    for field, offset in zip(fields, offsets, strict=True):
-        size = field.dtype.itemsize
-        inner = torch.empty(field.shape, device="meta").stride()
-        views.append(
-            torch.as_strided(
-                block.view(field.dtype),
-                (len(block), *field.shape),
-                (length // size, *inner),
-                offset // size,
-            )
-        )
-    return views
+    offsets, _ = _offsets(fields)
+    return [
+        block[:, start : start + field.bytes].view(field.dtype).view(len(block), *field.shape)
+        for field, start in zip(fields, offsets, strict=True)
+    ]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from per_td import draws, validation
 from per_td.errors import EmptyBufferError
+from per_td.memory import zeros
 from per_td.ring import generation_of
 from per_td.tree import ExtremumTree, Layout, SumTree, reference
 from per_td.weights import importance_weights, mass_of, priority_of
@@ -58,7 +59,7 @@ class PriorityTable:
         draws.check_method(method, draw, capacity)
         self.new_priority = validation.one_of("new_priority", new_priority, NEW_PRIORITIES)
         layout = Layout.of(capacity)
-        self._raw = torch.zeros(layout.leaf_slots, device=device)
+        self._raw = zeros((layout.leaf_slots,), torch.float32, device)
         self.masses = SumTree(capacity, device)
         compiled = self.masses.kernels is not None
         self._method = draws.resolve_method(method, draw, capacity, device, compiled=compiled)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from per_td.memory import zeros
+
 __all__ = ["FANOUT", "Layout"]
 
 FANOUT = 16
@@ -68,4 +70,5 @@ class Layout:
 
     def new_nodes(self, fill: float, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor [node_slots] for the nodes above the leaves."""
-        return torch.full((self.node_slots,), fill, dtype=dtype, device=device)
+        nodes = zeros((self.node_slots,), dtype, device)
+        return nodes.fill_(fill) if fill else nodes

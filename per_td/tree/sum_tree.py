@@ -8,6 +8,7 @@ from torch import Tensor
 
 from per_td import draws, kernels, validation
 from per_td.errors import EmptyBufferError
+from per_td.memory import zeros
 from per_td.tree import reference
 from per_td.tree.layout import Layout
 
@@ -39,7 +40,7 @@ class SumTree:
     def __init__(self, capacity: int, device: torch.device | str | int | None = None) -> None:
         self.layout = Layout.of(validation.positive_int("capacity", capacity))
         self.device = validation.resolve_device(device)
-        self.leaves = torch.zeros(self.layout.leaf_slots, device=self.device)
+        self.leaves = zeros((self.layout.leaf_slots,), torch.float32, self.device)
         self.nodes = self.layout.new_nodes(0.0, torch.float64, self.device)
         self._table = self.layout.table()
         self._depth = len(self.layout.widths)
