@@ -12,7 +12,9 @@ How the final number comes about: every `--eval-every` steps the greedy policy p
 `--select-episodes` episodes; the network with the best mean is kept, and training stops early
 when that mean reaches `--stop-return`. The final evaluation plays the kept network on fresh
 episodes, with seeds that neither training nor selection has seen. It says how good that network
-is, and not that training would have stayed there: a DQN on CartPole comes and goes.
+is, and not that training would have stayed there: a DQN on CartPole comes and goes. Seeds 0, 1 and
+2 stopped after 18,000, 11,000 and 34,000 steps, with 500, 482 and 500 in the final evaluation; that
+took one to two and a half minutes of one core.
 """
 
 import argparse

@@ -8,8 +8,10 @@ TorchRL's collector, networks and loss, with per_td's buffer in the place of Tor
 belongs to prioritized replay is marked PER. `SACLoss` leaves |TD error| in the batch, hence
 `td_error_unit="abs"`; other losses leave the square (see docs/torchrl_losses.md).
 
-After 8,000 steps the greedy policy has a mean return better than -250. What is evaluated is the
-policy at the end, not the best one on the way.
+What is evaluated is the policy at the end, not the best one on the way. After 12,000 steps, two
+to three and a half minutes on one busy core of an AMD EPYC, its mean return over 20 fresh episodes
+was -148, -136, -149, -106, -137 and -138 for seeds 0 to 5: better than -250, which counts as
+solved. Runs of 8,000 steps were too short: five of the six had solved it, one was at -282.
 """
 
 import argparse
@@ -56,7 +58,7 @@ def option(default, text):
 class Args:
     """The settings of a run; each is a command-line option too."""
 
-    total_steps: int = option(8_000, "environment steps")
+    total_steps: int = option(12_000, "environment steps")
     seed: int = option(0, "seeds the environment and torch")
     uniform: bool = option(False, "draw uniformly (alpha = 0) instead of by priority")
     device: str = option("cpu", "where networks and buffer live: cpu, cuda, ...")
@@ -69,7 +71,7 @@ class Args:
 
     lr: float = option(1e-3, "Adam's learning rate")
     gamma: float = option(0.99, "discount factor")
-    tau: float = option(0.005, "share of the critics that each step mixes into their targets")
+    tau: float = option(0.01, "share of the critics that each step mixes into their targets")
     hidden: int = option(64, "units in each of the two hidden layers")
     learning_starts: int = option(1_000, "random steps before the first gradient step")
     frames_per_batch: int = option(10, "environment steps, and gradient steps, in each iteration")
