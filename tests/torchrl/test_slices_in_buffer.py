@@ -1,0 +1,43 @@
+import pytest
+import torch
+from torchrl.data import LazyTensorStorage
+
+from per_td.torchrl import PrioritizedSliceSampler, TensorDictPrioritizedReplayBuffer
+from tests.slice_oracle import Stream
+
+
+@pytest.mark.parametrize("unit", ["abs", "squared"])
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("reshaped", [False, True])
+def test_the_r2d2_mix_goes_to_first_records_that_are_still_there(columns, reshaped, unit):
+    streams = [Stream(33, j) for j in range(columns)]
+    sampler = PrioritizedSliceSampler(
+        20 * columns, 0.7, 0.9, slice_len=3, reduction="r2d2", td_error_unit=unit
+    )
+    storage = LazyTensorStorage(20 * columns, ndim=1 if columns == 1 else 2)
+    buffer = TensorDictPrioritizedReplayBuffer(
+        alpha=0.7, beta=0.9, storage=storage, sampler=sampler, batch_size=24
+    )
+
+    def write(start, stop):
+        data = [s.data(start, stop) for s in streams]
+        buffer.extend(data[0] if columns == 1 else torch.stack(data))
+
+    write(0, 20)
+    batch = buffer.sample()
+    batch["td_error"] = (batch["k"].float() * 7 % 5 - 2).unsqueeze(-1)
+    write(20, 24)  # over what was written first
+    expected, late = sampler.priority, 0
+    for piece in batch.split(3):
+        row, column = int(piece["index"][0, 0]), int(piece["index"][0, -1]) if columns > 1 else 0
+        size = piece["td_error"].abs()
+        if row < 4:
+            late += 1
+        else:
+            expected[row * columns + column] = 0.9 * size.max() + 0.1 * size.mean()
+    assert late
+    if unit == "squared":
+        batch["td_error"] = batch["td_error"] ** 2
+    buffer.update_tensordict_priority(batch.reshape(8, 3) if reshaped else batch)
+    torch.testing.assert_close(sampler.priority, expected)
+    assert buffer.stats()["stale_updates"] == late
