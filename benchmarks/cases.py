@@ -148,7 +148,7 @@ CASES: tuple[Case, ...] = (
         "cartpole",
         "A whole DQN loop",
         "`train` of examples/dqn_cartpole.py: environment, networks and replay, time per"
-        " environment step (a gradient step every second one). Uniform: a ring of the same tensors,"
+        " environment step (a gradient step every fourth one). Uniform: a ring of the same tensors,"
         " `torch.randint` and no priorities.",
         kind="cartpole",
         goals=(
