@@ -10,6 +10,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from per_td import validation
+
 __all__ = ["gather", "likes", "plain", "scatter", "steps"]
 
 
@@ -17,8 +19,9 @@ def _addresses(tensors: Iterable[Tensor]) -> "array[int]":
     return array("q", [tensor.data_ptr() for tensor in tensors])
 
 
-def plain(leaf: Tensor) -> Tensor:
-    """`leaf` with its numbers as they are, one after the other in memory."""
+def plain(leaf: Tensor, device: torch.device) -> Tensor:
+    """`leaf` on `device`, with its numbers as they are, one after the other in memory."""
+    leaf = validation.to_device(leaf, device)
     if leaf.is_neg() or leaf.is_conj():
         leaf = leaf.resolve_neg().resolve_conj()
     return leaf if leaf.is_contiguous() else leaf.contiguous()

@@ -149,7 +149,7 @@ class RingStorage:
         n = count(leaves) if n is None else n
         kept = min(n, self.capacity)
         start = (self._written + n - kept) % self.capacity
-        new = [self._source(leaves[key]) for key in self._columns]
+        new = [rows.plain(leaves[key], self.device) for key in self._columns]
         if kept < n:
             new = [leaf[-kept:] for leaf in new]
         kernel = self._kernels_for(kept)
@@ -160,12 +160,6 @@ class RingStorage:
             rows.scatter(kernel, columns, self._sizes, new, capacity=self.capacity, **at)
         self.write_count = self._written + n
         return start, kept
-
-    def _source(self, leaf: Tensor) -> Tensor:
-        """`leaf` on this device, as plain numbers, one after the other."""
-        if leaf.device != self.device:
-            leaf = validation.to_device(leaf, self.device)
-        return rows.plain(leaf)
 
     def _copy(self, new: list[Tensor], start: int, n: int) -> None:
         """Write `n` rows from the slot `start` on, and from slot 0 on past the end."""

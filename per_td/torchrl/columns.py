@@ -161,7 +161,7 @@ class Columns:
         rows[self._index] = index
         kernel = self._kernels
         if kernel is not None:
-            plain = [row_copies.plain(row) for row in rows]
+            plain = [row_copies.plain(row, index.device) for row in rows]
             at = {"capacity": len(self._columns[0]), "start": parts[0][0], "n": len(index)}
             row_copies.scatter(kernel, self._columns, self._sizes, plain, **at)
             return

@@ -105,6 +105,14 @@ def test_what_the_columns_do_not_have_goes_torchrls_way():
     both(lambda buffer: buffer.sample())
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_elements_on_cuda_go_into_a_storage_on_the_cpu():
+    lockstep = Lockstep(20, LazyTensorStorage)
+    lockstep(lambda buffer: buffer.extend(data(12)))
+    lockstep(lambda buffer: buffer.extend(data(12, 12).to("cuda")).cpu())
+
+
 def test_tensors_replaced_in_the_storage_are_found():
     buffer, other = make(), make()
     buffer.extend(data(20))
