@@ -10,7 +10,7 @@ from per_td.errors import EmptyBufferError
 from per_td.memory import zeros
 from per_td.ring import generation_of
 from per_td.tree import ExtremumTree, Layout, SumTree, reference
-from per_td.weights import importance_weights, mass_of, priority_of
+from per_td.weights import NORMALIZATIONS, importance_weights, mass_of, priority_of
 
 __all__ = ["NEW_PRIORITIES", "PriorityTable"]
 
@@ -115,7 +115,7 @@ class PriorityTable:
     @weight_normalization.setter
     def weight_normalization(self, value: str) -> None:
         self._weight_normalization = validation.one_of(
-            "weight_normalization", value, ("batch", "buffer", "none")
+            "weight_normalization", value, NORMALIZATIONS
         )
         if value != "buffer":
             self._smallest = None

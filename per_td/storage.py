@@ -60,7 +60,7 @@ class RingStorage:
     @property
     def kernels(self) -> ModuleType | None:
         """The compiled operations, where they are used; see `per_td.kernels`."""
-        return kernels.cpu() if self._compiled and not torch.compiler.is_compiling() else None
+        return kernels.cpu_unless_tracing() if self._compiled else None
 
     def _kernels_for(self, n: int) -> ModuleType | None:
         """`kernels`, unless copying `n` transitions is worth sharing between torch's threads."""

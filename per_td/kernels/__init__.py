@@ -28,7 +28,7 @@ import torch
 
 from per_td.errors import ConfigurationError, KernelWarning
 
-__all__ = ["CHOICES", "VARIABLE", "cpu", "cuda", "launched", "wanted"]
+__all__ = ["CHOICES", "VARIABLE", "cpu", "cpu_unless_tracing", "cuda", "launched", "wanted"]
 
 VARIABLE = "PER_TD_KERNELS"
 CHOICES = ("auto", "off")
@@ -53,6 +53,11 @@ def wanted(device: torch.device) -> bool:
 def launched(device: torch.device) -> bool:
     """Whether the CUDA kernels are to be used for tensors on `device`; raises like `wanted`."""
     return _allowed() and device.type == "cuda" and cuda() is not None
+
+
+def cpu_unless_tracing() -> ModuleType | None:
+    """`cpu`, which torch.compile cannot look into: None while it traces."""
+    return None if torch.compiler.is_compiling() else cpu()
 
 
 @cache

@@ -132,7 +132,7 @@ class Columns:
 
     @property
     def _kernels(self) -> ModuleType | None:
-        return kernels.cpu() if self._compiled and not torch.compiler.is_compiling() else None
+        return kernels.cpu_unless_tracing() if self._compiled else None
 
     def rows_of(self, data: Any, *, single: bool = False) -> list[Tensor] | None:
         """The tensors of `data`, a row or rows for each column but "index".

@@ -51,7 +51,7 @@ class SumTree:
     @property
     def kernels(self) -> ModuleType | None:
         """The compiled operations, where they are used; see `per_td.kernels`."""
-        return kernels.cpu() if self._compiled and not torch.compiler.is_compiling() else None
+        return kernels.cpu_unless_tracing() if self._compiled else None
 
     @property
     def launches(self) -> ModuleType | None:
