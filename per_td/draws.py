@@ -14,6 +14,7 @@ __all__ = [
     "multinomial",
     "points",
     "resolve_method",
+    "uniform_like",
 ]
 
 DRAWS = ("independent", "stratified", "without_replacement")
@@ -77,6 +78,15 @@ def resolve_method(
     limits = COMPILED_UP_TO if compiled else MULTINOMIAL_UP_TO
     fits = capacity <= limits.get((device.type, draw), 0)
     return "multinomial" if fits else "tree"
+
+
+def uniform_like(template: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Random numbers in [0, 1), of the shape, dtype and device of `template`."""
+    if generator is None:  # half of what torch.rand takes where its code has left the caches
+        return torch.rand_like(template)
+    return torch.rand(
+        template.shape, dtype=template.dtype, device=template.device, generator=generator
+    )
 
 
 def points(

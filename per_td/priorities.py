@@ -68,6 +68,7 @@ class PriorityTable:
         self.weight_normalization = weight_normalization
         self.ever_max = torch.zeros((), device=device)
         self.refused = torch.zeros((), dtype=torch.int64, device=device)
+        self._points = torch.empty(0, dtype=torch.float64, device=device)
 
     @property
     def device(self) -> torch.device:
@@ -240,6 +241,48 @@ class PriorityTable:
         self._write(*reference.keep_last(index, priority))
         return 0 if live is None else (~live).sum()
 
+    def update_stamped(
+        self,
+        index: Tensor,
+        td_error: Tensor,
+        size: int,
+        *,
+        drawn: Tensor,
+        generation: Tensor,
+        squared: bool,
+    ) -> bool:
+        """`update`, compiled, where the generations of all slots are kept, for batches all live.
+
+        Args:
+            index: slots, int64 [B], contiguous.
+            td_error: float32, as many, contiguous.
+            size: number of slots that may be named.
+            drawn: generations of the transitions meant, int64, as many, contiguous.
+            generation: generations of the slots, int64 [size].
+            squared: whether `td_error` is delta^2.
+
+        Returns:
+            False, and nothing is written, where there is no kernel, or it finds something wrong or
+            overwritten: `update` will see to it.
+        """
+        kernel = self.masses.kernels
+        if kernel is None:
+            return False
+        done: bool = kernel.settle(
+            *self._memory,
+            index.data_ptr(),
+            td_error.data_ptr(),
+            index.numel(),
+            size,
+            drawn.data_ptr(),
+            generation.data_ptr(),
+            squared,
+            self._eps,
+            self._alpha,
+            self.ever_max.data_ptr(),
+        )
+        return done
+
     def _assign(
         self,
         index: Tensor,
@@ -379,7 +422,9 @@ class PriorityTable:
         if kernel is None or self._method != "tree" or self.draw == "without_replacement":
             index, mass = self._sample_with_mass(n, size, generator)
             return index, self._weights_of(mass, beta, filled)
-        point = torch.rand(n, dtype=torch.float64, device=self.device, generator=generator)
+        if self._points.shape[0] != n:
+            self._points = torch.empty(n, dtype=torch.float64, device=self.device)
+        point = draws.uniform_like(self._points, generator)
         index = torch.empty_like(point, dtype=torch.int64)
         weight = torch.empty_like(point, dtype=torch.float32)
         total = kernel.sample(

@@ -21,6 +21,8 @@ def _addresses(tensors: Iterable[Tensor]) -> "array[int]":
 
 def plain(leaf: Tensor, device: torch.device) -> Tensor:
     """`leaf` on `device`, with its numbers as they are, one after the other in memory."""
+    if leaf.is_contiguous() and leaf.device == device and not (leaf.is_neg() or leaf.is_conj()):
+        return leaf
     leaf = validation.to_device(leaf, device)
     if leaf.is_neg() or leaf.is_conj():
         leaf = leaf.resolve_neg().resolve_conj()
@@ -43,7 +45,7 @@ def steps(columns: Iterable[Tensor]) -> Tensor:
 def likes(columns: Iterable[Tensor], n: int) -> list[Tensor]:
     """Tensors like n rows of each column: `empty_like` takes half as long as `empty`."""
     return [
-        torch.empty((), dtype=column.dtype, device=column.device).expand(n, *column.shape[1:])
+        torch.empty(n, *column.shape[1:], dtype=column.dtype, device=column.device)
         for column in columns
     ]
 
@@ -57,6 +59,8 @@ def scatter(
     capacity: int,
     start: int,
     n: int,
+    generation: Tensor | None = None,
+    index: Tensor | None = None,
 ) -> None:
     """Copy `n` rows to the slots from `start` on, and from slot 0 on past the end.
 
@@ -68,17 +72,16 @@ def scatter(
         capacity: number of slots.
         start: the first slot.
         n: at most `capacity`.
+        generation: how often each slot was written, int64 [capacity], to be counted up.
+        index: for the slots, int64 [n], if `generation` is given; may be one of the `new`.
     """
     first, source = _addresses(columns), _addresses(new)
-    kernel.scatter(
-        first.buffer_info()[0],
-        sizes.data_ptr(),
-        len(new),
-        capacity,
-        start,
-        n,
-        source.buffer_info()[0],
-    )
+    ring = first.buffer_info()[0], sizes.data_ptr(), len(new), capacity, start, n
+    if generation is None or index is None:
+        kernel.scatter(*ring, source.buffer_info()[0])
+    else:
+        stamps = generation.data_ptr(), index.data_ptr()
+        kernel.append(*ring, source.buffer_info()[0], *stamps)
 
 
 def gather(
@@ -88,9 +91,10 @@ def gather(
     like: Sequence[Tensor],
     index: Tensor,
     *,
+    generation: Tensor | None = None,
     written: int = 0,
     capacity: int = 1,
-) -> tuple[list[Tensor], Tensor]:
+) -> list[Tensor]:
     """Copies of the rows `index`, and the generations of a ring.
 
     Args:
@@ -99,14 +103,14 @@ def gather(
         sizes: `steps` of the columns.
         like: `likes` of the columns for so many rows.
         index: slots that exist, int64 [B], contiguous.
+        generation: for `per_td.ring.generation_of` the rows, int64 [B], if that is wanted.
         written: how many rows were ever written to the ring.
         capacity: of the ring.
 
     Returns:
-        Contiguous tensors [B, ...], and `per_td.ring.generation_of` the rows, int64 [B].
+        Contiguous tensors [B, ...].
     """
-    out = [torch.empty_like(rows, memory_format=torch.contiguous_format) for rows in like]
-    generation = torch.empty_like(index)
+    out = list(map(torch.empty_like, like))
     first, to = _addresses(columns), _addresses(out)
     kernel.gather(
         first.buffer_info()[0],
@@ -117,6 +121,6 @@ def gather(
         to.buffer_info()[0],
         written,
         capacity,
-        generation.data_ptr(),
+        0 if generation is None else generation.data_ptr(),
     )
-    return out, generation
+    return out

@@ -156,8 +156,15 @@ class RingStorage:
         if kernel is None:
             self._copy(new, start, kept)
         else:
-            columns, at = self._columns.values(), {"start": start, "n": kept}
-            rows.scatter(kernel, columns, self._sizes, new, capacity=self.capacity, **at)
+            rows.scatter(
+                kernel,
+                self._columns.values(),
+                self._sizes,
+                new,
+                capacity=self.capacity,
+                start=start,
+                n=kept,
+            )
         self.write_count = self._written + n
         return start, kept
 
@@ -187,8 +194,18 @@ class RingStorage:
         columns = self._columns.values()
         if not self._like or self._like[0].shape[0] != n:
             self._like = rows.likes(columns, n)
-        ring = {"written": self._written, "capacity": self.capacity}
-        return rows.gather(kernel, columns, self._sizes, self._like, index, **ring)
+        generation = torch.empty_like(index)
+        leaves = rows.gather(
+            kernel,
+            columns,
+            self._sizes,
+            self._like,
+            index,
+            generation=generation,
+            written=self._written,
+            capacity=self.capacity,
+        )
+        return leaves, generation
 
     def _select(self, index: Tensor) -> list[Tensor]:
         if self._block is None:

@@ -2,9 +2,11 @@
 
 from per_td.kernels.draw import find, sample
 from per_td.kernels.rows import gather, scatter
+from per_td.kernels.stamps import append, settle
 from per_td.kernels.update import assign, put, rebuild, renew
 
 __all__ = [
+    "append",
     "assign",
     "find",
     "gather",
@@ -13,4 +15,5 @@ __all__ = [
     "renew",
     "sample",
     "scatter",
+    "settle",
 ]

@@ -36,16 +36,18 @@ def gather(
         count: number of fields.
         index, n: the rows, int64 [n].
         written, slots: how many transitions were ever written, to how many slots.
-        generation: for how often the ring had wrapped when the rows were written, int64 [n].
+        generation: for how often the ring had wrapped when the rows were written, int64 [n]; 0 if
+            that is not wanted.
     """
     first, size, place = integers(fields, count), table(sizes, count, 2), integers(to, count)
     at = integers(index, n)
     for i in range(n):
         for k in range(count):
             prefetch(first[k] + at[i] * size[k, 0])
-    wrapped = integers(generation, n)
-    for i in range(n):
-        wrapped[i] = (written - 1 - at[i]) // slots
+    if generation != 0:
+        wrapped = integers(generation, n)
+        for i in range(n):
+            wrapped[i] = (written - 1 - at[i]) // slots
     for k in range(count):
         pick(place[k], first[k], size[k, 0], size[k, 1], at)
 

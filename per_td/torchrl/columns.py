@@ -13,17 +13,14 @@ from torch import Tensor
 from per_td import batch, kernels, validation
 from per_td import rows as row_copies
 
-__all__ = ["Columns", "Part"]
-
-Part = tuple[int, int, int]
-"""(slot, row, length): a run of rows that goes to consecutive slots."""
+__all__ = ["Columns"]
 
 _TENSORS = (Tensor, MemoryMappedTensor)
 
 
 class _Leaf(NamedTuple):
     place: int  # in the list of columns
-    tail: torch.Size
+    shape: torch.Size  # of one row
     dtype: torch.dtype
 
 
@@ -32,7 +29,7 @@ class _Node(NamedTuple):
 
     leaves: dict[str, _Leaf]
     children: dict[str, "_Node"]
-    batch_tail: torch.Size
+    batch_size: torch.Size  # of one row
     device: torch.device | None
 
 
@@ -57,39 +54,42 @@ def _named(data: TensorDict) -> bool:
     return any(name is not None for name in data.names)
 
 
-def _collect(
-    node: _Node, data: TensorDict, before: int, rows: list[Tensor], skip: str | None = None
-) -> bool:
+def _expected(node: _Node, batch_size: torch.Size) -> _Node:
+    """The node of a TensorDict of this batch size, whose shapes are whole."""
+    leaves = {
+        name: leaf._replace(shape=batch_size + leaf.shape) for name, leaf in node.leaves.items()
+    }
+    children = {name: _expected(child, batch_size) for name, child in node.children.items()}
+    return node._replace(leaves=leaves, children=children, batch_size=batch_size + node.batch_size)
+
+
+def _collect(node: _Node, data: TensorDict, rows: list[Tensor], skip: str | None = None) -> bool:
     """Put the tensors of `data` into `rows` by their columns' places; whether it has just these.
 
     Args:
         node: what is expected.
-        data: batch size [n] or [].
-        before: its number of batch dimensions, 1 or 0.
+        data: the TensorDict.
         rows: one place per column.
         skip: an entry that does not matter.
     """
-    seen = 0
+    leaves, seen = node.leaves, 0
     for name, value in data.items():
-        leaf = node.leaves.get(name)
         if name == skip:
             continue
         seen += 1
+        leaf = leaves.get(name)
         if leaf is not None:
-            if type(value) not in _TENSORS or value.dtype != leaf.dtype:
+            place, shape, dtype = leaf
+            if type(value) not in _TENSORS or value.dtype != dtype or value.shape != shape:
                 return False
-            if value.shape[before:] != leaf.tail:
-                return False
-            rows[leaf.place] = value.detach() if value.requires_grad else value
+            rows[place] = value.detach() if value.requires_grad else value
             continue
         child = node.children.get(name)
-        if child is None or type(value) is not TensorDict:
+        if child is None or type(value) is not TensorDict or value.batch_size != child.batch_size:
             return False
-        if value.batch_size[before:] != child.batch_tail:
+        if not _collect(child, value, rows):
             return False
-        if not _collect(child, value, before, rows):
-            return False
-    return seen == len(node.leaves) + len(node.children) - (skip in node.leaves)
+    return seen == len(leaves) + len(node.children) - (skip in leaves)
 
 
 def _assemble(
@@ -99,7 +99,7 @@ def _assemble(
     for name, child in node.children.items():
         source[name] = _assemble(child, rows, batch_size, {})
     source.update(extra)
-    return batch.make(source, batch_size + node.batch_tail, node.device)
+    return batch.make(source, batch_size + node.batch_size, node.device)
 
 
 class Columns:
@@ -112,12 +112,16 @@ class Columns:
 
     def __init__(self, root: _Node, columns: list[Tensor]) -> None:
         self._root = root
+        self._expected: _Node | None = None  # for the batch size that came last
         self._columns = columns
         self._index = root.leaves["index"].place
+        self._capacity = len(columns[0])
         self._on_cpu = all(column.device.type == "cpu" for column in columns)
         packed = self._on_cpu and all(column[:1].is_contiguous() for column in columns)
         self._compiled = packed and kernels.wanted(torch.device("cpu"))
         self._sizes = row_copies.steps(columns)
+        self._drawn = columns[: self._index] + columns[self._index + 1 :]  # all but "index"
+        self._drawn_sizes = row_copies.steps([*self._drawn, columns[self._index]])
         self._like: list[Tensor] = []
 
     @classmethod
@@ -125,7 +129,7 @@ class Columns:
         """The columns of `data`, or None if it is anything but nested TensorDicts of tensors."""
         columns: list[Tensor] = []
         root = _explore(data, capacity, columns)
-        if root is None or root.batch_tail or "index" not in root.leaves:
+        if root is None or root.batch_size or "index" not in root.leaves:
             return None
         fits = root.leaves["index"][1:] == (torch.Size([]), torch.int64)
         return cls(root, columns) if fits else None
@@ -144,48 +148,87 @@ class Columns:
         Returns:
             In the order of the columns; None if `data` has other entries, shapes or dtypes.
         """
-        before = 0 if single else 1
-        if type(data) is not TensorDict or data.batch_dims != before:
+        if type(data) is not TensorDict or data.batch_dims != (0 if single else 1):
             return None
+        if self._expected is None or self._expected.batch_size != data.batch_size:
+            self._expected = _expected(self._root, data.batch_size)
         rows = list(self._columns)
-        return rows if _collect(self._root, data, before, rows, skip="index") else None
+        return rows if _collect(self._expected, data, rows, skip="index") else None
 
-    def write(self, rows: list[Tensor], index: Tensor, parts: list[Part]) -> None:
+    def write(self, rows: list[Tensor], start: int, n: int, generation: Tensor) -> Tensor:
         """Write rows, and the slots that they go to.
 
         Args:
             rows: from `rows_of`.
-            index: the slots, int64 [n].
-            parts: the runs of consecutive slots.
+            start: the first slot.
+            n: how many rows, at most `capacity`.
+            generation: of all slots, int64 [capacity], to be counted up.
+
+        Returns:
+            The slots, one after the other and around the end, int64 [n].
         """
-        rows[self._index] = index
         kernel = self._kernels
-        if kernel is not None:
-            plain = [row_copies.plain(row, index.device) for row in rows]
-            at = {"capacity": len(self._columns[0]), "start": parts[0][0], "n": len(index)}
-            row_copies.scatter(kernel, self._columns, self._sizes, plain, **at)
-            return
+        if kernel is None:
+            return self._copy(rows, start, n, generation)
+        rows[self._index] = index = torch.empty(n, dtype=torch.int64)
+        device = generation.device
+        row_copies.scatter(
+            kernel,
+            self._columns,
+            self._sizes,
+            [row_copies.plain(row, device) for row in rows],
+            capacity=self._capacity,
+            start=start,
+            n=n,
+            generation=generation,
+            index=index,
+        )
+        return index
+
+    def _copy(self, rows: list[Tensor], start: int, n: int, generation: Tensor) -> Tensor:
+        index = torch.arange(start, start + n, device=generation.device)
+        whole = start + n <= self._capacity
+        if not whole:
+            index.remainder_(self._capacity)
+        rows[self._index] = index
+        generation[index] += 1
         for column, new in zip(self._columns, rows, strict=True):
             if not self._on_cpu:
                 new = validation.to_device(new, column.device)
-            if len(parts) == 1:
-                slot, _, length = parts[0]
-                column.narrow(0, slot, length).copy_(new)  # a single row is broadcast
-                continue
-            for slot, row, length in parts:
-                column.narrow(0, slot, length).copy_(new.narrow(0, row, length))
+            if whole:
+                column.narrow(0, start, n).copy_(new)  # a single row is broadcast
+            else:
+                column.index_copy_(0, index, new)
+        return index
 
-    def gather(self, index: Tensor, extra: dict[str, Tensor]) -> TensorDict:
-        """The rows `index` [B], with `extra` entries [B], "index" among them, in their places."""
+    def gather(self, index: Tensor, generation: Tensor, extra: dict[str, Tensor]) -> TensorDict:
+        """The rows `index` [B], with `extra` entries [B] beside them.
+
+        Args:
+            index: slots that exist, int64 [B].
+            generation: of all slots, int64 [capacity], to be read as a column is.
+            extra: takes up "index" and "index_generation", int64 [B], too.
+        """
         kernel = self._kernels
         if kernel is not None:
-            if not self._like or len(self._like[0]) != len(index):
-                self._like = row_copies.likes(self._columns, len(index))
             index = index.contiguous()
-            rows, _ = row_copies.gather(kernel, self._columns, self._sizes, self._like, index)
-            return _assemble(self._root, rows, index.shape, extra)
-        rows = [
-            index if place == self._index else column.index_select(0, index)
-            for place, column in enumerate(self._columns)
-        ]
+            rows, extra["index_generation"] = self._read(kernel, index, generation)
+        else:
+            rows = [
+                index if place == self._index else column.index_select(0, index)
+                for place, column in enumerate(self._columns)
+            ]
+            extra["index_generation"] = generation.index_select(0, index)
+        extra["index"] = index
         return _assemble(self._root, rows, index.shape, extra)
+
+    def _read(
+        self, kernel: ModuleType, index: Tensor, generation: Tensor
+    ) -> tuple[list[Tensor], Tensor]:
+        """The rows `index`, by place, and their generations; `generation` is one more column."""
+        columns = [*self._drawn, generation]
+        if not self._like or self._like[0].shape[0] != index.shape[0]:
+            self._like = row_copies.likes(columns, index.shape[0])
+        *rows, drawn = row_copies.gather(kernel, columns, self._drawn_sizes, self._like, index)
+        rows.insert(self._index, index)
+        return rows, drawn

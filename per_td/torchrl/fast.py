@@ -4,6 +4,7 @@ It works on the same storage, writer and sampler as TorchRL's own way, with the 
 that every other method of the buffer goes on working.
 """
 
+from operator import is_
 from typing import Any
 
 import torch
@@ -17,61 +18,92 @@ from torchrl.data.replay_buffers.storages import (
     _collate_id,
 )
 
+from per_td.errors import EmptyBufferError
 from per_td.torchrl.columns import Columns
 from per_td.torchrl.sampler import PrioritizedSampler
 from per_td.torchrl.writer import GenerationWriter
 
-__all__ = ["ColumnCache", "is_plain", "read", "write"]
+__all__ = ["ColumnCache", "read", "settle", "write"]
 
 
-def is_plain(buffer: ReplayBuffer, *, marks: bool) -> bool:
-    """Whether nothing about the buffer asks for TorchRL's own way.
-
-    Args:
-        buffer: the buffer.
-        marks: whether writing marks priorities, for which the sampler must be a plain one too.
-    """
-    storage, writer, sampler = buffer._storage, buffer._writer, buffer._sampler
+def _is_plain(buffer: ReplayBuffer) -> bool:
+    """Whether nothing about the buffer but its transforms asks for TorchRL's own way."""
+    storage, writer = buffer._storage, buffer._writer
     return (
         type(writer) is GenerationWriter
         and not writer._compilable
         and type(storage) in (LazyTensorStorage, LazyMemmapStorage)
         and storage.ndim == 1
         and storage.initialized
+        and not storage._compilable
         and not buffer._prefetch
         and not buffer._pin_memory
         and buffer._sample_unit is None
         and buffer._sample_dependency is None
         and buffer._collate_fn is _collate_id
-        and (
-            not marks or (type(sampler) is PrioritizedSampler and sampler.device == storage.device)
-        )
-        and not len(buffer._transform)
     )
 
 
 class ColumnCache:
-    """The columns of a storage, looked up again whenever its tensors may have been replaced."""
+    """The columns of a buffer's storage, looked up again whenever anything has been replaced."""
 
     def __init__(self) -> None:
-        self._data: Any = None
-        self._revision = -1
+        self._parts: tuple[Any, ...] = (self,)  # which is none of them
+        self._plain = self._marks = False
         self._columns: Columns | None = None
+        self._revision = -1
 
-    def of(self, storage: Storage) -> Columns | None:
-        """The storage's columns; None if it does not hold nested TensorDicts of tensors."""
-        data, revision = storage._storage, storage._mutation_revision
-        if data is not self._data or revision != self._revision:
-            self._columns = Columns.of(data, storage.max_size)
-            self._data, self._revision = data, revision
+    def of(self, buffer: ReplayBuffer, *, marks: bool) -> Columns | None:
+        """The columns, to be read and written past TorchRL; None if something asks for its way.
+
+        That is: a part of another kind, a transform, or data other than TensorDicts of tensors.
+
+        Args:
+            buffer: the buffer.
+            marks: whether writing marks priorities, for which the sampler must be a plain one too.
+        """
+        storage, sampler = buffer._storage, buffer._sampler
+        data = storage._storage
+        parts = (
+            data,
+            storage,
+            buffer._writer,
+            sampler,
+            getattr(sampler, "_table", None),
+            buffer._prefetch,
+            buffer._pin_memory,
+            buffer._sample_unit,
+            buffer._sample_dependency,
+            buffer._collate_fn,
+        )
+        if not all(map(is_, parts, self._parts)):
+            self._parts, self._revision = parts, -1
+            self._plain = _is_plain(buffer)
+            self._marks = type(sampler) is PrioritizedSampler and sampler.device == storage.device
+        if not self._plain or (marks and not self._marks) or len(buffer._transform):
+            return None
+        revision = storage._mutation_revision_value.get_obj().value
+        if revision != self._revision:
+            self._columns, self._revision = Columns.of(data, storage.max_size), revision
         return self._columns
 
-    def wrote(self, storage: Storage) -> None:
-        """Tell those who keep something about the storage that it changed; no tensor was replaced.
+    def wrote(self, storage: Storage, index: Tensor, end: int) -> None:
+        """Have the storage know of rows written; none of its tensors was replaced.
 
-        A change by somebody else in between leaves the revisions unequal, which is safe.
+        A change by somebody else in between leaves the revisions unequal, which is safe. The caller
+        holds the lock that keeps other writers out: numbers that processes share are written past
+        their own locks.
+
+        Args:
+            storage: the storage.
+            index: the slots, int64 [n].
+            end: the first slot, plus how many.
         """
-        storage._bump_mutation_revision()
+        storage._last_cursor = index
+        storage._last_cursor_index_value.get_obj().value = (end - 1) % storage.max_size
+        length = storage._len_value.get_obj()
+        length.value = min(max(length.value, end), storage.max_size)
+        storage._mutation_revision_value.get_obj().value += 1
         self._revision += 1
 
 
@@ -99,18 +131,14 @@ def write(
     Returns:
         The first slot, and all slots, int64 [n].
     """
-    storage = buffer._storage
-    start, parts = buffer._writer.claim(n)
-    index = torch.arange(start, start + n, device=storage.device)
-    if len(parts) > 1:
-        index.remainder_(storage.max_size)
-    columns.write(rows, index, parts)
-    storage._set_last_cursor((start + n - 1) % storage.max_size)
-    storage._last_cursor = index
-    storage._len = min(storage._len + n, storage.max_size)
-    cache.wrote(storage)
-    if marks:
-        buffer._sampler._table.write_new(index, priority)
+    storage, table = buffer._storage, buffer._sampler._table if marks else None
+    start = buffer._writer.claim(n)
+    index = columns.write(rows, start, n, buffer._writer._generation)
+    cache.wrote(storage, index, start + n)
+    if table is not None and priority is None:
+        table.write_row(start, n)
+    elif table is not None:
+        table.write_new(index, priority)
     for entity in storage._attached_entities:
         if entity is not buffer:
             entity.mark_update(index)
@@ -119,7 +147,52 @@ def write(
 
 def read(buffer: ReplayBuffer, columns: Columns, n: int) -> tuple[TensorDict, dict[str, Any]]:
     """Draw n elements: the batch, and what was added to it. The caller holds the locks."""
-    index, info = buffer._sampler.sample(buffer._storage, n)
-    info["index"] = index
-    info["index_generation"] = buffer._writer.stamps(index)
-    return columns.gather(index, info), info
+    sampler, size = buffer._sampler, buffer._storage._len_value.get_obj().value
+    if not size:
+        raise EmptyBufferError("Cannot sample from an empty storage.")
+    index, weight = sampler._table.sample_weighted(
+        n, size, sampler._rng, beta=sampler._beta, filled=size
+    )
+    info = {"priority_weight": weight}
+    return columns.gather(index, buffer._writer._generation, info), info
+
+
+def settle(
+    buffer: ReplayBuffer, td_error: Tensor, index: Tensor, generation: Tensor | None
+) -> bool:
+    """Set the priorities of a batch none of which is stale. The caller holds the locks.
+
+    Args:
+        buffer: one whose sampler and writer are per_td's own, without a sample unit.
+        td_error: what a loss wrote.
+        index, generation: as they were drawn.
+
+    Returns:
+        False, and nothing is done, where there is no kernel for that, or something is stale or
+        wrong.
+    """
+    sampler, now = buffer._sampler, buffer._writer._generation
+    n = index.numel()
+    return (
+        generation is not None
+        and now.is_cpu
+        and now.shape[0] == sampler._max_capacity
+        and _packed(index, n, torch.int64)
+        and _packed(generation, n, torch.int64)
+        and _packed(td_error, n, torch.float32)
+        and sampler._table.update_stamped(
+            index,
+            td_error,
+            sampler._max_capacity,
+            drawn=generation,
+            generation=now,
+            squared=sampler.td_error_unit == "squared",
+        )
+    )
+
+
+def _packed(tensor: Tensor, n: int, dtype: torch.dtype) -> bool:
+    """Whether a kernel can read n numbers of this type from the tensor."""
+    return (
+        tensor.is_cpu and tensor.dtype == dtype and tensor.numel() == n and tensor.is_contiguous()
+    )

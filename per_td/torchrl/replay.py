@@ -89,17 +89,18 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
             )
         supply = update_priority is not False
         n = len(tensordicts) if tensordicts.ndim else 0
-        written = self._write_plain(tensordicts, n, single=False, supply=supply)
-        if written is not None:
-            return written[1].to(tensordicts.device or "cpu")
+        short = self._write_plain(tensordicts, n, single=False, supply=supply)
+        if short is not None:
+            index, device = short[1], tensordicts.device
+            return index if index.is_cpu and device is None else index.to(device or "cpu")
         data = self._transform.inv(tensordicts)
         if data is None:
             return torch.zeros((0, self._storage.ndim), dtype=torch.long)
         rows = data.batch_size[: self._storage.ndim].numel()
         turned = self.dim_extend > 0
         priority = self._priorities_of(data, rows, turned=turned) if supply else None
-        index: Tensor = self._write_by_torchrl(ReplayBuffer._extend, data, priority)
-        return index
+        written: Tensor = self._write_by_torchrl(ReplayBuffer._extend, data, priority)
+        return written
 
     def _priorities_of(
         self, data: TensorDictBase, rows: int, *, turned: bool = False
@@ -133,9 +134,9 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
     ) -> tuple[int, Tensor] | None:
         """Write column by column: the first slot and all slots, or None if that cannot be."""
         with self._replay_lock:
-            if not fast.is_plain(self, marks=self._sync) or not 0 < n <= self._storage.max_size:
+            if not 0 < n <= self._storage.max_size:
                 return None
-            columns = self._cache.of(self._storage)
+            columns = self._cache.of(self, marks=self._sync)
             rows = None if columns is None else columns.rows_of(data, single=single)
             if columns is None or rows is None:
                 return None
@@ -195,8 +196,7 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
         settled = self._batch_size in (None, size) or self._warned_batch_size_conflict
         if size is not None and settled and include_info is None and not self._service_shutdown:
             with self._replay_lock:
-                plain = fast.is_plain(self, marks=True)
-                columns = self._cache.of(self._storage) if plain else None
+                columns = self._cache.of(self, marks=True)
                 if columns is not None:
                     with self._write_lock:
                         self._catch_up()
@@ -257,6 +257,8 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
             data = sampler.first_records(data, self.priority_key)
         td_error, index = required(data, self.priority_key), required(data, "index")
         generation = data.get("index_generation", None)
+        if self._settle(td_error, index, generation):
+            return
         if storage.ndim > 1 and index.shape[-1:] == (storage.ndim,):
             index = index.reshape(-1, storage.ndim)
             rows = len(index)
@@ -277,6 +279,15 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
                 live = live.to(flat.device)
                 self._stale = self._stale.to(flat.device) + (~live).sum()
             sampler._table.update(flat, values, sampler._max_capacity, live)
+
+    def _settle(self, td_error: Tensor, index: Tensor, generation: Tensor | None) -> bool:
+        """Set priorities by compiled kernels; False, and nothing is done, where that cannot be."""
+        plain = type(self._writer) is GenerationWriter and self._storage.ndim == 1
+        if not plain or self._sample_unit is not None:
+            return False
+        with self._replay_lock, self._write_lock:
+            self._catch_up()
+            return fast.settle(self, td_error, index, generation)
 
     def _live(self, index: Tensor, generation: Tensor | None) -> Tensor | None:
         """Which elements are still where they were drawn from, bool [B]; None: all are."""

@@ -44,26 +44,23 @@ class GenerationWriter(TensorDictRoundRobinWriter):
             min_size = capacity
         super()._ensure_generation(capacity, min_size, device)
 
-    def claim(self, n: int) -> tuple[int, list[tuple[int, int, int]]]:
+    def claim(self, n: int) -> int:
         """Take the next n slots of a storage of one dimension, for rows to be written there.
+
+        The caller holds the lock that keeps other writers out, so these numbers, which processes
+        share, are read and written past their own locks. The caller counts up the generations.
 
         Args:
             n: how many, at most the storage's capacity.
 
         Returns:
-            The first slot, and the parts (slot, row, length) that the ring cuts the rows into.
+            The first slot.
         """
-        start = int(self._cursor)
-        capacity = self._storage.max_size
-        self._cursor = (start + n) % capacity
-        self._write_count += n
-        head = min(n, capacity - start)
-        parts = [(start, 0, head)]
-        if head < n:
-            parts.append((0, head, n - head))
-        for slot, _, length in parts:
-            self._generation.narrow(0, slot, length).add_(1)
-        return start, parts
+        cursor, count = self._cursor_value.get_obj(), self._write_count_value.get_obj()
+        start: int = cursor.value
+        cursor.value = (start + n) % self._storage.max_size
+        count.value += n
+        return start
 
     def stamps(self, index: Tensor) -> Tensor:
         """Generations of slots of a storage of one dimension, int64 [B] as `index`.

@@ -3,7 +3,8 @@ import torch
 from tensordict import TensorDict, lazy_stack
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ListStorage
 
-from per_td.torchrl import PrioritizedSampler, fast
+from per_td import PriorityError
+from per_td.torchrl import PrioritizedSampler
 from tests.replay import ALPHA, BETA, data, learn, make, same
 
 
@@ -41,7 +42,7 @@ class Lockstep:
 
     @property
     def ways(self):
-        return [fast.is_plain(buffer, marks=True) for buffer in self.buffers]
+        return [buffer._cache.of(buffer, marks=True) is not None for buffer in self.buffers]
 
 
 @pytest.mark.parametrize("sync", [True, False])
@@ -140,7 +141,7 @@ def test_tensors_replaced_in_the_storage_are_found():
 def test_what_asks_for_torchrls_way_gets_it(setting):
     buffer = make(**setting)
     buffer.extend(data(20).reshape(4, 5) if buffer.storage.ndim == 2 else data(20))
-    assert not fast.is_plain(buffer, marks=True)
+    assert buffer._cache.of(buffer, marks=True) is None
     assert buffer.sample()["x"].shape == (32,)
 
 
@@ -169,3 +170,41 @@ def test_nothing_stops_the_host_on_cuda(device):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert buffer.stats()["stale_updates"] > 0
+
+
+@pytest.mark.parametrize("unit", ["abs", "squared"])
+@pytest.mark.parametrize("late", ["none", "some", "all"])
+@pytest.mark.parametrize("shape", [(32,), (32, 1)])
+def test_an_update_in_one_call_leaves_what_the_parts_leave(shape, late, unit):
+    """The compiled kernel does it if nothing is stale; a TD error in float64 takes the long way."""
+    short, long = make(td_error_unit=unit), make(td_error_unit=unit)
+    for buffer in (short, long):
+        buffer.extend(data(20))
+        torch.manual_seed(5)
+        batch = buffer.sample()
+        if late != "none":
+            buffer.extend(data(7 if late == "some" else 20, 20))
+        td_error = torch.randn(shape, generator=torch.Generator().manual_seed(6))
+        batch["td_error"] = td_error if buffer is short else td_error.double()
+        buffer.update_tensordict_priority(batch)
+    one, other = short.sampler, long.sampler
+    ulp = 1.2e-7  # of the root
+    torch.testing.assert_close(one.priority, other.priority, rtol=ulp, atol=0)
+    sums = one._table.masses.nodes, other._table.masses.nodes
+    torch.testing.assert_close(*sums, rtol=ulp, atol=0)
+    stale = short.stats()["stale_updates"]
+    assert stale == long.stats()["stale_updates"]
+    assert {"none": stale == 0, "some": 0 < stale < 32, "all": stale == 32}[late]
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_a_wrong_td_error_changes_nothing_on_the_short_way(wrong):
+    buffer = make()
+    buffer.extend(data(20))
+    batch = buffer.sample()
+    batch["td_error"] = torch.ones(32)
+    batch["td_error"][17] = wrong
+    before = buffer.sampler.priority
+    with pytest.raises(PriorityError, match="finite"):
+        buffer.update_tensordict_priority(batch)
+    assert torch.equal(buffer.sampler.priority, before)
