@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from per_td.kernels.memory import doubles, floats, integers, prefetch, table
+from per_td.kernels.memory import doubles, flags, floats, integers, prefetch, table
 from per_td.kernels.power import power
 from per_td.kernels.vector import max_f32, min_positive_f32, sum_f32, sum_f64
 
@@ -121,7 +121,7 @@ def put(
 
 @njit(
     "void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, float64, int64,"
-    " int64)",
+    " int64, int64)",
     cache=True,
     nogil=True,
     error_model="numpy",
@@ -140,6 +140,7 @@ def renew(
     alpha: float,
     known: int,
     ever_max: int,
+    replayed: int,
 ) -> None:
     """Give `n` slots, from `start` on and around the ring, the priority at `known`, or 1 for 0.
 
@@ -153,8 +154,10 @@ def renew(
     largest[0] = max(largest[0], priority)
     p, mass = np.full(1, np.float64(priority)), np.empty(1)
     _masses_of(p, alpha, mass)
+    drawn = flags(replayed, slots)
     begin, end = start, min(start + n, slots)
     for _ in range(2):
+        drawn[begin:end] = False
         priorities[begin:end] = priority
         masses[begin:end] = mass[0]
         _refresh_row_of_sums(leaves, sums, doubles(sums, nodes), levels, begin, end)
@@ -168,7 +171,7 @@ def renew(
 
 @njit(
     "int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64,"
-    " int64, int64, float64, float64, int64, int64)",
+    " int64, int64, float64, float64, int64, int64, int64)",
     cache=True,
     nogil=True,
     error_model="numpy",
@@ -192,6 +195,7 @@ def assign(
     alpha: float,
     known: int,
     ever_max: int,
+    replayed: int,
 ) -> int:
     """Set the priorities of the slots `index` [n] to |value| + eps, one after the other.
 
@@ -206,6 +210,7 @@ def assign(
         written, slots: how many transitions were ever written, to how many slots.
         eps, alpha: as in the paper.
         known, ever_max: addresses of priorities; the second is raised to the largest ever.
+        replayed: bool, one per slot; those written become false. May be 0: nothing is to.
 
     Returns:
         How many were dropped; -1, and nothing has been written, if an index is not in [0, size)
@@ -232,6 +237,10 @@ def assign(
         kept[count] = at[i]
         count += 1
     kept = kept[:count]
+    if replayed != 0:
+        drawn = flags(replayed, slots)
+        for i in range(count):
+            drawn[kept[i]] = False
     p, mass, largest = np.empty(count), np.empty(count), floats(ever_max, 1)
     for i in range(count):  # of equal indices, the last has been left
         p[i] = priorities[kept[i]]
