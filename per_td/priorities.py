@@ -157,11 +157,11 @@ class PriorityTable:
             index: slots, int64 [n], without repetitions.
             priority: from `check_initial`, [n]; None, and -1, stand for that of `for_new`.
         """
+        if self.ranks is not None:
+            self.ranks.grow(len(index))
         if self._assign(index, priority, self.capacity, eps=0.0, new=True) is not None:
             return
         self.replayed.index_fill_(0, index, False)
-        if self.ranks is not None:
-            self.ranks.grow(len(index))
         if priority is None:
             priority = self.for_new().expand(index.shape)
         else:
@@ -172,23 +172,30 @@ class PriorityTable:
 
     def write_row(self, start: int, n: int) -> None:
         """`write_new` for the `n` slots, at most `capacity`, from `start` on and around the end."""
-        kernel = self._kernels
+        kernel = self.masses.kernels
         if kernel is None:
             index = torch.arange(start, start + n, device=self.device).remainder_(self.capacity)
             self.write_new(index, None)
         elif n:
-            at = start, n, self.capacity, self._alpha
-            known = self._known, self.ever_max.data_ptr()
-            kernel.renew(*self._memory, *at, *known, self.replayed.data_ptr())
-
-    @property
-    def _kernels(self) -> Any:
-        """The compiled changes of priorities, which know no ranks."""
-        return None if self.ranks is not None else self.masses.kernels
+            ranks = self.ranks
+            kernel.renew(
+                *self._memory,
+                start,
+                n,
+                self.capacity,
+                self._alpha if ranks is None else -self._alpha,
+                self._known,
+                self.ever_max.data_ptr(),
+                self.replayed.data_ptr(),
+                0 if ranks is None else ranks.snapshot.data_ptr(),
+            )
+            if ranks is not None:
+                ranks.grow(n)
+                self._sort_after(n)
 
     @property
     def _launches(self) -> Any:
-        """`_kernels` for CUDA."""
+        """The changes of priorities in Triton, which know no ranks."""
         return None if self.ranks is not None else self.masses.launches
 
     @property
@@ -282,9 +289,10 @@ class PriorityTable:
         How many were dropped; None, and nothing is written, where there is no kernel or it
         refuses: plain torch then does the work, or finds the words for what is wrong.
         """
-        kernel = self._kernels
+        kernel = self.masses.kernels
         if kernel is None:
             return None
+        ranks = self.ranks
         index = index.contiguous()
         value = None if value is None else value.contiguous()
         generation = None if generation is None else generation.contiguous()
@@ -298,12 +306,17 @@ class PriorityTable:
             int(written),
             self.capacity,
             eps,
-            self._alpha,
+            self._alpha if ranks is None else -self._alpha,
             self._known,
             self.ever_max.data_ptr(),
             self.replayed.data_ptr() if new else 0,
+            0 if ranks is None else ranks.snapshot.data_ptr(),
         )
-        return None if dropped < 0 else dropped
+        if dropped < 0:
+            return None
+        if ranks is not None:
+            self._sort_after(len(index))
+        return dropped
 
     def _launch(self, index: Tensor, value: Tensor, **given: Any) -> Tensor | int:
         """Write priorities in Triton; how many were dropped. See `cuda_update.assign`."""
@@ -332,18 +345,17 @@ class PriorityTable:
             self._launch(index, priority)
             return
         self._raw[index] = priority
-        ranks = self.ranks
-        if ranks is None:
-            self.masses.write(index, mass_of(priority, self._alpha))
-        elif ranks.due(len(index)):
-            self.sort()
+        if self.ranks is None:
+            mass = mass_of(priority, self._alpha)
         else:
-            self.masses.write(index, ranks.of(priority, self._alpha))
+            mass = self.ranks.of(priority, self._alpha)
+        self.masses.write(index, mass)
         self._largest.refresh(index)
         if self._smallest is not None:
             self._smallest.refresh(index)
         if priority.numel():
             torch.maximum(self.ever_max, priority.amax(), out=self.ever_max)
+        self._sort_after(len(index))
 
     def moved(self, capacity: int, device: torch.device) -> "PriorityTable":
         """A table with the same settings and priorities, of this capacity, on this device."""
@@ -382,6 +394,11 @@ class PriorityTable:
         """Give every priority its exact rank, in O(N log N); nothing to do where there are none."""
         if self.ranks is not None:
             self._refill()
+
+    def _sort_after(self, changes: int) -> None:
+        """`sort`, if so many more changes make it time to."""
+        if self.ranks is not None and self.ranks.due(changes):
+            self.sort()
 
     def rank_state(self) -> dict[str, Any] | None:
         """What the masses depend on beside the priorities: see `RankMasses.state`."""

@@ -85,6 +85,26 @@ def _masses_of(priorities: Any, alpha: float, masses: Any) -> None:
         masses[i] = mass if priorities[i] > 0 else 0.0
 
 
+@njit(inline="always")
+def _rank_all(priorities: Any, snapshot: int, slots: int) -> None:
+    """Turn priorities into ranks: 1 + how many in the snapshot are larger; 0 stays 0.
+
+    The snapshot is float32 [slots], ascending.
+    """
+    ordered = floats(snapshot, slots)
+    for i in range(priorities.shape[0]):
+        low, length = 0, slots
+        while length > 0:  # `low` are known not to be larger, of the next `length` it is open
+            half = length >> 1
+            if ordered[low + half] <= priorities[i]:
+                low += half + 1
+                length -= half + 1
+            else:
+                length = half
+        if priorities[i] > 0:
+            priorities[i] = slots + 1 - low
+
+
 @njit("void(int64, int64, int64, int64)", cache=True, nogil=True, error_model="numpy")
 def rebuild(leaves: int, sums: int, shape: int, depth: int) -> None:
     """Recompute all sums."""
@@ -121,7 +141,7 @@ def put(
 
 @njit(
     "void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, float64, int64,"
-    " int64, int64)",
+    " int64, int64, int64)",
     cache=True,
     nogil=True,
     error_model="numpy",
@@ -141,6 +161,7 @@ def renew(
     known: int,
     ever_max: int,
     replayed: int,
+    snapshot: int,
 ) -> None:
     """Give `n` slots, from `start` on and around the ring, the priority at `known`, or 1 for 0.
 
@@ -153,6 +174,8 @@ def renew(
     priority = priority if priority > 0 else np.float32(1)
     largest[0] = max(largest[0], priority)
     p, mass = np.full(1, np.float64(priority)), np.empty(1)
+    if snapshot != 0:
+        _rank_all(p, snapshot, slots)
     _masses_of(p, alpha, mass)
     drawn = flags(replayed, slots)
     begin, end = start, min(start + n, slots)
@@ -171,7 +194,7 @@ def renew(
 
 @njit(
     "int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64,"
-    " int64, int64, float64, float64, int64, int64, int64)",
+    " int64, int64, float64, float64, int64, int64, int64, int64)",
     cache=True,
     nogil=True,
     error_model="numpy",
@@ -196,6 +219,7 @@ def assign(
     known: int,
     ever_max: int,
     replayed: int,
+    snapshot: int,
 ) -> int:
     """Set the priorities of the slots `index` [n] to |value| + eps, one after the other.
 
@@ -211,6 +235,8 @@ def assign(
         eps, alpha: as in the paper.
         known, ever_max: addresses of priorities; the second is raised to the largest ever.
         replayed: bool, one per slot; those written become false. May be 0: nothing is to.
+        snapshot: float32 [slots], ascending, or 0. Given one, masses are rank^alpha, with the rank
+            that a priority would have had there.
 
     Returns:
         How many were dropped; -1, and nothing has been written, if an index is not in [0, size)
@@ -245,6 +271,8 @@ def assign(
     for i in range(count):  # of equal indices, the last has been left
         p[i] = priorities[kept[i]]
         largest[0] = max(largest[0], priorities[kept[i]])
+    if snapshot != 0:
+        _rank_all(p, snapshot, slots)
     _masses_of(p, alpha, mass)
     for i in range(count):
         masses[kept[i]] = mass[i]
