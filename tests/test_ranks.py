@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from per_td import ConfigurationError, EmptyBufferError, PrioritizedReplayBuffer
+from per_td import (
+    ConfigurationError,
+    EmptyBufferError,
+    PrioritizedReplayBuffer,
+    TransitionReplayBuffer,
+)
 from per_td.ranks import RankMasses, order_of
 from tests.oracle import NaiveBuffer, assert_drawn_from, data
 
@@ -147,6 +152,52 @@ def test_between_two_sorts_ranks_are_off_by_no_more_than_the_changes_since(devic
     assert worst > 0
 
 
+class NaiveSnapshotBuffer(NaiveRankBuffer):
+    """Sorts after so many changes; in between, counts in the last snapshot what is larger."""
+
+    def __init__(self, capacity, interval, **settings):
+        super().__init__(capacity, **settings)
+        self.interval, self.changes = interval, 0
+        self.snapshot, self.mass = [], [0.0] * capacity
+
+    def changed(self, index):
+        for slot in index:
+            p, larger = self.priority[slot], sum(s > self.priority[slot] for s in self.snapshot)
+            self.mass[slot] = (1 + larger) ** -self.alpha if p > 0 else 0.0
+        self.changes += len(index)
+        if self.changes >= self.interval:
+            self.snapshot, self.changes = list(self.priority), 0
+            self.mass = super().masses()
+
+    def masses(self):
+        return self.mass
+
+
+@pytest.mark.usefixtures("_kernels")
+@pytest.mark.parametrize("interval", [1, 10, 37, 1000])
+@pytest.mark.parametrize("capacity", [1, 7, 16, 50])
+def test_between_two_sorts_it_is_a_buffer_that_counts(capacity, interval, device):
+    """Random operations in lockstep, new transitions one by one and many at once."""
+    settings = {"sort_interval": interval, "weight_normalization": "buffer"}
+    buffer = ranked(capacity, device=device, eps=0.0, **settings)
+    naive = NaiveSnapshotBuffer(capacity, interval, alpha=ALPHA, eps=0.0)
+    for step in range(40):
+        n = int(torch.randint(1, capacity + 1, ())) if step % 4 == 0 else 1
+        given = (torch.rand(n) * 4).floor() / 2 if step % 3 == 0 else None
+        slots = buffer.extend(data(naive.written, n, device), given).tolist()
+        items = range(naive.written, naive.written + n)
+        naive.extend(items, None if given is None else given.tolist())
+        naive.changed(slots)
+        index, td_error = torch.randint(len(naive), (5,)), (torch.randn(5) * 4).round() / 2
+        buffer.update_priority(index, td_error)
+        naive.update(index.tolist(), td_error.tolist())
+        naive.changed(index.tolist())
+        assert masses(buffer).tolist() == pytest.approx(naive.masses()[: len(naive)], rel=1e-6)
+        smallest = min((m for m in naive.masses() if m > 0), default=math.inf)
+        assert buffer._priorities._smallest.value.item() == pytest.approx(smallest)
+        assert buffer._priorities.masses.total.item() == pytest.approx(math.fsum(naive.masses()))
+
+
 def test_changed_priorities_get_the_rank_they_would_have_had_at_the_last_sort():
     buffer = filled([4.0, 3.0, 3.0, 2.0, 0.0, 1.0], 8)
     assert ranks(buffer) == [1, 2, 3, 4, 0, 5]
@@ -222,6 +273,15 @@ def test_new_transitions_count_as_changes_and_grow_the_interval():
     assert counter.filled == 1000
     assert not counter.due(700)
     assert counter.due(1)
+
+
+def test_the_courses_interface_has_ranks_too():
+    buffer = TransitionReplayBuffer(8, prioritization="rank", epsilon=0.0)
+    for k in range(3):
+        buffer.push([float(k)], 0, 0.0, [0.0], False)
+    buffer.update_priorities([0, 1, 2], [1.0, -5.0, 2.0])
+    buffer.buffer._priorities.sort()
+    assert ranks(buffer.buffer) == [3, 1, 2]
 
 
 def test_empty_writes_and_updates_change_nothing():
