@@ -89,20 +89,19 @@ def _masses_of(priorities: Any, alpha: float, masses: Any) -> None:
 def _rank_all(priorities: Any, snapshot: int, slots: int) -> None:
     """Turn priorities into ranks: 1 + how many in the snapshot are larger; 0 stays 0.
 
-    The snapshot is float32 [slots], ascending.
+    The snapshot is float32 [slots], ascending. All searches go together, step by step: those of
+    others go on while one waits for memory, and there are no branches to guess.
     """
-    ordered = floats(snapshot, slots)
-    for i in range(priorities.shape[0]):
-        low, length = 0, slots
-        while length > 0:  # `low` are known not to be larger, of the next `length` it is open
-            half = length >> 1
-            if ordered[low + half] <= priorities[i]:
-                low += half + 1
-                length -= half + 1
-            else:
-                length = half
+    ordered, low = floats(snapshot, slots), np.zeros(priorities.shape[0], np.int64)
+    length = slots
+    while length > 0:  # `low` are known not to be larger, of the next `length` it is open
+        half = (length + 1) >> 1
+        for i in range(low.shape[0]):
+            low[i] += half if ordered[low[i] + half - 1] <= priorities[i] else 0
+        length -= half
+    for i in range(low.shape[0]):
         if priorities[i] > 0:
-            priorities[i] = slots + 1 - low
+            priorities[i] = slots + 1 - low[i]
 
 
 @njit("void(int64, int64, int64, int64)", cache=True, nogil=True, error_model="numpy")
