@@ -2,7 +2,9 @@
 
 The mass of a transition is rank^-alpha, where rank 1 has the largest priority. The order is kept
 approximately, as the paper does with its heap: it is taken by sorting from time to time, and what
-changes in between gets the rank that it would have had at the last sort.
+changes in between gets the rank that it would have had at the last sort. How far off that is, and
+what it costs, is in docs/rank_based.md: a sort of 10^6 priorities takes 41 ms of a CPU core, some
+10 us per 256 changes.
 """
 
 from typing import Any
