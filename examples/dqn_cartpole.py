@@ -34,7 +34,8 @@ LONGEST_EPISODE = 500
 SOLVED_RETURN = 450.0
 SELECTION_SEED = 10_000_000  # training, selection and final evaluation share no seed
 FINAL_SEED = 20_000_000
-DIAGNOSTICS_EVERY = 100  # steps between two points of the effective sample size
+DIAGNOSTICS_EVERY = 100  # steps between two looks at the buffer
+DIAGNOSTICS = ("effective_share", "top_1_percent_share", "never_replayed_share")
 
 
 # ------------------------------------------------------------------------------- arguments
@@ -203,7 +204,7 @@ class History:
     steps: int = 0
     returns: list = field(default_factory=list)
     greedy_returns: list = field(default_factory=list)
-    sample_size: list = field(default_factory=list)
+    diagnostics: list = field(default_factory=list)  # (step, `DIAGNOSTICS` in percent)
 
 
 def sampling_masses(buffer, alpha: float) -> torch.Tensor:
@@ -211,9 +212,10 @@ def sampling_masses(buffer, alpha: float) -> torch.Tensor:
     return buffer.priority.double().cpu() ** alpha
 
 
-def effective_sample_size(masses: torch.Tensor) -> float:
-    """(sum m)^2 / (N sum m^2) in percent: 100 if all are equal, 100 / N if one has everything."""
-    return 100 * float(masses.sum() ** 2 / (len(masses) * (masses**2).sum()))
+def diagnose(buffer) -> list[float]:
+    """The `DIAGNOSTICS` of the buffer in percent."""
+    figures = buffer.buffer.diagnostics()
+    return [100 * float(figures[key]) for key in DIAGNOSTICS]
 
 
 def make_buffer(args: Args) -> TransitionReplayBuffer:
@@ -271,8 +273,7 @@ def train(args: Args, watch: Stopwatch):
                 buffer.update_priorities(indices, td_errors)  # PER: surprises come back sooner
 
         if step % DIAGNOSTICS_EVERY == 0:
-            masses = sampling_masses(buffer, args.alpha)
-            history.sample_size.append((step, effective_sample_size(masses)))
+            history.diagnostics.append((step, *diagnose(buffer)))
         if step % args.eval_every == 0 or step == args.total_steps:
             with watch("selection"):
                 history.greedy_returns.append((step, selection.evaluate()))
@@ -357,13 +358,17 @@ def draw_priorities(axes, priority: np.ndarray, masses: np.ndarray) -> None:
     axes.legend(loc="upper left", frameon=False)
 
 
-def draw_sample_size(axes, history: History) -> None:
-    """How far from uniform the draws are over time."""
-    if history.sample_size:
-        axes.plot(*np.array(history.sample_size).T, color=ORANGE, lw=1.5)
-    axes.set(xlabel="environment steps", ylabel="(Σm)² / NΣm² (%)\nm = priority^alpha")
-    axes.set(xlim=(0, None), ylim=(0, 105))
-    axes.set_title("Effective sample size of the sampling probabilities", loc="left")
+def draw_diagnostics(axes, history: History) -> None:
+    """How far from uniform the draws are over time, and what they leave out."""
+    labels = "effective sample size", "draws: top 1%", "never replayed"
+    if history.diagnostics:
+        steps, *shares = np.array(history.diagnostics).T
+        for share, label, color in zip(shares, labels, (ORANGE, BLUE, GREY), strict=True):
+            axes.plot(steps, share, color=color, lw=1.5, label=label)
+        axes.legend(loc="upper right", ncols=3, frameon=False, columnspacing=1.2, handlelength=1.2)
+    axes.set(xlabel="environment steps", ylabel="share (%)")
+    axes.set(xlim=(0, None), ylim=(0, 125), yticks=range(0, 101, 25))  # room for the legend
+    axes.set_title("Diagnostics of the buffer", loc="left")
 
 
 def save_picture(summary: dict, history: History, priority, masses) -> None:
@@ -373,15 +378,15 @@ def save_picture(summary: dict, history: History, priority, masses) -> None:
 
     figure = Figure(figsize=(12, 5.6), layout="constrained")
     FigureCanvasAgg(figure)  # draws into memory, whatever windows this machine may have
-    panels = figure.subplot_mosaic([["learning", "priorities"], ["learning", "sample size"]])
+    panels = figure.subplot_mosaic([["learning", "priorities"], ["learning", "diagnostics"]])
     draw_learning(panels["learning"], history)
     draw_priorities(panels["priorities"], priority.numpy(), masses.numpy())
-    draw_sample_size(panels["sample size"], history)
+    draw_diagnostics(panels["diagnostics"], history)
     for axes in panels.values():
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         axes.set_axisbelow(True)
-    for name in ("learning", "sample size"):
+    for name in ("learning", "diagnostics"):
         panels[name].xaxis.set_major_formatter("{x:,.0f}")
     figure.suptitle(
         f"DQN on {ENV_ID}, {summary['replay']} replay, seed {summary['seed']}: greedy return "

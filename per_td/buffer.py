@@ -7,7 +7,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from per_td import checkpoint, validation
+from per_td import checkpoint, diagnostics, validation
 from per_td.errors import (
     CheckpointError,
     ConfigurationError,
@@ -33,6 +33,7 @@ class PrioritizedReplayBuffer:
         capacity: number of slots; beyond it, the oldest transition makes room for the newest.
         batch_size: default for `sample`.
         alpha: how much prioritization is used, at least 0; 0 is uniform. May be set at any time.
+            None takes the paper's, 0.6 or, rank-based, 0.7.
         beta: how much of the bias the weights correct, in [0, 1]. May be set at any time.
         eps: added to |TD error|, so that no transition is lost for ever. May be set at any time
             and holds for the updates from then on. With 0, a TD error of 0 is never drawn again.
@@ -45,6 +46,10 @@ class PrioritizedReplayBuffer:
             that any transition in the "buffer" would get, or by nothing ("none").
         new_priority: what new transitions get: the largest priority in the buffer ("buffer_max"),
             or the largest it ever held ("ever_max"); 1 where there is none.
+        prioritization: "proportional", or "rank": P(i) in proportion to rank(i)^-alpha, where the
+            transition of the largest priority has rank 1 (the paper's second variant).
+        sort_interval: for "rank": changes of priorities from one exact order to the next, see
+            `RankMasses`; None takes as many as there are transitions.
         device: where transitions and priorities live; None is torch's default device.
         generator: source of all random draws, on the same device; None is torch's own, which
             `torch.manual_seed` seeds. torch.compile cannot trace another: it then breaks `sample`
@@ -73,7 +78,7 @@ class PrioritizedReplayBuffer:
         capacity: int,
         batch_size: int | None = None,
         *,
-        alpha: float = 0.6,
+        alpha: float | None = None,
         beta: float = 0.4,
         eps: float = 1e-6,
         beta_increment: float = 0.0,
@@ -81,6 +86,8 @@ class PrioritizedReplayBuffer:
         method: str = "auto",
         weight_normalization: str = "batch",
         new_priority: str = "buffer_max",
+        prioritization: str = "proportional",
+        sort_interval: int | None = None,
         device: torch.device | str | int | None = None,
         generator: torch.Generator | None = None,
         layout: str = "auto",
@@ -109,6 +116,8 @@ class PrioritizedReplayBuffer:
             method=method,
             weight_normalization=weight_normalization,
             new_priority=new_priority,
+            prioritization=prioritization,
+            sort_interval=sort_interval,
             device=self.device,
         )
         if example is not None:
@@ -335,6 +344,36 @@ class PrioritizedReplayBuffer:
             "refused_priorities": int(self._priorities.refused),
         }
 
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, Tensor]:
+        """How prioritization is doing, for a logger: docs/diagnostics.md tells how to read it.
+
+        It sorts all priorities and masses: call it now and then, not at every step.
+
+        Returns:
+            0-dim tensors on the buffer's device, always under the same keys; nothing is read back
+            to the host. float32: effective sample size of the draws, their share on the top 1 % of
+            slots, the share of transitions never replayed, quantiles of priority, weight and age
+            ("priority/min", "/q01", "/q25", "/q50", "/q75", "/q99", "/max"), "beta"; NaN for what
+            does not exist, as in an empty buffer. int64: "size", "stale_updates",
+            "refused_priorities".
+        """
+        table, size = self._priorities, len(self)
+        return {
+            **diagnostics.measure(
+                priority=table.raw[:size],
+                mass=table.masses[:size],
+                replayed=table.replayed[:size],
+                written=self.write_count,
+                beta=self._beta,
+                normalization=table.weight_normalization,
+            ),
+            "beta": self._beta.float(),
+            "size": torch.full((), size, device=self.device),
+            "stale_updates": self._stale.clone(),
+            "refused_priorities": table.refused.clone(),
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """A snapshot: tensors and plain values, as `torch.load(weights_only=True)` reads them."""
         table = self._priorities
@@ -352,6 +391,8 @@ class PrioritizedReplayBuffer:
                 "method": table.method,
                 "weight_normalization": table.weight_normalization,
                 "new_priority": table.new_priority,
+                "prioritization": table.prioritization,
+                "sort_interval": table.sort_interval,
             },
             "beta": self._beta.clone(),
             "write_count": self.write_count,
@@ -359,6 +400,8 @@ class PrioritizedReplayBuffer:
             "stale_updates": self._stale.clone(),
             "refused_priorities": table.refused.clone(),
             "priority": self.priority,
+            "replayed": table.replayed[: len(self)].clone(),
+            "ranks": table.rank_state(),
             "transitions": nested(transitions.items()),
             "generator": None if self.generator is None else self.generator.get_state(),
         }
@@ -390,6 +433,9 @@ class PrioritizedReplayBuffer:
         self._beta.copy_(state["beta"])
         self._stale.copy_(state["stale_updates"])
         self._priorities.fill(state["priority"].to(self.device))
+        self._priorities.load_rank_state(state.get("ranks"))
+        if "replayed" in state:
+            self._priorities.replayed[: len(self)] = state["replayed"].to(self.device)
         self._priorities.ever_max.copy_(state["ever_max"])
         self._priorities.refused.copy_(state["refused_priorities"])
         if self.generator is not None and state["generator"] is not None:

@@ -26,6 +26,8 @@ _KEYS = {
     "transitions",
     "generator",
 }
+_LATER_KEYS = {"ranks", "replayed"}
+"""What states of the same version may lack: they are older."""
 
 
 def check(state: Any) -> dict[str, Any]:
@@ -40,7 +42,7 @@ def check(state: Any) -> dict[str, Any]:
         raise CheckpointError(
             f"expected a state of version {VERSION}, got version {state.get('version')!r}"
         )
-    if state.keys() != _KEYS:
+    if state.keys() - _LATER_KEYS != _KEYS:
         raise CheckpointError(f"expected the keys {sorted(_KEYS)}, got {sorted(state)}")
     return state
 

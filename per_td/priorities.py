@@ -8,6 +8,7 @@ from torch import Tensor
 from per_td import draws, validation
 from per_td.errors import EmptyBufferError
 from per_td.memory import zeros
+from per_td.ranks import DEFAULT_ALPHA, RankMasses
 from per_td.ring import generation_of
 from per_td.tree import ExtremumTree, Layout, SumTree, reference
 from per_td.weights import NORMALIZATIONS, importance_weights, mass_of, priority_of
@@ -21,11 +22,12 @@ class PriorityTable:
     """Priorities p, masses p^alpha, draws in proportion to them, importance-sampling weights.
 
     Raw priorities are the truth, and masses follow from them, so alpha may change at any time and
-    nothing is lost, not even at alpha = 0. Slots beyond those filled have priority 0.
+    nothing is lost, not even at alpha = 0. Slots beyond those filled have priority 0. Rank-based,
+    a mass is rank^-alpha instead: see `per_td.ranks`.
 
     Args:
         capacity: number of slots.
-        alpha: exponent of the priorities, at least 0.
+        alpha: exponent of the priorities, at least 0; None takes 0.6, rank-based 0.7.
         eps: added to |TD error|, at least 0.
         draw: "independent", "stratified" or "without_replacement".
         method: "auto", "multinomial" or "tree".
@@ -33,6 +35,8 @@ class PriorityTable:
         new_priority: what new transitions get: the largest priority in the buffer ("buffer_max"),
             or the largest it ever held ("ever_max").
         device: where priorities live.
+        prioritization: "proportional" or "rank".
+        sort_interval: see `RankMasses`; for "rank" only.
 
     Raises:
         ConfigurationError: an argument is not one of those accepted.
@@ -42,14 +46,19 @@ class PriorityTable:
         self,
         capacity: int,
         *,
-        alpha: float,
+        alpha: float | None,
         eps: float,
         draw: str,
         method: str,
         weight_normalization: str,
         new_priority: str,
         device: torch.device,
+        prioritization: str = "proportional",
+        sort_interval: int | None = None,
     ) -> None:
+        self.ranks = RankMasses.wanted(prioritization, capacity, sort_interval, device)
+        self.prioritization, self.sort_interval = prioritization, sort_interval
+        alpha = DEFAULT_ALPHA[prioritization] if alpha is None else alpha
         self._settings = torch.zeros(2, dtype=torch.float64, device=device)
         self._alpha = validation.real("alpha", alpha)
         self._settings[0].fill_(self._alpha)
@@ -67,6 +76,7 @@ class PriorityTable:
         self._smallest: ExtremumTree | None = None
         self.weight_normalization = weight_normalization
         self.ever_max = torch.zeros((), device=device)
+        self.replayed = zeros((capacity,), torch.bool, device)
         self.refused = torch.zeros((), dtype=torch.int64, device=device)
         self._points = torch.empty(0, dtype=torch.float64, device=device)
 
@@ -148,8 +158,11 @@ class PriorityTable:
             index: slots, int64 [n], without repetitions.
             priority: from `check_initial`, [n]; None, and -1, stand for that of `for_new`.
         """
-        if self._assign(index, priority, self.capacity, eps=0.0) is not None:
+        if self.ranks is not None:
+            self.ranks.grow(len(index))
+        if self._assign(index, priority, self.capacity, eps=0.0, new=True) is not None:
             return
+        self.replayed.index_fill_(0, index, False)
         if priority is None:
             priority = self.for_new().expand(index.shape)
         else:
@@ -165,8 +178,26 @@ class PriorityTable:
             index = torch.arange(start, start + n, device=self.device).remainder_(self.capacity)
             self.write_new(index, None)
         elif n:
-            at = start, n, self.capacity, self._alpha
-            kernel.renew(*self._memory, *at, self._known, self.ever_max.data_ptr())
+            ranks = self.ranks
+            kernel.renew(
+                *self._memory,
+                start,
+                n,
+                self.capacity,
+                self._alpha if ranks is None else -self._alpha,
+                self._known,
+                self.ever_max.data_ptr(),
+                self.replayed.data_ptr(),
+                0 if ranks is None else ranks.snapshot.data_ptr(),
+            )
+            if ranks is not None:
+                ranks.grow(n)
+                self._sort_after(n)
+
+    @property
+    def _launches(self) -> Any:
+        """The changes of priorities in Triton, which know no ranks."""
+        return None if self.ranks is not None else self.masses.launches
 
     @property
     def _memory(self) -> tuple[int, ...]:
@@ -212,7 +243,7 @@ class PriorityTable:
                 On CUDA such updates are refused and counted instead.
         """
         td_error = validation.as_values("td_error", td_error, index)
-        if self.masses.launches is not None:
+        if self._launches is not None:
             return self._launch(
                 index,
                 td_error,
@@ -292,8 +323,11 @@ class PriorityTable:
         eps: float,
         generation: Tensor | None = None,
         written: Tensor | int = 0,
+        new: bool = False,
     ) -> int | None:
         """Write |value| + eps, compiled; a value of None stands for the priority of `for_new`.
+
+        What is `new` has not been replayed.
 
         How many were dropped; None, and nothing is written, where there is no kernel or it
         refuses: plain torch then does the work, or finds the words for what is wrong.
@@ -301,6 +335,7 @@ class PriorityTable:
         kernel = self.masses.kernels
         if kernel is None:
             return None
+        ranks = self.ranks
         index = index.contiguous()
         value = None if value is None else value.contiguous()
         generation = None if generation is None else generation.contiguous()
@@ -314,11 +349,17 @@ class PriorityTable:
             int(written),
             self.capacity,
             eps,
-            self._alpha,
+            self._alpha if ranks is None else -self._alpha,
             self._known,
             self.ever_max.data_ptr(),
+            self.replayed.data_ptr() if new else 0,
+            0 if ranks is None else ranks.snapshot.data_ptr(),
         )
-        return None if dropped < 0 else dropped
+        if dropped < 0:
+            return None
+        if ranks is not None:
+            self._sort_after(len(index))
+        return dropped
 
     def _launch(self, index: Tensor, value: Tensor, **given: Any) -> Tensor | int:
         """Write priorities in Triton; how many were dropped. See `cuda_update.assign`."""
@@ -343,16 +384,21 @@ class PriorityTable:
         return dropped
 
     def _write(self, index: Tensor, priority: Tensor) -> None:
-        if self.masses.launches is not None:
+        if self._launches is not None:
             self._launch(index, priority)
             return
         self._raw[index] = priority
-        self.masses.write(index, mass_of(priority, self._alpha))
+        if self.ranks is None:
+            mass = mass_of(priority, self._alpha)
+        else:
+            mass = self.ranks.of(priority, self._alpha)
+        self.masses.write(index, mass)
         self._largest.refresh(index)
         if self._smallest is not None:
             self._smallest.refresh(index)
         if priority.numel():
             torch.maximum(self.ever_max, priority.amax(), out=self.ever_max)
+        self._sort_after(len(index))
 
     def moved(self, capacity: int, device: torch.device) -> "PriorityTable":
         """A table with the same settings and priorities, of this capacity, on this device."""
@@ -365,21 +411,53 @@ class PriorityTable:
             weight_normalization=self.weight_normalization,
             new_priority=self.new_priority,
             device=device,
+            prioritization=self.prioritization,
+            sort_interval=self.sort_interval,
         )
         table.fill(self.raw[:capacity].to(device))
+        table.replayed[: self.capacity] = self.replayed[:capacity].to(device)
         table.ever_max.copy_(self.ever_max)
         table.refused.copy_(self.refused)
         return table
 
     def fill(self, priority: Tensor) -> None:
-        """Set the priorities of the first slots, and 0 for the others, in O(N); [n] float32."""
+        """Set the priorities of the first slots, and 0 for the others, in O(N); [n] float32.
+
+        All count as new: none has been replayed.
+        """
         self._raw.zero_()
         self._raw[: len(priority)] = priority
+        self.replayed.zero_()
         self._largest.refresh_all()
+        if self.ranks is not None:
+            self.ranks.filled = len(priority)
         self._refill()
 
-    def _refill(self) -> None:
-        self.masses.fill(mass_of(self.raw, self._alpha))
+    def sort(self) -> None:
+        """Give every priority its exact rank, in O(N log N); nothing to do where there are none."""
+        if self.ranks is not None:
+            self._refill()
+
+    def _sort_after(self, changes: int) -> None:
+        """`sort`, if so many more changes make it time to."""
+        if self.ranks is not None and self.ranks.due(changes):
+            self.sort()
+
+    def rank_state(self) -> dict[str, Any] | None:
+        """What the masses depend on beside the priorities: see `RankMasses.state`."""
+        ranks = self.ranks
+        return None if ranks is None else ranks.state(self.masses[: ranks.filled])
+
+    def load_rank_state(self, state: dict[str, Any] | None) -> None:
+        """Take over a `rank_state`, after `fill`; without one, the ranks are exact."""
+        if self.ranks is not None and state is not None:
+            self._refill(self.ranks.load(state))
+
+    def _refill(self, mass: Tensor | None = None) -> None:
+        """All masses anew, these [capacity] or those that follow from the priorities."""
+        if mass is None and self.ranks is not None:
+            mass = self.ranks.sort(self.raw, self._alpha)
+        self.masses.fill(mass_of(self.raw, self._alpha) if mass is None else mass)
         if self._smallest is not None:
             self._smallest.refresh_all()
 
@@ -437,6 +515,7 @@ class PriorityTable:
             0 if self._smallest is None else self._smallest.root,
             size if self._weight_normalization == "none" else 0,
             weight.data_ptr(),
+            self.replayed.data_ptr(),
         )
         if not total > 0:
             raise EmptyBufferError("expected a positive mass to draw from, got only masses of 0")
@@ -445,6 +524,11 @@ class PriorityTable:
     def _sample_with_mass(
         self, n: int, size: int, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
+        index, mass = self._draw(n, size, generator)
+        self.replayed.index_fill_(0, index, True)
+        return index, mass
+
+    def _draw(self, n: int, size: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         if self._method == "tree":
             return self.masses.sample_with_mass(n, generator, self.draw)
         if validation.can_raise(self._raw) and not self.masses.total > 0:

@@ -57,7 +57,7 @@ class TransitionReplayBuffer:
         beta: how much of the bias the weights correct at first, in [0, 1].
         beta_increment: what each `increase_beta` adds, up to 1.
         epsilon: added to |TD error|.
-        draw, method, device, generator: as for `PrioritizedReplayBuffer`.
+        draw, method, prioritization, device, generator: as for `PrioritizedReplayBuffer`.
 
     Raises:
         ConfigurationError: an argument is not one of those accepted.
@@ -83,6 +83,7 @@ class TransitionReplayBuffer:
         *,
         draw: str = "independent",
         method: str = "auto",
+        prioritization: str = "proportional",
         device: torch.device | str | int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
@@ -94,6 +95,7 @@ class TransitionReplayBuffer:
             beta_increment=beta_increment,
             draw=draw,
             method=method,
+            prioritization=prioritization,
             device=device,
             generator=generator,
         )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from per_td.kernels.memory import doubles, floats, integers, prefetch, table
+from per_td.kernels.memory import doubles, flags, floats, integers, prefetch, table
 from per_td.kernels.power import power
 from per_td.kernels.vector import count_f32, count_f64
 
@@ -38,12 +38,15 @@ def _search(children: Any, target: float) -> tuple[int, float]:
 
 
 @njit(inline="always", error_model="numpy")
-def _walk(leaves: int, sums: int, levels: Any, target: Any, index: Any, mass: Any) -> None:
+def _walk(
+    leaves: int, sums: int, levels: Any, target: Any, index: Any, mass: Any, beside: int
+) -> None:
     """From the root to the leaves, all points together on each level.
 
     While the next group of children of one point is on its way from memory, others are served.
     Where rounding leads the quick count past the end, or to a mass of 0, the slow search decides;
-    such points are marked by a negative index.
+    such points are marked by a negative index. `beside` is the address of one byte per leaf that
+    will be wanted too, or 0.
     """
     n = target.shape[0]
     index[:] = 0
@@ -71,6 +74,8 @@ def _walk(leaves: int, sums: int, levels: Any, target: Any, index: Any, mass: An
                     target[i] -= before
                     index[i] = 16 * node + step
     for i in range(n):
+        if beside != 0:
+            prefetch(beside + 16 * index[i])
         place = leaves + 64 * index[i]
         step, _ = count_f32(place, target[i])
         if step == 16 or floats(place, 16)[step] == 0:
@@ -93,12 +98,12 @@ def find(
     `target` is used up.
     """
     levels = table(shape, 2, depth)
-    _walk(leaves, sums, levels, doubles(target, n), integers(index, n), floats(mass, n))
+    _walk(leaves, sums, levels, doubles(target, n), integers(index, n), floats(mass, n), 0)
 
 
 @njit(
     "float64(int64, int64, int64, int64, int64, int64, boolean, int64,"
-    " float64, int64, int64, int64)",
+    " float64, int64, int64, int64, int64)",
     cache=True,
     nogil=True,
     error_model="numpy",
@@ -116,6 +121,7 @@ def sample(
     smallest: int,
     size: int,
     weight: int,
+    replayed: int,
 ) -> float:
     """Draw leaves, as `find` does, for points in [0, 1), which are used up, and weigh them.
 
@@ -128,6 +134,7 @@ def sample(
         smallest: address of the mass that gets the weight 1; 0: the smallest that is drawn.
         size: if positive, the weights are (size * P)^-beta instead.
         weight: for the weights, float32 [n].
+        replayed: bool, one per leaf; those drawn become true.
 
     Returns:
         The total mass; where it is 0, nothing is drawn.
@@ -139,7 +146,10 @@ def sample(
     target, mass = doubles(point, n), np.empty(n, np.float32)
     for i in range(n):
         target[i] = ((i + target[i]) / n if stratified else target[i]) * total
-    _walk(leaves, sums, levels, target, integers(index, n), mass)
+    found, drawn = integers(index, n), flags(replayed, 16 * levels[1, 0])
+    _walk(leaves, sums, levels, target, found, mass, replayed)
+    for i in range(n):
+        drawn[found[i]] = True
     unit, factor = total, 1.0
     if size > 0:
         factor = float(size)

@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 __all__ = [
     "copy",
     "doubles",
+    "flags",
     "floats",
     "integers",
     "pick",
@@ -53,6 +54,12 @@ def doubles(address: int, n: int) -> Any:
 def integers(address: int, n: int) -> Any:
     """The int64 array [n] at an address."""
     return carray(_pointer(address), n, np.int64)
+
+
+@njit
+def flags(address: int, n: int) -> Any:
+    """The bool array [n] at an address."""
+    return carray(_pointer(address), n, np.bool_)
 
 
 @njit

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from per_td.kernels.memory import doubles, floats, integers, prefetch, table
+from per_td.kernels.memory import doubles, flags, floats, integers, prefetch, table
 from per_td.kernels.power import power
 from per_td.kernels.vector import max_f32, min_positive_f32, sum_f32, sum_f64
 
@@ -85,6 +85,25 @@ def _masses_of(priorities: Any, alpha: float, masses: Any) -> None:
         masses[i] = mass if priorities[i] > 0 else 0.0
 
 
+@njit(inline="always")
+def _rank_all(priorities: Any, snapshot: int, slots: int) -> None:
+    """Turn priorities into ranks: 1 + how many in the snapshot are larger; 0 stays 0.
+
+    The snapshot is float32 [slots], ascending. All searches go together, step by step: those of
+    others go on while one waits for memory, and there are no branches to guess.
+    """
+    ordered, low = floats(snapshot, slots), np.zeros(priorities.shape[0], np.int64)
+    length = slots
+    while length > 0:  # `low` are known not to be larger, of the next `length` it is open
+        half = (length + 1) >> 1
+        for i in range(low.shape[0]):
+            low[i] += half if ordered[low[i] + half - 1] <= priorities[i] else 0
+        length -= half
+    for i in range(low.shape[0]):
+        if priorities[i] > 0:
+            priorities[i] = slots + 1 - low[i]
+
+
 @njit("void(int64, int64, int64, int64)", cache=True, nogil=True, error_model="numpy")
 def rebuild(leaves: int, sums: int, shape: int, depth: int) -> None:
     """Recompute all sums."""
@@ -121,7 +140,7 @@ def put(
 
 @njit(
     "void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, float64, int64,"
-    " int64)",
+    " int64, int64, int64)",
     cache=True,
     nogil=True,
     error_model="numpy",
@@ -140,6 +159,8 @@ def renew(
     alpha: float,
     known: int,
     ever_max: int,
+    replayed: int,
+    snapshot: int,
 ) -> None:
     """Give `n` slots, from `start` on and around the ring, the priority at `known`, or 1 for 0.
 
@@ -152,9 +173,13 @@ def renew(
     priority = priority if priority > 0 else np.float32(1)
     largest[0] = max(largest[0], priority)
     p, mass = np.full(1, np.float64(priority)), np.empty(1)
+    if snapshot != 0:
+        _rank_all(p, snapshot, slots)
     _masses_of(p, alpha, mass)
+    drawn = flags(replayed, slots)
     begin, end = start, min(start + n, slots)
     for _ in range(2):
+        drawn[begin:end] = False
         priorities[begin:end] = priority
         masses[begin:end] = mass[0]
         _refresh_row_of_sums(leaves, sums, doubles(sums, nodes), levels, begin, end)
@@ -168,7 +193,7 @@ def renew(
 
 @njit(
     "int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64,"
-    " int64, int64, float64, float64, int64, int64)",
+    " int64, int64, float64, float64, int64, int64, int64, int64)",
     cache=True,
     nogil=True,
     error_model="numpy",
@@ -192,6 +217,8 @@ def assign(
     alpha: float,
     known: int,
     ever_max: int,
+    replayed: int,
+    snapshot: int,
 ) -> int:
     """Set the priorities of the slots `index` [n] to |value| + eps, one after the other.
 
@@ -206,6 +233,9 @@ def assign(
         written, slots: how many transitions were ever written, to how many slots.
         eps, alpha: as in the paper.
         known, ever_max: addresses of priorities; the second is raised to the largest ever.
+        replayed: bool, one per slot; those written become false. May be 0: nothing is to.
+        snapshot: float32 [slots], ascending, or 0. Given one, masses are rank^alpha, with the rank
+            that a priority would have had there.
 
     Returns:
         How many were dropped; -1, and nothing has been written, if an index is not in [0, size)
@@ -232,10 +262,16 @@ def assign(
         kept[count] = at[i]
         count += 1
     kept = kept[:count]
+    if replayed != 0:
+        drawn = flags(replayed, slots)
+        for i in range(count):
+            drawn[kept[i]] = False
     p, mass, largest = np.empty(count), np.empty(count), floats(ever_max, 1)
     for i in range(count):  # of equal indices, the last has been left
         p[i] = priorities[kept[i]]
         largest[0] = max(largest[0], priorities[kept[i]])
+    if snapshot != 0:
+        _rank_all(p, snapshot, slots)
     _masses_of(p, alpha, mass)
     for i in range(count):
         masses[kept[i]] = mass[i]

@@ -1,0 +1,158 @@
+"""What the priorities look like, in figures for a logger; docs/diagnostics.md tells how to read it.
+
+Pure functions on tensors. None of them reads a value back to the host: counts that depend on the
+data, such as how many priorities are positive, stay on the device.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from per_td.weights import importance_weights
+
+__all__ = ["QUANTILES", "ages", "masses", "measure", "priorities", "weights"]
+
+QUANTILES = {"min": 0.0, "q01": 0.01, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q99": 0.99, "max": 1.0}
+"""The last parts of the keys, and which quantiles they name."""
+
+
+def _levels(device: torch.device) -> Tensor:
+    """The `QUANTILES`, float64 [7]; a tensor made from a list would be copied to CUDA, and wait."""
+    levels = [torch.full((), q, dtype=torch.float64, device=device) for q in QUANTILES.values()]
+    return torch.stack(levels)
+
+
+def _ascending(values: Tensor) -> Tensor:
+    """`values` [n] sorted; numpy takes a 20th of the time of torch, which sorts indices."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.sort(values.numpy()))
+    return values.sort().values
+
+
+def _named(name: str, values: Tensor) -> dict[str, Tensor]:
+    """One 0-dim float32 tensor per quantile [7]."""
+    parts = values.float().unbind()
+    return {f"{name}/{key}": value for key, value in zip(QUANTILES, parts, strict=True)}
+
+
+def _places(count: Tensor | int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the quantiles of `count` sorted values are: two neighbours [7], and a share [7]."""
+    place = _levels(device) * (count - 1)
+    low = place.floor()
+    return low.long().clamp(min=0), place.ceil().long().clamp(min=0), place - low
+
+
+def priorities(priority: Tensor) -> dict[str, Tensor]:
+    """Quantiles of raw priorities, interpolated; `priority` float32 [n], n at least 1."""
+    ordered = _ascending(priority).double()  # torch.quantile refuses more than 2^24 of them
+    low, high, share = _places(len(priority), priority.device)
+    return _named("priority", ordered[low].lerp(ordered[high], share))
+
+
+def masses(ordered: Tensor) -> dict[str, Tensor]:
+    """How unequal the probabilities are.
+
+    Args:
+        ordered: masses, descending, float32 [n], n at least 1.
+
+    Returns:
+        "effective_sample_size": (sum m)^2 / sum m^2, n where all are equal and 1 where one
+        transition has everything; "effective_share": that over n; "top_1_percent_share": share of
+        all draws that falls on the ceil(n / 100) slots of the largest masses.
+    """
+    mass = ordered.double() / ordered[0].double()  # their squares are to be finite
+    total = mass.sum()
+    size = total.square() / mass.square().sum()
+    top = mass[: math.ceil(len(mass) / 100)].sum() / total
+    return {
+        "effective_sample_size": size.float(),
+        "effective_share": (size / len(mass)).float(),
+        "top_1_percent_share": top.float(),
+    }
+
+
+def weights(ordered: Tensor, beta: Tensor, normalization: str) -> dict[str, Tensor]:
+    """Quantiles, interpolated, of the weights of all slots that can be drawn.
+
+    Args:
+        ordered: masses, descending, float32 [n], n at least 1.
+        beta: exponent of the weights, 0-dim.
+        normalization: "none", or else relative to the largest weight in the buffer: of "batch" too,
+            since how large the largest of a batch is depends on the draw.
+    """
+    count = ordered.count_nonzero()  # those of mass 0 come last: they have no weight
+    low, high, share = _places(count, ordered.device)
+    last = (count - 1).clamp(min=0).view(1)  # a 0-dim index would be read by the host
+    smallest = ordered.index_select(0, last)
+
+    def weight(place: Tensor) -> Tensor:
+        weight = importance_weights(
+            ordered.index_select(0, place),  # descending: the weights are ascending
+            beta,
+            total=ordered.sum(dtype=torch.float64),
+            size=len(ordered),
+            smallest=smallest,
+            normalization="none" if normalization == "none" else "buffer",
+        )
+        return weight.double()
+
+    quantiles = weight(low).lerp(weight(high), share)
+    return _named("weight", torch.where(count > 0, quantiles, torch.nan))
+
+
+def ages(mass: Tensor, written: int) -> dict[str, Tensor]:
+    """Quantiles of the age of what is drawn: how many transitions have been written since.
+
+    Those of what is stored would say nothing: in a ring the ages are 0 to n - 1. A quantile is the
+    smallest age that a draw exceeds with no more than the probability left over.
+
+    Args:
+        mass: masses of the filled slots, float32 [n], n at least 1.
+        written: how many transitions were ever written.
+    """
+    n = len(mass)
+    head = written % n if written > n else 0  # the slot of the oldest
+    by_age = torch.cat([mass[head:], mass[:head]]).flip(0)
+    reached = by_age.cumsum(0, dtype=torch.float64)
+    total = reached[-1]
+    target = (_levels(mass.device) * total).clamp(min=torch.finfo(torch.float64).tiny)
+    age = torch.searchsorted(reached, target).double()
+    return _named("age", torch.where(total > 0, age, torch.nan))
+
+
+def measure(
+    *,
+    priority: Tensor,
+    mass: Tensor,
+    replayed: Tensor,
+    written: int,
+    beta: Tensor,
+    normalization: str,
+) -> dict[str, Tensor]:
+    """All figures of this module; NaN for what does not exist, as in an empty buffer.
+
+    Args:
+        priority, mass: of the filled slots, float32 [n].
+        replayed: whether they have been drawn, bool [n].
+        written: how many transitions were ever written.
+        beta: exponent of the weights, 0-dim.
+        normalization: of the weights.
+
+    Returns:
+        0-dim float32 tensors.
+    """
+    n = len(priority)
+    if not n:  # the same keys as for one transition of mass 0, and no figures
+        priority, mass = priority.new_full((1,), torch.nan), mass.new_zeros(1)
+        replayed = replayed.new_zeros(1)
+    ordered = _ascending(mass).flip(0)
+    never = (~replayed).float().mean(dtype=torch.float64).float()
+    return {
+        **masses(ordered),
+        "never_replayed_share": never if n else torch.full_like(never, torch.nan),
+        **priorities(priority),
+        **weights(ordered, beta, normalization),
+        **ages(mass, written),
+    }
