@@ -284,6 +284,8 @@ class PriorityTable:
     ) -> bool:
         """`update`, compiled, where the generations of all slots are kept, for batches all live.
 
+        Not of ranks.
+
         Args:
             index: slots, int64 [B], contiguous.
             td_error: float32, as many, contiguous.
@@ -297,7 +299,7 @@ class PriorityTable:
             overwritten: `update` will see to it.
         """
         kernel = self.masses.kernels
-        if kernel is None:
+        if kernel is None or self.ranks is not None:
             return False
         done: bool = kernel.settle(
             *self._memory,

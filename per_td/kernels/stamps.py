@@ -94,5 +94,7 @@ def settle(
         magnitude = abs(errors[i])
         magnitudes[i] = np.sqrt(magnitude) if squared else magnitude
     tree = raw, leaves, sums, maxima, minima, shape, depth
-    value = magnitudes.ctypes.data
-    return assign(*tree, index, value, n, size, 0, 0, size, eps, alpha, ever_max, ever_max) >= 0
+    batch = index, magnitudes.ctypes.data, n, size
+    ring = 0, 0, size
+    dropped = assign(*tree, *batch, *ring, eps, alpha, ever_max, ever_max, 0, 0)
+    return dropped >= 0 and magnitudes.shape[0] == n  # named here, or it would be freed before
