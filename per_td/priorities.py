@@ -9,7 +9,7 @@ from per_td import draws, validation
 from per_td.errors import EmptyBufferError
 from per_td.memory import zeros
 from per_td.ring import generation_of
-from per_td.tree import ExtremumTree, Layout, SumTree, reference
+from per_td.tree import ExtremumTree, SumTree, reference
 from per_td.weights import NORMALIZATIONS, importance_weights, mass_of, priority_of
 
 __all__ = ["NEW_PRIORITIES", "PriorityTable"]
@@ -33,6 +33,7 @@ class PriorityTable:
         new_priority: what new transitions get: the largest priority in the buffer ("buffer_max"),
             or the largest it ever held ("ever_max").
         device: where priorities live.
+        masses: the tree to keep the masses in; None makes one.
 
     Raises:
         ConfigurationError: an argument is not one of those accepted.
@@ -49,6 +50,7 @@ class PriorityTable:
         weight_normalization: str,
         new_priority: str,
         device: torch.device,
+        masses: SumTree | None = None,
     ) -> None:
         self._settings = torch.zeros(2, dtype=torch.float64, device=device)
         self._alpha = validation.real("alpha", alpha)
@@ -58,9 +60,9 @@ class PriorityTable:
         self.method = validation.one_of("method", method, draws.METHODS)
         draws.check_method(method, draw, capacity)
         self.new_priority = validation.one_of("new_priority", new_priority, NEW_PRIORITIES)
-        layout = Layout.of(capacity)
+        self.masses = SumTree(capacity, device) if masses is None else masses
+        layout = self.masses.layout
         self._raw = zeros((layout.leaf_slots,), torch.float32, device)
-        self.masses = SumTree(capacity, device)
         compiled = self.masses.kernels is not None
         self._method = draws.resolve_method(method, draw, capacity, device, compiled=compiled)
         self._largest = ExtremumTree(self._raw, layout, "max")
@@ -77,7 +79,7 @@ class PriorityTable:
     @property
     def capacity(self) -> int:
         """Number of slots."""
-        return self.masses.capacity
+        return self.masses.layout.capacity
 
     @property
     def raw(self) -> Tensor:
@@ -334,6 +336,11 @@ class PriorityTable:
         self._raw[: len(priority)] = priority
         self._largest.refresh_all()
         self._refill()
+
+    def restore(self, priority: Tensor, ever_max: Tensor) -> None:
+        """`fill`, and take over the largest priority that there ever was, 0-dim."""
+        self.fill(priority)
+        self.ever_max.copy_(ever_max)
 
     def _refill(self) -> None:
         self.masses.fill(mass_of(self.raw, self._alpha))

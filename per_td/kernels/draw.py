@@ -14,7 +14,7 @@ from per_td.kernels.memory import doubles, floats, integers, prefetch, table
 from per_td.kernels.power import power
 from per_td.kernels.vector import count_f32, count_f64
 
-__all__ = ["find", "sample"]
+__all__ = ["descend", "find", "sample"]
 
 
 @njit
@@ -38,16 +38,17 @@ def _search(children: Any, target: float) -> tuple[int, float]:
 
 
 @njit(inline="always", error_model="numpy")
-def _walk(leaves: int, sums: int, levels: Any, target: Any, index: Any, mass: Any) -> None:
-    """From the root to the leaves, all points together on each level.
+def descend(
+    leaves: int, sums: int, levels: Any, top: int, target: Any, index: Any, mass: Any
+) -> None:
+    """From the nodes `index` of the level `top` to the leaves, all points together on each level.
 
     While the next group of children of one point is on its way from memory, others are served.
     Where rounding leads the quick count past the end, or to a mass of 0, the slow search decides;
     such points are marked by a negative index.
     """
     n = target.shape[0]
-    index[:] = 0
-    for level in range(levels.shape[1] - 2, -1, -1):
+    for level in range(top - 1, -1, -1):
         here = sums + 8 * levels[0, level]
         below = leaves if level == 0 else sums + 8 * levels[0, level - 1]
         group = 64 if level == 0 else 128  # bytes of 16 children
@@ -77,6 +78,13 @@ def _walk(leaves: int, sums: int, levels: Any, target: Any, index: Any, mass: An
             step, _ = _search(floats(place, 16), target[i])
         index[i] = 16 * index[i] + step
         mass[i] = floats(place, 16)[step]
+
+
+@njit(inline="always", error_model="numpy")
+def _walk(leaves: int, sums: int, levels: Any, target: Any, index: Any, mass: Any) -> None:
+    """From the root to the leaves, as `descend`."""
+    index[:] = 0
+    descend(leaves, sums, levels, levels.shape[1] - 1, target, index, mass)
 
 
 @njit(
