@@ -69,7 +69,7 @@ class ManyBuffers(PrioritizedReplayBuffer):
     @property
     def priority(self) -> Tensor:
         """Raw priorities of all slots, 0 where nothing is, float32 [S, capacity], a copy."""
-        return self._priorities.raw_each.clone()
+        return self._priorities.raw.clone()
 
     @property
     def transitions(self) -> TensorDict | None:

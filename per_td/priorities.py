@@ -83,8 +83,8 @@ class PriorityTable:
 
     @property
     def raw(self) -> Tensor:
-        """Raw priorities of all slots, float32 [capacity]."""
-        return self._raw[: self.capacity]
+        """Raw priorities of all slots, float32 [capacity], a view."""
+        return self.masses.slots(self._raw)
 
     @property
     def alpha(self) -> float:
@@ -333,7 +333,7 @@ class PriorityTable:
     def fill(self, priority: Tensor) -> None:
         """Set the priorities of the first slots, and 0 for the others, in O(N); [n] float32."""
         self._raw.zero_()
-        self._raw[: len(priority)] = priority
+        self.raw[..., : priority.shape[-1]] = priority
         self._largest.refresh_all()
         self._refill()
 

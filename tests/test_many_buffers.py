@@ -1,6 +1,8 @@
 """Many buffers in one set of tensors, beside as many separate ones."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -397,6 +399,20 @@ def test_an_example_allocates_before_there_is_data(device):
         buffer.extend(TensorDict({"action": torch.zeros(2, 1)}, batch_size=[2, 1]))
     buffer.extend(numbered(0, 2, device, 2))
     assert len(buffer) == 2
+
+
+@pytest.mark.parametrize("layout", ["columns", "records"])
+def test_copies_are_on_their_own(layout, choice):
+    buffer = PrioritizedReplayBuffer(4, num_buffers=2, layout=layout)
+    buffer.extend(numbered(0, 3, count=2))
+    for other in (copy.deepcopy(buffer), pickle.loads(pickle.dumps(buffer))):
+        assert_same(buffer, other)
+        other.extend(numbered(3, 1, count=2))
+        other.update_priority([[0], [1]], [[5.0], [6.0]])
+        assert len(other) == 4
+        assert buffer.lengths.tolist() == [3, 3]
+        assert buffer.priority.sum() == 6
+        assert other.sample(5).shape == (2, 5)
 
 
 def test_leaves_may_come_and_go_without_a_tensordict(choice):

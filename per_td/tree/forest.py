@@ -61,11 +61,6 @@ class ForestLayout:
         start = self.layout.offsets[self.height - 1]
         return nodes[start : start + self.num_trees * self.width].view(self.num_trees, self.width)
 
-    def slots(self, leaves: Tensor) -> Tensor:
-        """The slots of each tree, in the tensor of all leaves: a view [S, capacity]."""
-        own = leaves[: self.num_trees * self.stride]
-        return own.view(self.num_trees, self.stride)[:, : self.capacity]
-
     def starts(self, device: torch.device) -> Tensor:
         """The first leaf of each tree, int64 [S, 1]."""
         last = self.num_trees * self.stride
@@ -127,9 +122,10 @@ class SumForest(SumTree):
         """Sum of the masses of each tree, float64 [S]."""
         return self.tops.sum(-1)
 
-    def __getitem__(self, index: Any) -> Tensor:
-        """Masses, of all float32 [S, capacity], indexed as a tensor is."""
-        return self.forest.slots(self.leaves)[index]
+    def slots(self, leaves: Tensor) -> Tensor:
+        """Of a column over all leaves, [leaf_slots], those that are slots: a view [S, capacity]."""
+        own = leaves[: self.layout.capacity].view(self.num_trees, self.forest.stride)
+        return own[:, : self.capacity]
 
     def update(self, index: Any, value: Any) -> None:
         """Set the masses of some slots; where one occurs twice, its last value holds.

@@ -108,7 +108,11 @@ class SumTree:
 
     def __getitem__(self, index: Any) -> Tensor:
         """Masses of the slots `index` (int, slice or integer tensor), float32."""
-        return self.leaves[: self.capacity][index]
+        return self.slots(self.leaves)[index]
+
+    def slots(self, leaves: Tensor) -> Tensor:
+        """Of a column over all leaves, [leaf_slots], those that are slots: a view [capacity]."""
+        return leaves[: self.capacity]
 
     def update(self, index: Any, value: Any) -> None:
         """Set the masses of some slots; where an index occurs twice, its last value holds.
@@ -160,7 +164,7 @@ class SumTree:
 
     def fill(self, value: Tensor) -> None:
         """Set the masses of all slots at once, in O(N); float32 [capacity]."""
-        self.leaves[: self.layout.capacity] = value
+        self.slots(self.leaves).copy_(value)
         kernel = self.kernels
         if kernel is not None:
             kernel.rebuild(*self.memory)
