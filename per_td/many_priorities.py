@@ -98,10 +98,13 @@ class ManyPriorities(PriorityTable):
             refused = (priority < 0) & plan.kept
             self.refused += refused.sum()
             priority = torch.where(refused, new, priority)
-        priority = torch.where(plan.kept, priority, 0.0).flatten()
-        leaf = torch.where(plan.kept, plan.slot + self.masses.starts, self.masses.layout.spare)
-        leaf = leaf.flatten()
-        if self._assign(leaf, priority, self.masses.layout.leaf_slots, eps=0.0) is None:
+        kept, leaf = plan.kept.flatten(), (plan.slot + self.masses.starts).flatten()
+        leaf, priority = validation.route(
+            leaf, priority.expand_as(plan.kept).flatten(), kept, self.masses.layout.spare
+        )
+        if self.masses.launches is not None:  # it would count the spare leaf as refused
+            self._launch(torch.where(kept, leaf, 0), priority, live=kept)
+        elif self._assign(leaf, priority, self.masses.layout.leaf_slots, eps=0.0) is None:
             self._write(leaf, priority)
         self._note_largest()
 
