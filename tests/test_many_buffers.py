@@ -17,6 +17,7 @@ from per_td import (
     PriorityError,
     SchemaError,
     kernels,
+    validation,
 )
 from tests.oracle import NaiveBuffer, assert_drawn_from, data
 
@@ -350,6 +351,24 @@ def test_a_stale_update_that_is_nan_is_refused_as_in_a_single_buffer(choice):
     buffer.extend(numbered(0, 4, count=1))
     with pytest.raises(PriorityError, match="got nan"):
         buffer.update_priority([[0]], [[math.nan]], generation=[[0]])
+
+
+def test_where_values_cannot_be_looked_at_wrong_ones_are_refused_and_counted(monkeypatch):
+    """As on CUDA, where looking at them would stop the host."""
+    monkeypatch.setenv(kernels.VARIABLE, "off")
+    monkeypatch.setattr(validation, "can_raise", lambda tensor: False)
+    buffer = PrioritizedReplayBuffer(4, alpha=1.0, eps=0.0, num_buffers=2)
+    priority = torch.tensor([[math.nan, 2.0, math.nan], [-1.0, math.inf, 3.0]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    buffer.extend(numbered(0, 3, count=2), priority, mask)
+    assert buffer.priority.tolist() == [[1, 2, 0, 0], [1, 1, 3, 0]]
+    assert buffer.stats()["refused_priorities"] == 3
+    td_error = [[math.nan, 7.0, 1.0], [5.0, 1.0, math.nan]]
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    buffer.update_priority([[0, 1, 2], [1, -1, 9]], td_error, mask=mask)
+    assert buffer.priority.tolist() == [[1, 7, 0, 0], [1, 5, 3, 0]]
+    assert buffer.stats()["refused_priorities"] == 6
+    assert buffer._priorities.masses.total.tolist() == [8, 9]
 
 
 def test_a_mask_goes_with_many_buffers_only():
