@@ -59,6 +59,9 @@ class PrioritizedReplayBuffer:
             faster one for their size. Batches are the same, new tensors of their own either way.
         example: a TensorDict like one transition (batch size []), to allocate memory at once;
             without it, the first data does so.
+        num_buffers: S makes S buffers of `capacity` slots each in one set of tensors, whose
+            priorities never mix, for S runs in lockstep: everything gets a leading dimension [S],
+            see `per_td.many.ManyBuffers`. None: one buffer.
 
     Raises:
         ConfigurationError: an argument is not one of those accepted.
@@ -72,6 +75,16 @@ class PrioritizedReplayBuffer:
         >>> batch["x"].shape
         torch.Size([4, 3])
     """
+
+    def __new__(
+        cls, *args: Any, num_buffers: int | None = None, **settings: Any
+    ) -> "PrioritizedReplayBuffer":
+        """A `ManyBuffers` where `num_buffers` says how many."""
+        if num_buffers is not None and cls is PrioritizedReplayBuffer:
+            from per_td.many import ManyBuffers  # which is made from this class
+
+            return super().__new__(ManyBuffers)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -92,6 +105,7 @@ class PrioritizedReplayBuffer:
         generator: torch.Generator | None = None,
         layout: str = "auto",
         example: TensorDictBase | None = None,
+        num_buffers: int | None = None,
     ) -> None:
         capacity = validation.positive_int("capacity", capacity)
         if batch_size is not None:
@@ -107,9 +121,10 @@ class PrioritizedReplayBuffer:
         self._beta = torch.tensor(0.0, dtype=torch.float64, device=self.device)
         self.beta = beta
         self._stale = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._storage = RingStorage(capacity, self.device, layout)
-        self._priorities = PriorityTable(
+        self._make(
             capacity,
+            num_buffers,
+            layout,
             alpha=alpha,
             eps=eps,
             draw=draw,
@@ -118,10 +133,19 @@ class PrioritizedReplayBuffer:
             new_priority=new_priority,
             prioritization=prioritization,
             sort_interval=sort_interval,
-            device=self.device,
         )
         if example is not None:
             self._storage.allocate(self._storage.check(example, batched=False))
+
+    def _make(self, capacity: int, num_buffers: int | None, layout: str, **settings: Any) -> None:
+        """The parts that hold transitions and priorities."""
+        if num_buffers is not None:
+            raise ConfigurationError(
+                f"num_buffers: expected None, got {num_buffers!r}: {type(self).__name__} is one"
+                " buffer; derive it from per_td.many.ManyBuffers for many"
+            )
+        self._storage = RingStorage(capacity, self.device, layout)
+        self._priorities = PriorityTable(capacity, device=self.device, **settings)
 
     def __len__(self) -> int:
         return len(self._storage)
@@ -136,6 +160,16 @@ class PrioritizedReplayBuffer:
     def capacity(self) -> int:
         """Number of slots."""
         return self._storage.capacity
+
+    @property
+    def num_buffers(self) -> int | None:
+        """How many buffers there are side by side; None: one, without a dimension for it."""
+        return None
+
+    @property
+    def lengths(self) -> Tensor:
+        """Number of filled slots, int64 [], or [S] with `num_buffers`."""
+        return torch.as_tensor(self._storage.size, device=self.device)
 
     @property
     def write_count(self) -> int:
@@ -189,7 +223,7 @@ class PrioritizedReplayBuffer:
         """Add `beta_increment` to beta, up to 1 (section 3.4: beta grows to 1 over training)."""
         self._beta.add_(self.beta_increment).clamp_(max=1.0)
 
-    def extend(self, transitions: TensorDictBase, priority: Any = None) -> Tensor:
+    def extend(self, transitions: TensorDictBase, priority: Any = None, mask: Any = None) -> Tensor:
         """Write transitions.
 
         Args:
@@ -197,6 +231,7 @@ class PrioritizedReplayBuffer:
                 remain, as if they had been added one by one.
             priority: raw priorities for them, finite and not negative, [n]; 0 is never drawn. None
                 gives them that of `new_priority`.
+            mask: only with `num_buffers`.
 
         Returns:
             Their slots, int64 [n].
@@ -206,15 +241,17 @@ class PrioritizedReplayBuffer:
             PriorityError: `priority` has a wrong shape or dtype, or a value is NaN, infinite or
                 negative (on CUDA such a value is replaced by that of `new_priority`, and counted).
         """
+        self._refuse(mask)
         leaves = self._storage.check(transitions)
         return self._extend(leaves, transitions.batch_size[0], priority)
 
-    def add(self, transition: TensorDictBase, priority: Any = None) -> Tensor:
+    def add(self, transition: TensorDictBase, priority: Any = None, mask: Any = None) -> Tensor:
         """Write one transition, a TensorDict of batch size []; see `extend`.
 
         Returns:
             Its slot, int64 [].
         """
+        self._refuse(mask)
         if isinstance(transition, TensorDictBase) and transition.batch_dims:
             raise SchemaError(
                 f"expected a TensorDict of batch size [], got {list(transition.batch_size)}:"
@@ -222,6 +259,13 @@ class PrioritizedReplayBuffer:
             )
         leaves = self._storage.check(transition, batched=False)
         return self._extend(leaves, 1, priority).squeeze_(0)
+
+    def _refuse(self, mask: Any) -> None:
+        if mask is not None:
+            raise ConfigurationError(
+                f"mask: expected None, got {type(mask).__name__}: one buffer writes and updates all"
+                " that it is given; a mask goes with num_buffers"
+            )
 
     def extend_leaves(self, leaves: Leaves, priority: Any = None) -> Tensor:
         """`extend` without a TensorDict: tensors [n, ...] by key, a tuple of names."""
@@ -283,7 +327,9 @@ class PrioritizedReplayBuffer:
             n, len(self), self.generator, beta=self._beta, filled=self._storage.size
         )
 
-    def update_priority(self, index: Any, td_error: Any, generation: Any = None) -> None:
+    def update_priority(
+        self, index: Any, td_error: Any, generation: Any = None, mask: Any = None
+    ) -> None:
         """Set priorities to |td_error| + eps (section 3.3).
 
         Args:
@@ -291,6 +337,7 @@ class PrioritizedReplayBuffer:
             td_error: raw TD errors [B] (or [B, 1]); sign and gradient do not matter.
             generation: that of the batch, [B]: where the slot has been overwritten since, the
                 update is stale, dropped and counted. None drops none.
+            mask: only with `num_buffers`.
 
         Raises:
             IndexRangeError: an index does not name a filled slot.
@@ -299,6 +346,7 @@ class PrioritizedReplayBuffer:
                 host, and under torch.compile, such updates are refused one by one and counted in
                 `stats`.
         """
+        self._refuse(mask)
         index = validation.as_index(index, self.device)
         if generation is not None:
             generation = validation.as_index(generation, self.device)
@@ -314,6 +362,9 @@ class PrioritizedReplayBuffer:
             generation=generation,
             written=self._storage.written,
         )
+        self._drop(stale)
+
+    def _drop(self, stale: Tensor | int) -> None:
         if isinstance(stale, Tensor) or stale:
             self._stale += stale
 
@@ -393,6 +444,7 @@ class PrioritizedReplayBuffer:
                 "new_priority": table.new_priority,
                 "prioritization": table.prioritization,
                 "sort_interval": table.sort_interval,
+                "num_buffers": self.num_buffers,
             },
             "beta": self._beta.clone(),
             "write_count": self.write_count,
@@ -422,21 +474,20 @@ class PrioritizedReplayBuffer:
             raise CheckpointError(
                 f"expected a state of capacity {self.capacity}, got {settings['capacity']}"
             )
-        leaves = flattened(state["transitions"])
-        if leaves:
-            self._storage.check_leaves(leaves)
-            self._storage.write_count = 0
-            self._storage.write(leaves)
-        self._storage.write_count = state["write_count"]
+        if settings.get("num_buffers") != self.num_buffers:
+            raise CheckpointError(
+                f"expected a state with num_buffers={self.num_buffers},"
+                f" got {settings.get('num_buffers')}"
+            )
+        self._storage.restore(flattened(state["transitions"]), state["write_count"])
         self.alpha, self.eps = settings["alpha"], settings["eps"]
         self.beta_increment = settings["beta_increment"]
         self._beta.copy_(state["beta"])
         self._stale.copy_(state["stale_updates"])
-        self._priorities.fill(state["priority"].to(self.device))
+        self._priorities.restore(state["priority"].to(self.device), state["ever_max"])
         self._priorities.load_rank_state(state.get("ranks"))
         if "replayed" in state:
             self._priorities.replayed[: len(self)] = state["replayed"].to(self.device)
-        self._priorities.ever_max.copy_(state["ever_max"])
         self._priorities.refused.copy_(state["refused_priorities"])
         if self.generator is not None and state["generator"] is not None:
             self.generator.set_state(state["generator"])

@@ -10,7 +10,7 @@ from per_td.errors import EmptyBufferError
 from per_td.memory import zeros
 from per_td.ranks import DEFAULT_ALPHA, RankMasses
 from per_td.ring import generation_of
-from per_td.tree import ExtremumTree, Layout, SumTree, reference
+from per_td.tree import ExtremumTree, SumTree, reference
 from per_td.weights import NORMALIZATIONS, importance_weights, mass_of, priority_of
 
 __all__ = ["NEW_PRIORITIES", "PriorityTable"]
@@ -37,6 +37,7 @@ class PriorityTable:
         device: where priorities live.
         prioritization: "proportional" or "rank".
         sort_interval: see `RankMasses`; for "rank" only.
+        masses: the tree to keep the masses in; None makes one.
 
     Raises:
         ConfigurationError: an argument is not one of those accepted.
@@ -55,6 +56,7 @@ class PriorityTable:
         device: torch.device,
         prioritization: str = "proportional",
         sort_interval: int | None = None,
+        masses: SumTree | None = None,
     ) -> None:
         self.ranks = RankMasses.wanted(prioritization, capacity, sort_interval, device)
         self.prioritization, self.sort_interval = prioritization, sort_interval
@@ -67,16 +69,16 @@ class PriorityTable:
         self.method = validation.one_of("method", method, draws.METHODS)
         draws.check_method(method, draw, capacity)
         self.new_priority = validation.one_of("new_priority", new_priority, NEW_PRIORITIES)
-        layout = Layout.of(capacity)
+        self.masses = SumTree(capacity, device) if masses is None else masses
+        layout = self.masses.layout
         self._raw = zeros((layout.leaf_slots,), torch.float32, device)
-        self.masses = SumTree(capacity, device)
         compiled = self.masses.kernels is not None
         self._method = draws.resolve_method(method, draw, capacity, device, compiled=compiled)
         self._largest = ExtremumTree(self._raw, layout, "max")
         self._smallest: ExtremumTree | None = None
         self.weight_normalization = weight_normalization
         self.ever_max = torch.zeros((), device=device)
-        self.replayed = zeros((capacity,), torch.bool, device)
+        self.replayed = zeros((layout.capacity,), torch.bool, device)
         self.refused = torch.zeros((), dtype=torch.int64, device=device)
         self._points = torch.empty(0, dtype=torch.float64, device=device)
 
@@ -88,12 +90,12 @@ class PriorityTable:
     @property
     def capacity(self) -> int:
         """Number of slots."""
-        return self.masses.capacity
+        return self.masses.layout.capacity
 
     @property
     def raw(self) -> Tensor:
-        """Raw priorities of all slots, float32 [capacity]."""
-        return self._raw[: self.capacity]
+        """Raw priorities of all slots, float32 [capacity], a view."""
+        return self.masses.slots(self._raw)
 
     @property
     def alpha(self) -> float:
@@ -417,7 +419,8 @@ class PriorityTable:
             sort_interval=self.sort_interval,
         )
         table.fill(self.raw[:capacity].to(device))
-        table.replayed[: self.capacity] = self.replayed[:capacity].to(device)
+        kept = min(capacity, self.capacity)
+        table.replayed[:kept] = self.replayed[:kept].to(device)
         table.ever_max.copy_(self.ever_max)
         table.refused.copy_(self.refused)
         return table
@@ -428,7 +431,7 @@ class PriorityTable:
         All count as new: none has been replayed.
         """
         self._raw.zero_()
-        self._raw[: len(priority)] = priority
+        self.raw[..., : priority.shape[-1]] = priority
         self.replayed.zero_()
         self._largest.refresh_all()
         if self.ranks is not None:
@@ -454,6 +457,11 @@ class PriorityTable:
         """Take over a `rank_state`, after `fill`; without one, the ranks are exact."""
         if self.ranks is not None and state is not None:
             self._refill(self.ranks.load(state))
+
+    def restore(self, priority: Tensor, ever_max: Tensor) -> None:
+        """`fill`, and take over the largest priority that there ever was, 0-dim."""
+        self.fill(priority)
+        self.ever_max.copy_(ever_max)
 
     def _refill(self, mass: Tensor | None = None) -> None:
         """All masses anew, these [capacity] or those that follow from the priorities."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from per_td import validation
 
-__all__ = ["gather", "likes", "plain", "scatter", "steps"]
+__all__ = ["gather", "gather_each", "likes", "plain", "scatter", "scatter_at", "steps"]
 
 
 def _addresses(tensors: Iterable[Tensor]) -> "array[int]":
@@ -42,10 +42,10 @@ def steps(columns: Iterable[Tensor]) -> Tensor:
     return torch.tensor(sizes, dtype=torch.int64, device="cpu").reshape(-1, 2)
 
 
-def likes(columns: Iterable[Tensor], n: int) -> list[Tensor]:
-    """Tensors like n rows of each column: `empty_like` takes half as long as `empty`."""
+def likes(columns: Iterable[Tensor], *n: int) -> list[Tensor]:
+    """Tensors like n (or [S, B]) rows of each column: `empty_like` is twice as fast as `empty`."""
     return [
-        torch.empty(n, *column.shape[1:], dtype=column.dtype, device=column.device)
+        torch.empty(*n, *column.shape[1:], dtype=column.dtype, device=column.device)
         for column in columns
     ]
 
@@ -124,3 +124,57 @@ def gather(
         0 if generation is None else generation.data_ptr(),
     )
     return out
+
+
+def scatter_at(
+    kernel: ModuleType,
+    columns: Iterable[Tensor],
+    sizes: Tensor,
+    new: Sequence[Tensor],
+    row: Tensor,
+) -> None:
+    """Copy rows to the rows `row`, int64 [n]; the other arguments are those of `scatter`.
+
+    The kernels are those for many buffers, here and in `gather_each`.
+    """
+    first, source = _addresses(columns), _addresses(new)
+    kernel.scatter(
+        first.buffer_info()[0],
+        sizes.data_ptr(),
+        len(new),
+        row.data_ptr(),
+        len(row),
+        source.buffer_info()[0],
+    )
+
+
+def gather_each(
+    kernel: ModuleType,
+    columns: Iterable[Tensor],
+    sizes: Tensor,
+    like: Sequence[Tensor],
+    index: Tensor,
+    *,
+    written: Tensor,
+    capacity: int,
+) -> tuple[list[Tensor], Tensor]:
+    """`gather` from S rings, one after the other: `index` [S, B], `written` int64 [S].
+
+    Returns:
+        Contiguous tensors [S, B, ...], and generations, int64 [S, B].
+    """
+    out = list(map(torch.empty_like, like))
+    generation = torch.empty_like(index)
+    first, to = _addresses(columns), _addresses(out)
+    kernel.gather(
+        first.buffer_info()[0],
+        sizes.data_ptr(),
+        len(out),
+        index.data_ptr(),
+        *index.shape,
+        capacity,
+        to.buffer_info()[0],
+        written.data_ptr(),
+        generation.data_ptr(),
+    )
+    return out, generation

@@ -32,7 +32,7 @@ class RingStorage:
     """
 
     def __init__(self, capacity: int, device: torch.device, layout: str = "auto") -> None:
-        self.capacity = capacity
+        self.capacity = self._rows = capacity
         self.device = device
         self.layout = validation.one_of("layout", layout, layouts.LAYOUTS)
         self._compiled = kernels.wanted(device)
@@ -81,10 +81,9 @@ class RingStorage:
         """How many transitions were ever written."""
         return self._written
 
-    @write_count.setter
-    def write_count(self, value: int) -> None:
-        self._written = value
-        self._write_count.fill_(value)
+    def _count(self, written: int) -> None:
+        self._written = written
+        self._write_count.fill_(written)
 
     @property
     def written(self) -> Tensor | int:
@@ -118,10 +117,10 @@ class RingStorage:
         self._bytes = sum(field.bytes for field in fields)
         self.layout = layouts.resolve_layout(self.layout, fields, compiled=self._compiled)
         if self.layout == "records":
-            self._block = layouts.block_of(fields, self.capacity, self.device)
+            self._block = layouts.block_of(fields, self._rows, self.device)
             self._columns = self._views(self._block)
         else:
-            columns = layouts.columns_of(fields, self.capacity, self.device)
+            columns = layouts.columns_of(fields, self._rows, self.device)
             self._columns = dict(zip(leaves, columns, strict=True))
         self._sizes = rows.steps(self._columns.values())
 
@@ -165,7 +164,7 @@ class RingStorage:
                 start=start,
                 n=kept,
             )
-        self.write_count = self._written + n
+        self._count(self._written + n)
         return start, kept
 
     def _copy(self, new: list[Tensor], start: int, n: int) -> None:
@@ -176,6 +175,14 @@ class RingStorage:
             column[start : start + head] = new_rows[:head]
             if head < n:
                 column[: n - head] = new_rows[head:]
+
+    def restore(self, leaves: Leaves, written: Any) -> None:
+        """Take over what `filled` gave, which may be nothing, and how much was ever written."""
+        if leaves:
+            self.check_leaves(leaves)
+            self._count(0)
+            self.write(leaves)
+        self._count(written)
 
     def filled(self) -> Leaves:
         """The filled part of every column, views [len, ...]."""

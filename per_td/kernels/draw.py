@@ -14,7 +14,7 @@ from per_td.kernels.memory import doubles, flags, floats, integers, prefetch, ta
 from per_td.kernels.power import power
 from per_td.kernels.vector import count_f32, count_f64
 
-__all__ = ["find", "sample"]
+__all__ = ["descend", "find", "sample"]
 
 
 @njit
@@ -38,10 +38,17 @@ def _search(children: Any, target: float) -> tuple[int, float]:
 
 
 @njit(inline="always", error_model="numpy")
-def _walk(
-    leaves: int, sums: int, levels: Any, target: Any, index: Any, mass: Any, beside: int
+def descend(
+    leaves: int,
+    sums: int,
+    levels: Any,
+    top: int,
+    target: Any,
+    index: Any,
+    mass: Any,
+    beside: int,
 ) -> None:
-    """From the root to the leaves, all points together on each level.
+    """From the nodes `index` of the level `top` to the leaves, all points together on each level.
 
     While the next group of children of one point is on its way from memory, others are served.
     Where rounding leads the quick count past the end, or to a mass of 0, the slow search decides;
@@ -49,8 +56,7 @@ def _walk(
     will be wanted too, or 0.
     """
     n = target.shape[0]
-    index[:] = 0
-    for level in range(levels.shape[1] - 2, -1, -1):
+    for level in range(top - 1, -1, -1):
         here = sums + 8 * levels[0, level]
         below = leaves if level == 0 else sums + 8 * levels[0, level - 1]
         group = 64 if level == 0 else 128  # bytes of 16 children
@@ -82,6 +88,15 @@ def _walk(
             step, _ = _search(floats(place, 16), target[i])
         index[i] = 16 * index[i] + step
         mass[i] = floats(place, 16)[step]
+
+
+@njit(inline="always", error_model="numpy")
+def _walk(
+    leaves: int, sums: int, levels: Any, target: Any, index: Any, mass: Any, beside: int
+) -> None:
+    """From the root to the leaves, as `descend`."""
+    index[:] = 0
+    descend(leaves, sums, levels, levels.shape[1] - 1, target, index, mass, beside)
 
 
 @njit(

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from per_td.tree.layout import FANOUT
 
-__all__ = ["draw_distinct", "find", "keep_last", "refresh", "refresh_all", "sum_children"]
+__all__ = [
+    "draw_distinct",
+    "draw_distinct_each",
+    "find",
+    "find_each",
+    "keep_last",
+    "refresh",
+    "refresh_all",
+    "sum_children",
+]
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -71,18 +80,21 @@ def _child_at(prefix: Tensor, target: Tensor) -> Tensor:
     return (prefix <= inside.unsqueeze(-1)).sum(-1).remainder_(FANOUT)
 
 
-def find(leaves: Tensor, levels: list[Tensor], target: Tensor) -> Tensor:
+def find(
+    leaves: Tensor, levels: list[Tensor], target: Tensor, node: Tensor | None = None
+) -> Tensor:
     """Walk down the sum tree to the leaves in which the cumulative masses reach `target`.
 
     Args:
         leaves: masses, float32 [leaf_slots].
         levels: their sums, float64, from the leaves up.
-        target: points in [0, total), float64 [B].
+        target: points in [0, mass of the node to start from), float64 [B].
+        node: where to start, nodes of the last of the levels, int64 [B]; None: at the root.
 
     Returns:
         Leaves, int64 [B].
     """
-    node = torch.zeros_like(target, dtype=torch.int64)
+    node = torch.zeros_like(target, dtype=torch.int64) if node is None else node
     for children in (*reversed(levels[:-1]), leaves):
         prefix = children.view(-1, FANOUT).index_select(0, node).cumsum(-1, dtype=torch.float64)
         step = _child_at(prefix, target).unsqueeze(-1)
@@ -90,6 +102,30 @@ def find(leaves: Tensor, levels: list[Tensor], target: Tensor) -> Tensor:
         target = target - before
         node = node * FANOUT + step.squeeze(-1)
     return node
+
+
+def _exponential(like: Tensor, shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    """Times ~ Exp(1), float64, on the device of `like`."""
+    out = torch.empty(shape, dtype=torch.float64, device=like.device)
+    return out.exponential_(generator=generator)
+
+
+def _arrivals(
+    children: Tensor, node: Tensor, arrival: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """When the 16 children of each `node` [n] arrive, the first of them at `arrival` [n]: [n, 16].
+
+    See `draw_distinct`.
+    """
+    groups = children.view(-1, FANOUT)
+    node = node.clamp(max=len(groups) - 1)  # nodes that never arrive may lie in the padding
+    mass = groups.index_select(0, node).double()
+    prefix = mass.cumsum(-1)
+    point = torch.rand(node.shape, dtype=torch.float64, device=node.device, generator=generator)
+    first = _child_at(prefix, point * prefix[:, -1]).unsqueeze(-1)
+    later = _exponential(node, (len(node), FANOUT), generator) / mass
+    arrivals = (arrival.unsqueeze(-1) + later).scatter_(1, first, arrival.unsqueeze(-1))
+    return arrivals.masked_fill_(mass <= 0, torch.inf)
 
 
 def draw_distinct(
@@ -114,25 +150,60 @@ def draw_distinct(
         Leaves int64 [n] in the order drawn, and their arrival times float64 [n]: infinite where
         fewer than n leaves have a positive mass.
     """
-
-    def exponential(shape: tuple[int, ...]) -> Tensor:
-        out = torch.empty(shape, dtype=torch.float64, device=leaves.device)
-        return out.exponential_(generator=generator)
-
     node = torch.zeros(1, dtype=torch.int64, device=leaves.device)
-    arrival = exponential((1,)) / levels[-1]
+    arrival = _exponential(node, (1,), generator) / levels[-1]
     for children in (*reversed(levels[:-1]), leaves):
-        groups = children.view(-1, FANOUT)
-        node = node.clamp(max=len(groups) - 1)  # nodes that never arrive may lie in the padding
-        mass = groups.index_select(0, node).double()
-        prefix = mass.cumsum(-1)
-        point = torch.rand(
-            node.shape, dtype=torch.float64, device=leaves.device, generator=generator
-        )
-        first = _child_at(prefix, point * prefix[:, -1]).unsqueeze(-1)
-        later = exponential((len(node), FANOUT)) / mass
-        arrivals = (arrival.unsqueeze(-1) + later).scatter_(1, first, arrival.unsqueeze(-1))
-        arrivals = arrivals.masked_fill_(mass <= 0, torch.inf).flatten()
+        arrivals = _arrivals(children, node, arrival, generator).flatten()
         arrival, best = arrivals.topk(min(n, arrivals.numel()), largest=False, sorted=True)
         node = node[best // FANOUT] * FANOUT + best % FANOUT
     return node, arrival
+
+
+def find_each(leaves: Tensor, levels: list[Tensor], tops: Tensor, target: Tensor) -> Tensor:
+    """`find` in S trees that lie side by side.
+
+    Args:
+        leaves: masses, float32 [leaf_slots].
+        levels: their sums, float64, from the leaves up to the level of `tops`.
+        tops: the highest nodes of each tree, a view of the last level, [S, c].
+        target: points in [0, total of their tree), float64 [S, B].
+
+    Returns:
+        Leaves, int64 [S, B].
+    """
+    width = tops.shape[1]
+    prefix = tops.cumsum(-1)
+    inside = torch.minimum(target, torch.nextafter(prefix[:, -1:], torch.zeros_like(target)))
+    step = torch.searchsorted(prefix, inside, right=True).remainder_(width)  # as in `_child_at`
+    before = torch.nn.functional.pad(prefix, (1, 0)).gather(-1, step)
+    node = step + _starts(tops)
+    return find(leaves, levels, (target - before).flatten(), node.flatten()).view(target.shape)
+
+
+def draw_distinct_each(
+    leaves: Tensor,
+    levels: list[Tensor],
+    tops: Tensor,
+    n: int,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """`draw_distinct` in S trees that lie side by side, see `find_each`: [S, n] both.
+
+    `n` is at most the number of leaves of a tree.
+    """
+    arrivals = _exponential(tops, (len(tops), tops.shape[1]), generator) / tops
+    arrivals = arrivals.masked_fill_(tops <= 0, torch.inf)
+    arrival, best = arrivals.topk(min(n, tops.shape[1]), largest=False, sorted=True)
+    node = best + _starts(tops)
+    for children in (*reversed(levels[:-1]), leaves):
+        arrivals = _arrivals(children, node.flatten(), arrival.flatten(), generator)
+        arrivals = arrivals.view(len(tops), -1)
+        arrival, best = arrivals.topk(min(n, arrivals.shape[1]), largest=False, sorted=True)
+        node = node.gather(1, best // FANOUT) * FANOUT + best % FANOUT
+    return node, arrival
+
+
+def _starts(tops: Tensor) -> Tensor:
+    """The first of the highest nodes of each tree, int64 [S, 1]."""
+    count, width = tops.shape
+    return torch.arange(0, count * width, width, device=tops.device).unsqueeze(-1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from per_td import draws, kernels, validation
-from per_td.errors import EmptyBufferError
+from per_td.errors import ConfigurationError, EmptyBufferError
 from per_td.memory import zeros
 from per_td.tree import reference
 from per_td.tree.layout import Layout
@@ -24,9 +24,11 @@ class SumTree:
     Args:
         capacity: number of slots, at least 1.
         device: where the tree lives; None is torch's default device.
+        num_trees: S makes S trees of `capacity` slots each, in one set of tensors: everything
+            gets a leading dimension [S], see `SumForest`. None: one tree.
 
     Raises:
-        ConfigurationError: `capacity` is not a positive integer.
+        ConfigurationError: `capacity` or `num_trees` is not a positive integer.
 
     Example:
         >>> tree = SumTree(5)
@@ -37,7 +39,25 @@ class SumTree:
         True
     """
 
-    def __init__(self, capacity: int, device: torch.device | str | int | None = None) -> None:
+    def __new__(cls, *args: Any, num_trees: int | None = None, **settings: Any) -> "SumTree":
+        """A `SumForest` where `num_trees` says how many."""
+        if num_trees is not None and cls is SumTree:
+            from per_td.tree.forest import SumForest  # which is made from this class
+
+            return super().__new__(SumForest)
+        return super().__new__(cls)
+
+    def __init__(
+        self,
+        capacity: int,
+        device: torch.device | str | int | None = None,
+        *,
+        num_trees: int | None = None,
+    ) -> None:
+        if num_trees is not None:
+            raise ConfigurationError(
+                f"num_trees: expected None, got {num_trees!r}: {type(self).__name__} is one tree"
+            )
         self.layout = Layout.of(validation.positive_int("capacity", capacity))
         self.device = validation.resolve_device(device)
         self.leaves = zeros((self.layout.leaf_slots,), torch.float32, self.device)
@@ -88,7 +108,11 @@ class SumTree:
 
     def __getitem__(self, index: Any) -> Tensor:
         """Masses of the slots `index` (int, slice or integer tensor), float32."""
-        return self.leaves[: self.capacity][index]
+        return self.slots(self.leaves)[index]
+
+    def slots(self, leaves: Tensor) -> Tensor:
+        """Of a column over all leaves, [leaf_slots], those that are slots: a view [capacity]."""
+        return leaves[: self.capacity]
 
     def update(self, index: Any, value: Any) -> None:
         """Set the masses of some slots; where an index occurs twice, its last value holds.
@@ -140,7 +164,7 @@ class SumTree:
 
     def fill(self, value: Tensor) -> None:
         """Set the masses of all slots at once, in O(N); float32 [capacity]."""
-        self.leaves[: self.capacity] = value
+        self.slots(self.leaves).copy_(value)
         kernel = self.kernels
         if kernel is not None:
             kernel.rebuild(*self.memory)
