@@ -112,7 +112,7 @@ def true_values(n: int) -> np.ndarray:
     return values
 
 
-@njit
+@njit(cache=True)
 def td_error(theta: np.ndarray, feature: float, pair: int) -> float:
     """Before a step: reward + gamma max_a Q(s', a) - Q(s, a), gamma = 1 - 1/n.
 
@@ -128,7 +128,7 @@ def td_error(theta: np.ndarray, feature: float, pair: int) -> float:
     return target - theta[state, action] - feature * theta[n, action]
 
 
-@njit
+@njit(cache=True)
 def update(
     theta: np.ndarray,
     feature: float,
@@ -158,7 +158,7 @@ def update(
     return ((theta[:n] + feature * theta[n] - true) ** 2).mean()
 
 
-@njit
+@njit(cache=True)
 def best_pair(theta: np.ndarray, feature: float, true: np.ndarray) -> int:
     """The transition after which the error is least: copies of one pair are all the same."""
     pair, delta = np.zeros(1, np.int64), np.empty(1)
@@ -170,7 +170,7 @@ def best_pair(theta: np.ndarray, feature: float, true: np.ndarray) -> int:
     return best
 
 
-@njit
+@njit(cache=True)
 def follow(theta: np.ndarray, feature: float, true: np.ndarray, pairs: np.ndarray) -> int:
     """Learn from `pairs`, [steps, B], -1 asking the oracle; updates until done, or -1 if not."""
     weights, delta = np.ones(pairs.shape[1]), np.empty(pairs.shape[1])
@@ -182,7 +182,7 @@ def follow(theta: np.ndarray, feature: float, true: np.ndarray, pairs: np.ndarra
     return -1
 
 
-@njit
+@njit(cache=True)
 def follow_largest(
     theta: np.ndarray, feature: float, true: np.ndarray, memory: np.ndarray, limit: int
 ) -> int:
