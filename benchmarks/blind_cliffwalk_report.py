@@ -10,17 +10,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = [
-    "Count",
-    "Record",
-    "ablation_tables",
-    "finite",
-    "interval",
-    "median",
-    "plot",
-    "publish",
-    "study_tables",
-]
+__all__ = ["Count", "Record", "finite", "median", "page_block", "plot", "publish"]
 
 BOOTSTRAP = 10_000  # resamples for an interval
 PAGES = {"study": "docs/blind_cliffwalk.md", "ablation": "docs/settings.md"}
@@ -111,6 +101,16 @@ def ablation_tables(records: list[Record]) -> list[str]:
             uniform = found["uniform", "uniform", batch, n]
             rows[-1] += [count_cell(record), ratio_cell(record, uniform)] if record else ["", ""]
     return [table(rows)]
+
+
+def page_block(name: str, results: Record) -> str:
+    """Where the figures of a study or an ablation come from, and its tables."""
+    runs = results["runs"]
+    minutes = sum(run["seconds"] for run in runs) / 60
+    origin = {f"{run['machine']['cpu']}, torch {run['versions']['torch']}" for run in runs}
+    made = f"Made in {minutes:.0f} minutes on one core ({'; '.join(sorted(origin))})."
+    parts = study_tables if name == "study" else ablation_tables
+    return "\n\n".join([made, *parts(results["records"])])
 
 
 def publish(name: str, text: str) -> None:

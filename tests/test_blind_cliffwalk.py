@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from benchmarks import blind_cliffwalk as cliffwalk
+from benchmarks import blind_cliffwalk_agents as agents
 from benchmarks import blind_cliffwalk_report as report
 
 ROOT = Path(__file__).parents[1]
 REPRESENTATIONS = ("tabular", "linear")
-ALWAYS_ARRIVE = [name for name in cliffwalk.AGENTS if name not in ("oracle", "rank-based")]
-needs_rank = pytest.mark.skipif(not cliffwalk.RANK_EXISTS, reason="no rank-based replay yet")
+ALWAYS_ARRIVE = [name for name in agents.AGENTS if name not in ("oracle", "rank-based")]
+needs_rank = pytest.mark.skipif(not agents.RANK_EXISTS, reason="no rank-based replay yet")
 WITH_RANK = [*ALWAYS_ARRIVE, pytest.param("rank-based", marks=needs_rank)]
 
 
@@ -44,7 +45,7 @@ def naive_update(n, theta, feature, pairs, weights):
         state, action = divmod(pair, 2)
         new[state][action] += 0.25 * weight * error / len(pairs)
         new[n][action] += 0.25 * weight * error / len(pairs) * feature
-    true = cliffwalk.true_values(n)
+    true = agents.true_values(n)
     errors = [
         (value(new, feature, state, action) - true[state, action]) ** 2
         for state in range(n)
@@ -54,11 +55,11 @@ def naive_update(n, theta, feature, pairs, weights):
 
 
 def problem(n, representation="tabular", seed=0):
-    return cliffwalk.Problem.of(n, representation, np.random.default_rng(seed))
+    return agents.Problem.of(n, representation, np.random.default_rng(seed))
 
 
 def median_updates(name, n, seeds, limit=20_000, representation="tabular"):
-    agent = cliffwalk.AGENTS[name]
+    agent = agents.AGENTS[name]
     record = cliffwalk.measure(agent, n, seeds, limit, representation=representation, agent=name)
     return report.median(record["updates"])
 
@@ -86,7 +87,7 @@ def test_memory_comes_in_an_order_that_the_seed_decides():
 
 @pytest.mark.parametrize("n", [2, 3, 7, 16])
 def test_true_values_solve_the_bellman_equation(n):
-    true = cliffwalk.true_values(n)
+    true = agents.true_values(n)
     for state, action in itertools.product(range(n), (0, 1)):
         reward, following = outcome(n, state, action)
         target = reward + (0.0 if following is None else (1 - 1 / n) * true[following].max())
@@ -97,14 +98,14 @@ def test_true_values_solve_the_bellman_equation(n):
 def test_update_is_that_of_the_naive_loops(feature):
     rng = np.random.default_rng(3)
     for n in (2, 3, 8):
-        true, delta = cliffwalk.true_values(n), np.empty(5)
+        true, delta = agents.true_values(n), np.empty(5)
         theta, pairs = rng.normal(size=(n + 1, 2)), rng.integers(2 * n, size=5)
         pairs[1] = pairs[0]
         weights = rng.random(5)
         new, errors, mse = naive_update(
             n, theta.tolist(), feature, pairs.tolist(), weights.tolist()
         )
-        found = cliffwalk.update(theta, feature, true, pairs, weights, delta)
+        found = agents.update(theta, feature, true, pairs, weights, delta)
         np.testing.assert_allclose(theta, new, rtol=1e-12)
         np.testing.assert_allclose(delta, errors, rtol=1e-12)
         assert found == pytest.approx(mse, rel=1e-12)
@@ -116,7 +117,7 @@ def test_oracle_picks_what_lowers_the_error_most(representation):
         one = problem(5, representation, seed)
         theta, feature = one.theta.tolist(), one.feature
         errors = [naive_update(5, theta, feature, [pair], [1.0])[2] for pair in range(10)]
-        assert cliffwalk.best_pair(one.theta, feature, one.true) == np.argmin(errors)
+        assert agents.best_pair(one.theta, feature, one.true) == np.argmin(errors)
 
 
 @pytest.mark.parametrize("representation", REPRESENTATIONS)
@@ -129,7 +130,7 @@ def test_greedy_agent_follows_the_largest_td_error_last_seen(representation):
         theta, delta, mse = naive_update(5, theta, one.feature, [int(one.memory[slot])], [1.0])
         stored[slot] = abs(delta[0])
         updates += 1
-    assert cliffwalk.greedy(one, np.random.default_rng(0), 5000) == updates
+    assert agents.greedy(one, np.random.default_rng(0), 5000) == updates
 
 
 @pytest.mark.parametrize("representation", REPRESENTATIONS)
@@ -158,24 +159,24 @@ def test_rank_based_replay_beats_uniform_replay_at_eight_states():
 
 
 def test_alpha_zero_is_no_faster_than_uniform_replay():
-    agent = partial(cliffwalk.prioritized, alpha=0.0)
+    agent = partial(agents.prioritized, alpha=0.0)
     flat = cliffwalk.measure(agent, 6, 11, 20_000, agent="alpha 0")["updates"]
     assert 0.6 < report.median(flat) / median_updates("uniform", 6, 11) < 1.6
 
 
 def test_limit_is_kept_and_hopeless_settings_are_given_up():
-    record = cliffwalk.measure(cliffwalk.prioritized, 8, 11, 100, agent="proportional")
+    record = cliffwalk.measure(agents.prioritized, 8, 11, 100, agent="proportional")
     assert record["updates"] == [None] * cliffwalk.GIVE_UP_AFTER
     assert report.count_cell(record) == "not by 100, 0 of 3 seeds done"
     for name in ("uniform", "greedy TD error"):
-        assert cliffwalk.AGENTS[name](problem(8), np.random.default_rng(0), 100) is None
+        assert agents.AGENTS[name](problem(8), np.random.default_rng(0), 100) is None
 
 
 def test_diverging_weights_count_as_not_converged():
     rng = np.random.default_rng(0)
     one = problem(4)
     one.theta[:] = 1e8
-    assert cliffwalk.prioritized(one, rng, 10_000) is None
+    assert agents.prioritized(one, rng, 10_000) is None
 
 
 def test_intervals_and_ratios_are_those_of_known_samples():
@@ -194,10 +195,11 @@ def test_new_records_replace_those_of_the_same_kind_in_the_file(tmp_path):
     path = tmp_path / "results.json"
     old = {"agent": "uniform", "n": 2, "representation": "tabular", "updates": [1]}
     other = old | {"n": 4}
-    cliffwalk.merge(path, "study", {"about": {}, "records": [old, other]})
-    cliffwalk.merge(path, "study", {"about": {}, "records": [old | {"updates": [9]}]})
-    kept = json.loads(path.read_text())["study"]["records"]
-    assert [(r["n"], r["updates"]) for r in kept] == [(2, [9]), (4, [1])]
+    for arguments, records in ((1, [old, other]), (2, [old | {"updates": [9]}]), (2, [])):
+        cliffwalk.merge(path, "study", {"runs": [{"args": arguments}], "records": records})
+    kept = json.loads(path.read_text())["study"]
+    assert [(r["n"], r["updates"]) for r in kept["records"]] == [(2, [9]), (4, [1])]
+    assert [run["args"] for run in kept["runs"]] == [1, 2]
 
 
 def test_page_is_filled_between_its_marks_and_refused_without(tmp_path, monkeypatch):
@@ -221,9 +223,8 @@ def test_quick_run_prints_a_row_for_each_n_or_setting(extra, capsys):
 
 
 def test_picture_is_drawn(tmp_path):
-    agents = cliffwalk.AGENTS
     records = [
-        cliffwalk.measure(agents[name], n, 2, 5000, representation=kind, agent=name)
+        cliffwalk.measure(agents.AGENTS[name], n, 2, 5000, representation=kind, agent=name)
         for name, n, kind in itertools.product(("uniform", "proportional"), (2, 4), REPRESENTATIONS)
     ]
     report.plot(records, tmp_path / "picture.png")
