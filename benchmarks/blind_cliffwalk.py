@@ -43,7 +43,7 @@ from benchmarks.blind_cliffwalk_report import (
 from benchmarks.machine import machine, versions
 
 GIVE_UP_AFTER = 3  # seeds that all failed: the others are not tried
-ORACLE_CAP = 1.0  # `Args.cap` of the oracle, which either is fast or does not arrive
+ORACLE_LIMIT = 100_000  # updates of the oracles, which either are fast or do not arrive
 
 
 def option(default: Any, text: str) -> Any:
@@ -131,12 +131,12 @@ def study(args: Args) -> Iterator[Record]:
             for name in chosen:
                 if name == "uniform" or (name == "rank-based" and not RANK_EXISTS):
                     continue
-                cap = ORACLE_CAP if "oracle" in name else args.cap
+                limit = int(args.cap * median(uniform["updates"]))
                 yield measure(
                     AGENTS[name],
                     n,
                     args.seeds,
-                    int(cap * median(uniform["updates"])),
+                    min(limit, ORACLE_LIMIT) if "oracle" in name else limit,
                     representation=representation,
                     agent=name,
                 )
