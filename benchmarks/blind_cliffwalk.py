@@ -7,7 +7,7 @@ differ only in which transition they learn from next; proportional and rank-base
 `per_td.PrioritizedReplayBuffer`. docs/blind_cliffwalk.md says what came out.
 
     python -m benchmarks.blind_cliffwalk --publish
-    python -m benchmarks.blind_cliffwalk --ablation --max-states 10
+    python -m benchmarks.blind_cliffwalk --ablation --max-states 8 --publish
     python -m benchmarks.blind_cliffwalk --ablation --seeds 7 --cap 0.3 --publish
 """
 

@@ -58,8 +58,11 @@ def count_cell(record: Record) -> str:
 def ratio_cell(record: Record, uniform: Record) -> str:
     """How many times fewer updates than the uniform agent, with interval."""
     ratio = median(uniform["updates"]) / median(record["updates"])
-    low, high = interval(record["updates"], uniform["updates"])
-    return f"{ratio:.3g} ({low:.3g} to {high:.3g})" if ratio else ""
+    if not ratio:
+        return ""
+    ends = interval(record["updates"], uniform["updates"])
+    middle, low, high = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in (ratio, *ends))
+    return f"{middle} ({low} to {high})"
 
 
 def table(rows: list[list[Any]]) -> str:
