@@ -55,7 +55,7 @@ def curves(variants: dict[str, Variant], records: dict[str, dict[str, Record]], 
         if grid[0, 1].lines:
             grid[0, 1].legend()
         figure.tight_layout()
-        figure.savefig(file, dpi=90)
+        figure.savefig(file, dpi=90, bbox_inches="tight")
         plt.close(figure)
     return True
 
@@ -83,6 +83,6 @@ def forest(rows: dict[str, list[Row]], file: Path) -> bool:
         axes.axvline(0.5, color="black", lw=0.8)
         axes.set(xlim=(0, 1), xlabel="P(better than uniform), 95% interval (* not all runs)")
         figure.tight_layout()
-        figure.savefig(file, dpi=90)
+        figure.savefig(file, dpi=90, bbox_inches="tight")
         plt.close(figure)
     return True
