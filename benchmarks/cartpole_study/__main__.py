@@ -1,0 +1,97 @@
+"""Run the study, then make tables and plots of it: see docs/cartpole_study.md."""
+
+import argparse
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.cartpole_study import report, results
+from benchmarks.cartpole_study.settings import VARIANTS, Variant, quick
+from benchmarks.cartpole_study.training import train
+from benchmarks.machine import machine, versions
+
+OUT = Path(__file__).parents[1] / "results" / "cartpole_study"
+QUICK_OUT = Path("runs/cartpole_study")
+QUICK_SEEDS = 10
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cartpole_study", description=__doc__
+    )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, help="runs of each agent; 100, with --quick 10")
+    parser.add_argument("--seed", type=int, default=0, help="another one gives fresh runs")
+    parser.add_argument("--max-steps", type=int, help="end every variant there at the latest")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
+    parser.add_argument("--out", type=Path, help=f"folder of the files; {QUICK_OUT} with --quick")
+    parser.add_argument("--quick", action="store_true", help="short runs: see that it works")
+    parser.add_argument(
+        "--report", action="store_true", help="only tables and plots, from the files that exist"
+    )
+    parser.add_argument("--page", type=Path, help="fill the marked block of this page")
+    args = parser.parse_args(argv)
+    args.out = args.out or (QUICK_OUT if args.quick else OUT)
+    return args
+
+
+def variants(args: argparse.Namespace) -> dict[str, Variant]:
+    """Those asked for, as short as asked for."""
+    found = {}
+    for name in args.variants:
+        variant = quick(VARIANTS[name]) if args.quick else VARIANTS[name]
+        if args.max_steps:
+            steps = min(variant.settings.steps, args.max_steps)
+            variant = replace(variant, settings=replace(variant.settings, steps=steps))
+        found[name] = variant
+    return found
+
+
+def work(name: str, agent: str, variant: Variant, runs: int, seed: int, out: Path) -> str:
+    """Train one agent of a variant, unless its file is there already; a line about it."""
+    torch.set_num_threads(1)
+    file = results.path(out, name, agent)
+    about = results.describe(variant.settings, variant.agents[agent], runs=runs, seed=seed)
+    if file.exists():
+        found = results.load(file).about
+        if {key: found.get(key) for key in about} == about:
+            return f"{file.name}: there already"
+    start = time.perf_counter()
+    outcome = train(
+        variant.settings, variant.agents[agent], runs=runs, seed=seed, name=f"{name}/{agent}"
+    )
+    seconds = time.perf_counter() - start
+    about |= {"machine": machine(), "versions": versions(), "seconds": round(seconds, 1)}
+    results.save(file, outcome, about)
+    return f"{file.name}: {seconds:.0f} s, {outcome.milliseconds:.2f} ms per step"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is not there yet, then report."""
+    args = parse(argv)
+    chosen = variants(args)
+    if not args.report:
+        runs = args.seeds or (QUICK_SEEDS if args.quick else 100)
+        tasks = [
+            (name, agent, variant, runs, args.seed, args.out)
+            for name, variant in chosen.items()
+            for agent in variant.agents
+        ]
+        if args.jobs > 1:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
+                for line in pool.map(work, *zip(*tasks, strict=True)):
+                    print(line, flush=True)
+        else:
+            for task in tasks:
+                print(work(*task), flush=True)
+    print(report.make(chosen, args.out, args.page))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,392 @@
+import copy
+import inspect
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+from torch import nn
+
+pytest.importorskip("gymnasium")
+pytest.importorskip("matplotlib")
+
+import gymnasium
+
+from benchmarks.cartpole_study import __main__ as study
+from benchmarks.cartpole_study import report, training
+from benchmarks.cartpole_study.comparisons import Row
+from benchmarks.cartpole_study.learner import Learners
+from benchmarks.cartpole_study.results import Record, at_episodes, at_steps, curve_points, load
+from benchmarks.cartpole_study.settings import UNIFORM, VARIANTS, Replay, Settings, Variant
+from benchmarks.cartpole_study.tasks import MountainCars
+from per_td import PrioritizedReplayBuffer
+
+SMALL = Settings(
+    steps=120, hidden=(8, 6), batch_size=8, capacity=50, learning_starts=20, evaluate_every=60,
+    evaluation_episodes=2,
+)  # fmt: skip
+HAS_MANY = "num_buffers" in inspect.signature(PrioritizedReplayBuffer).parameters
+
+
+class SeparateBuffers:
+    """One ordinary buffer per run: what a buffer for many runs must be like."""
+
+    def __init__(self, settings, replay, runs, generator):
+        self.buffers = [
+            PrioritizedReplayBuffer(
+                settings.capacity,
+                settings.batch_size,
+                alpha=replay.alpha,
+                beta=replay.beta,
+                beta_increment=replay.beta_increment,
+                eps=replay.eps,
+                generator=generator,
+            )
+            for _ in range(runs)
+        ]
+
+    def __len__(self):
+        return min(map(len, self.buffers))
+
+    def extend(self, rows, mask):
+        for buffer, row, stored in zip(self.buffers, rows, mask, strict=True):
+            if stored:
+                buffer.extend(row)
+
+    def sample(self, batch_size):
+        return torch.stack([buffer.sample(batch_size) for buffer in self.buffers])
+
+    def update_priority(self, index, td_error, generation):
+        for values in zip(self.buffers, index, td_error, generation, strict=True):
+            values[0].update_priority(*values[1:])
+
+    def increase_beta(self):
+        for buffer in self.buffers:
+            buffer.increase_beta()
+
+
+@pytest.fixture(
+    params=[
+        "separate",
+        pytest.param("many", marks=pytest.mark.skipif(not HAS_MANY, reason="no num_buffers yet")),
+    ]
+)
+def buffers(request, monkeypatch):
+    if request.param == "separate":
+        monkeypatch.setattr(training, "make_buffer", SeparateBuffers)
+
+
+# --------------------------------------------------------------------------- the learner
+
+
+def modules(learners):
+    """Each run's network as a torch.nn module, and its target."""
+    found = []
+    for run in range(learners.runs):
+        layers = []
+        for weight, bias in learners.layers:
+            linear = nn.Linear(weight.shape[2], weight.shape[1])
+            linear.weight.data.copy_(weight[run])
+            linear.bias.data.copy_(bias[run, 0])
+            layers += [linear, nn.ReLU()]
+        network = nn.Sequential(*layers[:-1])
+        found.append((network, copy.deepcopy(network)))
+    return found
+
+
+def naive_step(network, target, optimizer, batch, gamma):
+    """One DQN step as everybody writes it."""
+    state, action, reward, following, terminated, weight = batch
+    with torch.no_grad():
+        wanted = reward + gamma * (~terminated) * target(following).max(1).values
+    value = network(state).gather(1, action[:, None])[:, 0]
+    loss = (weight * nn.functional.smooth_l1_loss(value, wanted, reduction="none")).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return (wanted - value).detach()
+
+
+def test_learners_in_lockstep_are_separate_networks_with_separate_adams():
+    g = torch.Generator().manual_seed(0)
+    learners = Learners(3, (4, 16, 8, 2), lr=0.01, gamma=0.9, generator=g)
+    twins = modules(learners)
+    adams = [torch.optim.Adam(network.parameters(), 0.01) for network, _ in twins]
+    for step in range(12):
+        batch = (
+            torch.randn(3, 5, 4, generator=g),
+            torch.randint(2, (3, 5), generator=g),
+            3 * torch.randn(3, 5, generator=g),  # on both of the loss's branches
+            torch.randn(3, 5, 4, generator=g),
+            torch.rand(3, 5, generator=g) < 0.3,
+            torch.rand(3, 5, generator=g),
+        )
+        error = learners.learn(*batch)
+        if step == 7:
+            learners.copy_target()
+        else:
+            learners.mix_target(0.1)
+        for run, ((network, target), adam) in enumerate(zip(twins, adams, strict=True)):
+            rows = [leaf[run] for leaf in batch]
+            expected = naive_step(network, target, adam, rows, 0.9)
+            torch.testing.assert_close(error[run], expected, rtol=1e-4, atol=1e-5)
+            for slow, fast in zip(target.parameters(), network.parameters(), strict=True):
+                slow.data.lerp_(fast.data, 1.0 if step == 7 else 0.1)
+    state = torch.randn(3, 5, 4, generator=g)
+    for run, (network, target) in enumerate(twins):
+        for ours, twin in ((False, network), (True, target)):
+            found = learners.values(state, target=ours)[run]
+            torch.testing.assert_close(found, twin(state[run]), rtol=1e-4, atol=1e-5)
+    assert (error.abs() > 1).any()
+    assert (error.abs() < 1).any()
+
+
+def test_networks_start_as_torch_starts_a_linear_layer_each_differently():
+    learners = Learners(
+        20, (4, 64, 2), lr=0.01, gamma=0.9, generator=torch.Generator().manual_seed(0)
+    )
+    for (weight, bias), n in zip(learners.layers, (4, 64), strict=True):
+        for leaf in (weight, bias):
+            assert leaf.abs().max() <= n**-0.5
+            assert leaf.std() == pytest.approx((n * 3) ** -0.5, rel=0.15)
+    assert len(learners.parameters.unique(dim=0)) == 20
+    assert torch.equal(learners.parameters, learners.target_parameters)
+
+
+# --------------------------------------------------------------------------- environments
+
+
+def test_mountain_cars_move_as_gymnasiums_does():
+    ours = MountainCars(1)
+    theirs = gymnasium.make("MountainCar-v0").unwrapped
+    random = np.random.default_rng(0)
+    ours.reset(seed=0)
+    theirs.reset(seed=0)
+    ends = 0
+    for _ in range(3_000):
+        # along the velocity, mostly: so that the wall and the goal are reached too
+        best = 2 if ours.state[1, 0] >= 0 else 0
+        action = int(random.integers(3)) if random.random() < 0.1 else best
+        theirs.state = tuple(ours.state[:, 0])
+        if ours.done[0]:
+            ours.step(np.array([action]))
+            continue
+        observation, reward, terminated, _, _ = ours.step(np.array([action]))
+        expected = theirs.step(action)
+        np.testing.assert_allclose(observation[0], expected[0], rtol=1e-6, atol=1e-9)
+        assert (reward[0], terminated[0]) == expected[1:3]
+        ends += terminated[0]
+    assert ends > 5
+
+
+def test_mountain_cars_stop_after_200_steps_and_reset_in_the_step_after():
+    cars = MountainCars(2)
+    cars.reset(seed=0)
+    for _ in range(199):
+        assert not any(map(np.any, cars.step(np.array([1, 1]))[2:4]))
+    assert cars.step(np.array([1, 1]))[3].all()
+    observation, reward, terminated, truncated, _ = cars.step(np.array([2, 2]))
+    assert ((observation[:, 0] >= -0.6) & (observation[:, 0] <= -0.4)).all()
+    assert not reward.any()
+    assert not observation[:, 1].any()
+    assert not terminated.any()
+    assert not truncated.any()
+
+
+@pytest.mark.parametrize("task", ["CartPole-v1", "MountainCar-v0"])
+def test_the_step_in_which_an_environment_resets_is_never_stored(task, monkeypatch):
+    monkeypatch.setattr(training, "make_buffer", SeparateBuffers)
+    settings = replace(SMALL, task=task, capacity=2_000)
+    lockstep = training.Lockstep(settings, UNIFORM, runs=3, seed=0)
+    for _ in range(450):
+        lockstep.step(0)  # random actions
+    for run, buffer in enumerate(lockstep.buffer.buffers):
+        rows = buffer.transitions
+        assert len(rows) == lockstep.steps[run] == 450 - len(lockstep.episodes[run])
+        ends = np.cumsum(lockstep.episodes[run])
+        assert len(ends) >= 2
+        first = np.setdiff1d(np.arange(len(rows)), ends)[1:]  # rows that follow another
+        assert torch.equal(rows["observation"][first], rows["next_observation"][first - 1])
+        if task == "CartPole-v1":
+            assert np.array_equal(rows["terminated"].nonzero()[:, 0] + 1, ends)
+            assert (rows["observation"][ends[ends < len(rows)]].abs() <= 0.05).all()
+            assert (rows["reward"] == 1).all()
+        else:
+            assert not rows["terminated"].any()  # the end of time is no end of value
+            assert (rows["reward"] == -1).all()
+
+
+def test_a_sparse_reward_is_minus_one_where_the_pole_falls(monkeypatch):
+    monkeypatch.setattr(training, "make_buffer", SeparateBuffers)
+    settings = replace(SMALL, failure_reward=True, capacity=500)
+    lockstep = training.Lockstep(settings, UNIFORM, runs=2, seed=0)
+    for _ in range(100):
+        lockstep.step(0)
+    rows = lockstep.buffer.buffers[0].transitions
+    assert rows["terminated"].any()
+    assert torch.equal(rows["reward"], -rows["terminated"].float())
+
+
+# --------------------------------------------------------------------------- training
+
+
+def test_the_same_seed_and_name_give_the_same_runs_and_others_do_not(buffers):
+    def lengths(**kwargs):
+        return training.train(SMALL, Replay(), runs=2, **kwargs).lengths
+
+    first = lengths(seed=0, name="a")
+    assert np.array_equal(first, lengths(seed=0, name="a"))
+    assert not np.array_equal(first, lengths(seed=1, name="a"))
+    assert not np.array_equal(first, lengths(seed=0, name="b"))
+
+
+def test_training_ends_when_every_run_has_its_episodes(buffers):
+    outcome = training.train(replace(SMALL, episodes=2), UNIFORM, runs=3, seed=0)
+    assert (outcome.lengths > 0).sum(1).min() == 2
+    assert outcome.steps.max() < SMALL.steps
+    assert (outcome.lengths.sum(1) <= outcome.steps).all()
+
+
+def test_gradient_steps_come_as_often_as_asked_for(monkeypatch):
+    monkeypatch.setattr(training, "make_buffer", SeparateBuffers)
+    made = []
+    monkeypatch.setattr(training.Lockstep, "learn", lambda self: made.append(self.steps.min()))
+    training.train(replace(SMALL, update_every=4), UNIFORM, runs=2, seed=0)
+    assert made[0] >= SMALL.learning_starts
+    assert 20 <= len(made) <= 25
+
+
+# --------------------------------------------------------------------------- comparisons
+
+
+def record(lengths, steps=None, task="CartPole-v1"):
+    lengths = np.array(lengths, np.uint16)
+    steps = lengths.sum(1) if steps is None else steps
+    about = {"settings": {"task": task, "evaluate_every": 10}}
+    return Record(lengths, np.array([[9.0, 8.0]]), np.array(steps), about)
+
+
+def test_matched_steps_compare_the_episodes_that_end_in_the_same_steps():
+    runs = record([[2, 3, 5, 10, 0], [4, 4, 4, 4, 4]])  # ends 2 5 10 20, 4 8 12 16 20
+    np.testing.assert_array_equal(at_steps(runs, 0, 5), [2.5, 4])
+    np.testing.assert_array_equal(at_steps(runs, 5, 20), [7.5, 4])
+    np.testing.assert_array_equal(at_steps(runs, 10, 15), [np.nan, 4])
+    np.testing.assert_array_equal(at_steps(runs, 10, 21), [np.nan, np.nan])
+
+
+def test_matched_episodes_leave_out_the_runs_that_did_not_come_so_far():
+    runs = record([[2, 3, 5, 10, 0], [4, 4, 4, 4, 4]])
+    np.testing.assert_array_equal(at_episodes(runs, 1, 2), [2.5, 4])
+    np.testing.assert_array_equal(at_episodes(runs, 4, 5), [np.nan, 4])
+    np.testing.assert_array_equal(at_episodes(runs, 4, 6), [np.nan, np.nan])
+
+
+def test_a_return_in_mountain_car_is_less_the_longer_the_episode():
+    runs = record([[200, 100]], task="MountainCar-v0")
+    assert at_episodes(runs, 1, 2) == [-150]
+    assert at_steps(runs, 200, 300) == [-100]
+
+
+def test_a_curve_ends_where_the_first_run_does():
+    runs = record([[2, 3, 5, 10, 0], [4, 4, 4, 4, 4]])
+    ends, values = curve_points(runs, by_step=False, width=2, limit=5)
+    np.testing.assert_array_equal(ends, [2, 4])
+    np.testing.assert_array_equal(values, [[2.5, 7.5], [4, 4]])
+
+
+def test_a_verdict_needs_an_interval_without_one_half():
+    low, high = np.arange(20.0), np.arange(20.0) + 15
+    cases = {"better": (low, high), "worse": (high, low), "not apart": (low, low + 0.5)}
+    for verdict, scores in cases.items():
+        assert Row("w", "a", scores, (20, 20)).verdict == verdict
+
+
+def test_what_most_runs_did_not_reach_is_not_compared():
+    row = Row("episodes 1 to 9", "prioritized", (np.zeros(4), np.ones(9)), (10, 10))
+    assert row.censored
+    assert not row.comparable
+    line = report._line(row)
+    assert "reached by 4 / 9 runs" in line
+    assert "too few" in line
+
+
+# --------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    variant = Variant("Tiny", SMALL, ((20, 80),), ((1, 2),))
+    agents = variant.agents | {"alpha 1": Replay(alpha=1.0)}
+    table = {"tiny": variant, "several": replace(variant, title="More", agents=agents)}
+    monkeypatch.setattr(study, "VARIANTS", table)
+    return table
+
+
+def test_the_study_leaves_files_tables_plots_and_a_filled_page(buffers, tiny, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
+    options = ["--seeds", "3", "--out", str(tmp_path), "--page", str(page)]
+    study.main(options)
+    assert {file.name for file in tmp_path.glob("*.npz")} == {
+        "tiny.uniform.npz", "tiny.prioritized.npz",
+        "several.uniform.npz", "several.prioritized.npz", "several.alpha-1.npz",
+    }  # fmt: skip
+    found = load(tmp_path / "tiny.prioritized.npz")
+    assert found.about["replay"]["alpha"] == 0.6
+    assert found.lengths.dtype == np.uint16
+    assert found.greedy.shape == (3, 2)
+    text = page.read_text()
+    assert text.startswith("before")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "### Tiny" in text
+    assert re.search(r"\| steps 20 to 80 \| [\d.]+ \| ", text)
+    assert re.search(r"\| alpha 1 \| [\d.]+ \[", text)
+    assert (tmp_path / "curves.png").stat().st_size > 1_000
+    assert (tmp_path / "improvement.png").stat().st_size > 1_000
+
+    capsys.readouterr()
+    study.main([*options, "--report"])
+    assert page.read_text() == text
+
+
+def test_what_is_there_already_is_not_run_again(buffers, tiny, tmp_path, capsys, monkeypatch):
+    options = ["--variants", "tiny", "--seeds", "2", "--out", str(tmp_path)]
+    study.main(options)
+    runs = []
+    real = study.train
+    monkeypatch.setattr(study, "train", lambda *a, **k: runs.append(k["name"]) or real(*a, **k))
+    study.main(options)
+    assert not runs
+    assert capsys.readouterr().out.count("there already") == 2
+    (tmp_path / "tiny.prioritized.npz").unlink()  # as if it had been killed
+    study.main(options)
+    assert runs == ["tiny/prioritized"]
+    study.main([*options, "--seed", "1"])
+    assert runs[1:] == ["tiny/uniform", "tiny/prioritized"]
+
+
+def test_a_page_without_the_marks_is_refused(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("nothing here")
+    with pytest.raises(ValueError, match="expected one block"):
+        report.publish(page, "text")
+
+
+def test_uniform_replay_is_the_same_buffer_with_equal_masses_and_weights(buffers):
+    buffer = training.make_buffer(SMALL, UNIFORM, 2, torch.Generator().manual_seed(0))
+    rows = TensorDict({"x": torch.arange(2.0)[:, None]}, [2, 1])
+    for _ in range(10):
+        buffer.extend(rows, mask=torch.ones(2, 1, dtype=torch.bool))
+    batch = buffer.sample(4)
+    buffer.update_priority(batch["index"], torch.rand(2, 4), batch["generation"])
+    assert (buffer.sample(8)["priority_weight"] == 1).all()
+
+
+def test_every_variant_compares_agents_that_differ_in_their_replay_alone():
+    for variant in VARIANTS.values():
+        assert next(iter(variant.agents)) == "uniform"
+        assert variant.agents["uniform"] == UNIFORM
+        assert len(set(variant.agents.values())) == len(variant.agents)
