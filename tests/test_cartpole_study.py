@@ -1,5 +1,4 @@
 import copy
-import inspect
 import re
 from dataclasses import replace
 
@@ -27,7 +26,6 @@ SMALL = Settings(
     steps=120, hidden=(8, 6), batch_size=8, capacity=50, learning_starts=20, evaluate_every=60,
     evaluation_episodes=2,
 )  # fmt: skip
-HAS_MANY = "num_buffers" in inspect.signature(PrioritizedReplayBuffer).parameters
 
 
 class SeparateBuffers:
@@ -67,12 +65,7 @@ class SeparateBuffers:
             buffer.increase_beta()
 
 
-@pytest.fixture(
-    params=[
-        "separate",
-        pytest.param("many", marks=pytest.mark.skipif(not HAS_MANY, reason="no num_buffers yet")),
-    ]
-)
+@pytest.fixture(params=["separate", "many"])
 def buffers(request, monkeypatch):
     if request.param == "separate":
         monkeypatch.setattr(training, "make_buffer", SeparateBuffers)
@@ -318,7 +311,7 @@ def test_what_most_runs_did_not_reach_is_not_compared():
 @pytest.fixture
 def tiny(monkeypatch):
     variant = Variant("Tiny", SMALL, ((20, 80),), ((1, 2),))
-    agents = variant.agents | {"alpha 1": Replay(alpha=1.0)}
+    agents = {"uniform": UNIFORM, "prioritized": Replay(), "alpha 1": Replay(alpha=1.0)}
     table = {"tiny": variant, "several": replace(variant, title="More", agents=agents)}
     monkeypatch.setattr(study, "VARIANTS", table)
     return table
@@ -330,7 +323,7 @@ def test_the_study_leaves_files_tables_plots_and_a_filled_page(buffers, tiny, tm
     options = ["--seeds", "3", "--out", str(tmp_path), "--page", str(page)]
     study.main(options)
     assert {file.name for file in tmp_path.glob("*.npz")} == {
-        "tiny.uniform.npz", "tiny.prioritized.npz",
+        "tiny.uniform.npz", "tiny.prioritized.npz", "tiny.slow-beta.npz",
         "several.uniform.npz", "several.prioritized.npz", "several.alpha-1.npz",
     }  # fmt: skip
     found = load(tmp_path / "tiny.prioritized.npz")

@@ -2,17 +2,13 @@
 
 import argparse
 import multiprocessing
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from benchmarks.cartpole_study import report, results
+from benchmarks.cartpole_study import report
+from benchmarks.cartpole_study.jobs import work
 from benchmarks.cartpole_study.settings import VARIANTS, Variant, quick
-from benchmarks.cartpole_study.training import train
-from benchmarks.machine import machine, versions
 
 OUT = Path(__file__).parents[1] / "results" / "cartpole_study"
 QUICK_OUT = Path("runs/cartpole_study")
@@ -50,25 +46,6 @@ def variants(args: argparse.Namespace) -> dict[str, Variant]:
             variant = replace(variant, settings=replace(variant.settings, steps=steps))
         found[name] = variant
     return found
-
-
-def work(name: str, agent: str, variant: Variant, runs: int, seed: int, out: Path) -> str:
-    """Train one agent of a variant, unless its file is there already; a line about it."""
-    torch.set_num_threads(1)
-    file = results.path(out, name, agent)
-    about = results.describe(variant.settings, variant.agents[agent], runs=runs, seed=seed)
-    if file.exists():
-        found = results.load(file).about
-        if {key: found.get(key) for key in about} == about:
-            return f"{file.name}: there already"
-    start = time.perf_counter()
-    outcome = train(
-        variant.settings, variant.agents[agent], runs=runs, seed=seed, name=f"{name}/{agent}"
-    )
-    seconds = time.perf_counter() - start
-    about |= {"machine": machine(), "versions": versions(), "seconds": round(seconds, 1)}
-    results.save(file, outcome, about)
-    return f"{file.name}: {seconds:.0f} s, {outcome.milliseconds:.2f} ms per step"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,6 +22,13 @@ UNIFORM = Replay(alpha=0.0, beta=0.0, beta_increment=0.0)
 """The same code with equal masses and weights of 1: only the priorities differ."""
 
 
+AGENTS = {
+    "uniform": UNIFORM,
+    "prioritized": Replay(),
+    "slow beta": Replay(beta_increment=1e-5),  # 1 after 60,000 gradient steps, not after 600
+}
+
+
 @dataclass(frozen=True)
 class Settings:
     """A DQN and how long it trains. Steps are environment steps of each run."""
@@ -54,9 +61,7 @@ class Variant:
     settings: Settings
     step_windows: tuple[tuple[int, int], ...]  # compared: episodes that end in them
     episode_windows: tuple[tuple[int, int], ...] = ((1, 100),)
-    agents: dict[str, Replay] = field(
-        default_factory=lambda: {"uniform": UNIFORM, "prioritized": Replay()}
-    )
+    agents: dict[str, Replay] = field(default_factory=lambda: AGENTS)
 
 
 COURSE = Settings()
@@ -89,14 +94,14 @@ VARIANTS = {
     ),
     "small_lr": Variant(
         "lr 2.5e-4: a quarter, as the paper does under PER",
-        SLOW,
-        (*EARLY, (15_000, 20_000), (25_000, 28_000)),
+        replace(SLOW, steps=20_000),
+        (*EARLY, (15_000, 20_000)),
         ((1, 100), (90, 110)),
     ),
     "hard_target": Variant(
         "lr 1e-3, the target copied every 200 gradient steps",
-        replace(COURSE, copy_every=200, steps=25_000),
-        (*EARLY, (15_000, 20_000)),
+        replace(COURSE, copy_every=200, steps=15_000),
+        (*EARLY, (12_000, 15_000)),
         ((1, 100), (90, 110)),
     ),
     "every_4": Variant(
@@ -107,17 +112,17 @@ VARIANTS = {
     ),
     "sparse": Variant(
         "lr 2.5e-4, reward only at a failure: -1",
-        replace(SLOW, failure_reward=True, steps=25_000),
+        replace(SLOW, failure_reward=True, steps=20_000),
         (*EARLY, (15_000, 20_000)),
         ((1, 100), (90, 110)),
     ),
     "mountain_car": Variant(
-        "MountainCar-v0, lr 1e-3",
+        "MountainCar-v0, lr 1e-3, a gradient step every 4 steps",
         replace(
-            COURSE, task="MountainCar-v0", steps=40_000, observation_scale=(1.0, 10.0),
-            explore_decay=3_000.0, episodes=1_000,
+            COURSE, task="MountainCar-v0", steps=80_000, observation_scale=(1.0, 10.0),
+            explore_decay=5_000.0, episodes=1_000, update_every=4, evaluate_every=10_000,
         ),
-        ((5_000, 10_000), (10_000, 20_000), (20_000, 30_000), (30_000, 39_000)),
+        ((10_000, 20_000), (20_000, 40_000), (40_000, 60_000), (60_000, 80_000)),
         ((1, 100),),
     ),
     "ablation": Variant(
