@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 import gymnasium
 
 from benchmarks.cartpole_study import __main__ as study
-from benchmarks.cartpole_study import report, training
+from benchmarks.cartpole_study import jobs, report, training
 from benchmarks.cartpole_study.comparisons import Row
 from benchmarks.cartpole_study.learner import Learners
 from benchmarks.cartpole_study.results import Record, at_episodes, at_steps, curve_points, load
@@ -349,16 +349,16 @@ def test_what_is_there_already_is_not_run_again(buffers, tiny, tmp_path, capsys,
     options = ["--variants", "tiny", "--seeds", "2", "--out", str(tmp_path)]
     study.main(options)
     runs = []
-    real = study.train
-    monkeypatch.setattr(study, "train", lambda *a, **k: runs.append(k["name"]) or real(*a, **k))
+    real = jobs.train
+    monkeypatch.setattr(jobs, "train", lambda *a, **k: runs.append(k["name"]) or real(*a, **k))
     study.main(options)
     assert not runs
-    assert capsys.readouterr().out.count("there already") == 2
+    assert capsys.readouterr().out.count("there already") == 3
     (tmp_path / "tiny.prioritized.npz").unlink()  # as if it had been killed
     study.main(options)
     assert runs == ["tiny/prioritized"]
     study.main([*options, "--seed", "1"])
-    assert runs[1:] == ["tiny/uniform", "tiny/prioritized"]
+    assert runs[1:] == ["tiny/uniform", "tiny/prioritized", "tiny/slow beta"]
 
 
 def test_a_page_without_the_marks_is_refused(tmp_path):
