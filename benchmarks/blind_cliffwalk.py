@@ -25,7 +25,6 @@ import torch
 
 from benchmarks.blind_cliffwalk_agents import (
     AGENTS,
-    RANK_EXISTS,
     Agent,
     Problem,
     prioritized,
@@ -129,7 +128,7 @@ def study(args: Args) -> Iterator[Record]:
             uniform = baseline(n, args.seeds, representation=representation)
             yield uniform
             for name in chosen:
-                if name == "uniform" or (name == "rank-based" and not RANK_EXISTS):
+                if name == "uniform":
                     continue
                 limit = int(args.cap * median(uniform["updates"]))
                 yield measure(

@@ -1,7 +1,6 @@
 """The cliff walk of `benchmarks.blind_cliffwalk`, its learner, and the agents that replay it."""
 
 import heapq
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +14,11 @@ from numpy.random import Generator
 from benchmarks.blind_cliffwalk_report import Count
 from per_td import PrioritizedReplayBuffer
 
-__all__ = ["AGENTS", "RANK_EXISTS", "Agent", "Problem", "prioritized", "scripted"]
+__all__ = ["AGENTS", "Agent", "Problem", "prioritized", "scripted"]
 
 STEP_SIZE = 0.25
 TOLERANCE = 1e-3  # mean squared error over all state-action values at which an agent is done
 CHUNK = 1 << 14  # how many draws the compiled agents are handed at once
-RANK_EXISTS = "prioritization" in inspect.signature(PrioritizedReplayBuffer).parameters
 PLAIN = {"alpha": 0.6, "beta": 0.0, "eps": 1e-6}  # as in the paper's study: no weights
 
 
