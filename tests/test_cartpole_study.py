@@ -60,6 +60,15 @@ class SeparateBuffers:
         for values in zip(self.buffers, index, td_error, generation, strict=True):
             values[0].update_priority(*values[1:])
 
+    @property
+    def beta(self):
+        return self.buffers[0].beta
+
+    @beta.setter
+    def beta(self, value):
+        for buffer in self.buffers:
+            buffer.beta = value
+
     def increase_beta(self):
         for buffer in self.buffers:
             buffer.increase_beta()
@@ -323,7 +332,7 @@ def test_the_study_leaves_files_tables_plots_and_a_filled_page(buffers, tiny, tm
     options = ["--seeds", "3", "--out", str(tmp_path), "--page", str(page)]
     study.main(options)
     assert {file.name for file in tmp_path.glob("*.npz")} == {
-        "tiny.uniform.npz", "tiny.prioritized.npz", "tiny.slow-beta.npz",
+        "tiny.uniform.npz", "tiny.prioritized.npz",
         "several.uniform.npz", "several.prioritized.npz", "several.alpha-1.npz",
     }  # fmt: skip
     found = load(tmp_path / "tiny.prioritized.npz")
@@ -353,12 +362,12 @@ def test_what_is_there_already_is_not_run_again(buffers, tiny, tmp_path, capsys,
     monkeypatch.setattr(jobs, "train", lambda *a, **k: runs.append(k["name"]) or real(*a, **k))
     study.main(options)
     assert not runs
-    assert capsys.readouterr().out.count("there already") == 3
+    assert capsys.readouterr().out.count("there already") == 2
     (tmp_path / "tiny.prioritized.npz").unlink()  # as if it had been killed
     study.main(options)
     assert runs == ["tiny/prioritized"]
     study.main([*options, "--seed", "1"])
-    assert runs[1:] == ["tiny/uniform", "tiny/prioritized", "tiny/slow beta"]
+    assert runs[1:] == ["tiny/uniform", "tiny/prioritized"]
 
 
 def test_a_page_without_the_marks_is_refused(tmp_path):
@@ -383,3 +392,20 @@ def test_every_variant_compares_agents_that_differ_in_their_replay_alone():
         assert next(iter(variant.agents)) == "uniform"
         assert variant.agents["uniform"] == UNIFORM
         assert len(set(variant.agents.values())) == len(variant.agents)
+
+
+def test_beta_grows_with_the_episodes_or_with_the_gradient_steps(buffers):
+    settings = replace(SMALL, steps=150)
+    for replay in (
+        Replay(beta_per_episode=0.01),
+        Replay(beta_per_episode=0.0, beta_increment=1e-3),
+    ):
+        lockstep = training.Lockstep(settings, replay, runs=2, seed=0)
+        for step in range(settings.steps):
+            lockstep.step(step)
+            if len(lockstep.buffer) >= settings.learning_starts:
+                lockstep.learn()
+        finished = sum(map(len, lockstep.episodes)) / 2
+        assert min(finished, lockstep.updates) > 3
+        grown = replay.beta_per_episode * finished + replay.beta_increment * lockstep.updates
+        assert lockstep.buffer.beta == pytest.approx(0.4 + grown)

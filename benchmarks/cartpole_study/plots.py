@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.cartpole_study.comparisons import Row
 from benchmarks.cartpole_study.results import Record, curve_points
-from benchmarks.cartpole_study.settings import AGENTS, Variant
+from benchmarks.cartpole_study.settings import Variant
 from benchmarks.plots import COLOURS, STYLE
 from benchmarks.statistics_of_runs import bootstrap
 
@@ -41,8 +41,8 @@ def _curve(axes: Axes, records: dict[str, Record], *, by_step: bool) -> None:
 
 
 def curves(variants: dict[str, Variant], records: dict[str, dict[str, Record]], file: Path) -> bool:
-    """Learning curves of each variant's agents, by episode and by step; False without any."""
-    shown = {name: found for name, found in records.items() if variants[name].agents == AGENTS}
+    """Learning curves of two agents per variant, by episode and by step; False without any."""
+    shown = {name: found for name, found in records.items() if len(variants[name].agents) == 2}
     if not shown:
         return False
     with plt.rc_context(STYLE):

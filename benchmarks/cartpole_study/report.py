@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks.cartpole_study.comparisons import Row, compare
 from benchmarks.cartpole_study.results import Record, load, path
-from benchmarks.cartpole_study.settings import AGENTS, Variant
+from benchmarks.cartpole_study.settings import Variant
 from benchmarks.report import BEGIN, END
 from benchmarks.statistics_of_runs import improvement_interval
 
@@ -20,15 +20,6 @@ HEAD = (
 def _interval(values: tuple[float, ...], digits: int) -> str:
     middle, low, high = (f"{value:.{digits}f}" for value in values)
     return f"{middle} [{low}, {high}]"
-
-
-def _tables(rows: list[Row]) -> str:
-    """One table of two agents after the other."""
-    parts = []
-    for agent in dict.fromkeys(row.agent for row in rows):
-        lines = [_line(row) for row in rows if row.agent == agent]
-        parts.append("\n".join([f"PER: {agent}.\n\n{HEAD}", *lines]))
-    return "\n\n".join(parts)
 
 
 def _line(row: Row) -> str:
@@ -58,24 +49,23 @@ def _ablation(rows: list[Row]) -> str:
 
 def _overall(rows: dict[str, list[Row]]) -> str:
     """The mean over the CartPole variants, where several share a window."""
-    found: dict[tuple[str, str], list[Row]] = {}
+    found: dict[str, list[Row]] = {}
     for name, of_variant in rows.items():
         if name in ("mountain_car", "ablation"):
             continue
         for row in of_variant:
             if row.comparable and row.window.startswith("steps"):
-                found.setdefault((row.agent, row.window), []).append(row)
+                found.setdefault(row.window, []).append(row)
     lines = []
-    for (agent, window), shared in found.items():
+    for window, shared in found.items():
         if len(shared) > 1:
             pairs = [(row.scores[1], row.scores[0]) for row in shared]
             value = _interval(improvement_interval(pairs), 2)
-            lines.append(f"| {agent} | {window} | {len(shared)} | {value} |")
+            lines.append(f"| {window} | {len(shared)} | {value} |")
     if not lines:
         return ""
-    head = ["### All CartPole settings together", ""]
-    head += ["| PER | window | settings | mean P(PER > uniform) |", "| --- | --- | ---: | ---: |"]
-    return "\n".join([*head, *lines])
+    head = "### All CartPole settings together\n\n| window | settings | mean P(PER > uniform) |\n"
+    return "\n".join([head + "| --- | ---: | ---: |", *lines])
 
 
 def _about(variant: Variant, records: dict[str, Record]) -> str:
@@ -104,8 +94,8 @@ def _block(variants: dict[str, Variant], records: dict[str, dict[str, Record]]) 
     for name, of_variant in rows.items():
         if not of_variant:
             continue
-        usual = variants[name].agents == AGENTS
-        table = _tables(of_variant) if usual else _ablation(of_variant)
+        several = len({row.agent for row in of_variant}) > 1
+        table = _ablation(of_variant) if several else "\n".join([HEAD, *map(_line, of_variant)])
         parts.append(
             f"### {variants[name].title}\n\n`{name}`: " + _about(variants[name], records[name])
         )

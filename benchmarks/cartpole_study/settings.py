@@ -11,22 +11,19 @@ class Replay:
 
     alpha: float = 0.6
     beta: float = 0.4
-    beta_increment: float = 0.001  # added per gradient step, up to 1
+    beta_per_episode: float = 0.001  # added per finished episode, averaged over the runs, up to 1
+    beta_increment: float = 0.0  # added per gradient step, up to 1
     eps: float = 1e-3
     weight_normalization: str = "batch"
     draw: str = "independent"
     new_priority: str = "buffer_max"
 
 
-UNIFORM = Replay(alpha=0.0, beta=0.0, beta_increment=0.0)
+UNIFORM = Replay(alpha=0.0, beta=0.0, beta_per_episode=0.0)
 """The same code with equal masses and weights of 1: only the priorities differ."""
 
 
-AGENTS = {
-    "uniform": UNIFORM,
-    "prioritized": Replay(),
-    "slow beta": Replay(beta_increment=1e-5),  # 1 after 60,000 gradient steps, not after 600
-}
+AGENTS = {"uniform": UNIFORM, "prioritized": Replay()}
 
 
 @dataclass(frozen=True)
@@ -73,9 +70,9 @@ ABLATION = {
     "prioritized": Replay(),
     "alpha 0.3": Replay(alpha=0.3),
     "alpha 1": Replay(alpha=1.0),
-    "beta 0": Replay(beta=0.0, beta_increment=0.0),
-    "beta 0.4, constant": Replay(beta_increment=0.0),
+    "beta 0": Replay(beta=0.0, beta_per_episode=0.0),
     "beta 1": Replay(beta=1.0),
+    "beta + 0.001 per gradient step": Replay(beta_per_episode=0.0, beta_increment=0.001),
     "eps 1e-6": Replay(eps=1e-6),
     "eps 1e-2": Replay(eps=1e-2),
     "eps 1e-1": Replay(eps=1e-1),

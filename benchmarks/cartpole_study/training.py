@@ -57,7 +57,7 @@ class Lockstep:
     """
 
     def __init__(self, settings: Settings, replay: Replay, *, runs: int, seed: int) -> None:
-        self.settings, self.runs = settings, runs
+        self.settings, self.replay, self.runs = settings, replay, runs
         self.generator = torch.Generator().manual_seed(seed)
         observations, self.actions = SHAPES[settings.task]
         self.learners = Learners(
@@ -123,6 +123,9 @@ class Lockstep:
             self.episodes[run].append(int(self.length[run]))
         self.length[done] = 0
         self.done = done
+        if self.replay.beta_per_episode and done.any():
+            finished = sum(map(len, self.episodes)) / self.runs
+            self.buffer.beta = min(1.0, self.replay.beta + self.replay.beta_per_episode * finished)
 
     def learn(self) -> None:
         """A gradient step of every run, new priorities, and the targets' update."""
