@@ -137,6 +137,8 @@ class PrioritizedReplayBuffer:
         if example is not None:
             self._storage.allocate(self._storage.check(example, batched=False))
 
+    __new__.__wrapped__ = __init__  # type: ignore[attr-defined]  # the signature that users see
+
     def _make(self, capacity: int, num_buffers: int | None, layout: str, **settings: Any) -> None:
         """The parts that hold transitions and priorities."""
         if num_buffers is not None:

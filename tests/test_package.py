@@ -1,3 +1,4 @@
+import inspect
 import re
 import subprocess
 import sys
@@ -31,6 +32,13 @@ def test_importing_per_td_adds_only_its_own_modules_to_those_of_tensordict():
         "print(*{m.split('.')[0] for m in set(sys.modules) - before})"
     )
     assert set(added.split()) - set(sys.stdlib_module_names) == {"per_td"}
+
+
+def test_signatures_name_the_arguments():
+    buffer = list(inspect.signature(per_td.PrioritizedReplayBuffer).parameters)
+    assert buffer[:5] == ["capacity", "batch_size", "alpha", "beta", "eps"]
+    assert buffer[-1] == "num_buffers"
+    assert list(inspect.signature(per_td.SumTree).parameters) == ["capacity", "device", "num_trees"]
 
 
 def test_everything_exported_exists():

@@ -68,6 +68,8 @@ class SumTree:
         self._launched = kernels.launched(self.device)
         self._offsets = self._table[0].to(self.device)
 
+    __new__.__wrapped__ = __init__  # type: ignore[attr-defined]  # the signature that users see
+
     @property
     def kernels(self) -> ModuleType | None:
         """The compiled operations, where they are used; see `per_td.kernels`."""
