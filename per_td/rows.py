@@ -16,7 +16,7 @@ __all__ = ["gather", "gather_each", "likes", "plain", "scatter", "scatter_at", "
 
 
 def _addresses(tensors: Iterable[Tensor]) -> "array[int]":
-    return array("q", [tensor.data_ptr() for tensor in tensors])
+    return array("q", map(Tensor.data_ptr, tensors))
 
 
 def plain(leaf: Tensor, device: torch.device) -> Tensor:

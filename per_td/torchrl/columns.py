@@ -3,6 +3,7 @@
 Indexing a TensorDict costs several times what indexing its tensors does. The result is the same.
 """
 
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -52,6 +53,14 @@ def _explore(data: Any, capacity: int, columns: list[Tensor]) -> _Node | None:
 
 def _named(data: TensorDict) -> bool:
     return any(name is not None for name in data.names)
+
+
+def _keys(node: _Node, prefix: tuple[str, ...] = ()) -> Iterator[str | tuple[str, ...]]:
+    """The names of everything in a node; in a nested one, tuples of names."""
+    for name in (*node.leaves, *node.children):
+        yield (*prefix, name) if prefix else name
+    for name, child in node.children.items():
+        yield from _keys(child, (*prefix, name))
 
 
 def _expected(node: _Node, batch_size: torch.Size) -> _Node:
@@ -114,6 +123,7 @@ class Columns:
         self._root = root
         self._expected: _Node | None = None  # for the batch size that came last
         self._columns = columns
+        self._keys = set(_keys(root))
         self._index = root.leaves["index"].place
         self._capacity = len(columns[0])
         self._on_cpu = all(column.device.type == "cpu" for column in columns)
@@ -133,6 +143,10 @@ class Columns:
             return None
         fits = root.leaves["index"][1:] == (torch.Size([]), torch.int64)
         return cls(root, columns) if fits else None
+
+    def __contains__(self, key: Any) -> bool:
+        """Whether there is a column, or a TensorDict of columns, of this name."""
+        return key in self._keys
 
     @property
     def _kernels(self) -> ModuleType | None:

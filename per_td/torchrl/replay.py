@@ -140,6 +140,7 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
             rows = None if columns is None else columns.rows_of(data, single=single)
             if columns is None or rows is None:
                 return None
+            supply = supply and self.priority_key in columns
             priority = self._priorities_of(data, n) if supply else None
             with self._write_lock:
                 return fast.write(self, self._cache, columns, rows, n, priority, marks=self._sync)
@@ -253,7 +254,7 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
                 or too few; no priority is changed then (a ValueError).
         """
         sampler, storage = self.prioritized_sampler, self._storage
-        if isinstance(sampler, PrioritizedSliceSampler) and sampler.reduction == "r2d2":
+        if sampler.reduction == "r2d2" and isinstance(sampler, PrioritizedSliceSampler):
             data = sampler.first_records(data, self.priority_key)
         td_error, index = required(data, self.priority_key), required(data, "index")
         generation = data.get("index_generation", None)
