@@ -85,8 +85,8 @@ ABLATION = {
 VARIANTS = {
     "course": Variant(
         "lr 1e-3, a gradient step each step, soft target (the course's settings)",
-        replace(COURSE, steps=80_000),
-        (*EARLY, (15_000, 20_000), (30_000, 40_000), (60_000, 75_000)),
+        replace(COURSE, steps=70_000),
+        (*EARLY, (15_000, 20_000), (30_000, 40_000), (55_000, 68_000)),
         ((1, 100), (90, 110), (380, 400)),
     ),
     "small_lr": Variant(
@@ -97,8 +97,8 @@ VARIANTS = {
     ),
     "hard_target": Variant(
         "lr 1e-3, the target copied every 200 gradient steps",
-        replace(COURSE, copy_every=200, steps=15_000),
-        (*EARLY, (12_000, 15_000)),
+        replace(COURSE, copy_every=200, steps=10_500),
+        EARLY,
         ((1, 100), (90, 110)),
     ),
     "every_4": Variant(
@@ -109,23 +109,23 @@ VARIANTS = {
     ),
     "sparse": Variant(
         "lr 2.5e-4, reward only at a failure: -1",
-        replace(SLOW, failure_reward=True, steps=20_000),
-        (*EARLY, (15_000, 20_000)),
+        replace(SLOW, failure_reward=True, steps=10_500),
+        EARLY,
         ((1, 100), (90, 110)),
     ),
     "mountain_car": Variant(
         "MountainCar-v0, lr 1e-3, a gradient step every 4 steps",
         replace(
-            COURSE, task="MountainCar-v0", steps=80_000, observation_scale=(1.0, 10.0),
+            COURSE, task="MountainCar-v0", steps=40_000, observation_scale=(1.0, 10.0),
             explore_decay=5_000.0, episodes=1_000, update_every=4, evaluate_every=10_000,
         ),
-        ((10_000, 20_000), (20_000, 40_000), (40_000, 60_000), (60_000, 80_000)),
+        ((5_000, 10_000), (10_000, 20_000), (20_000, 30_000), (30_000, 40_000)),
         ((1, 100),),
     ),
     "ablation": Variant(
         "lr 2.5e-4: PER's settings one by one",
-        replace(SLOW, steps=6_500, evaluate_every=2_000),
-        ((1_000, 2_000), (2_000, 4_000), (4_000, 6_000)),
+        replace(SLOW, steps=4_200, evaluate_every=2_000),
+        ((1_000, 2_000), (2_000, 4_000)),
         (),
         ABLATION,
     ),
