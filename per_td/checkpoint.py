@@ -127,8 +127,7 @@ class _Writer:
             used = sum(tensor.numel() * tensor.itemsize for tensor in some)
             if end - begin <= _MOST_GAPS * used:
                 memory = torch.empty(0, dtype=torch.uint8, device=some[0].device)
-                source: Any = some[0].untyped_storage()
-                memory.set_(source, begin, (end - begin,))
+                memory.set_(some[0].untyped_storage(), begin, (end - begin,))  # type: ignore[call-overload]
                 self._shared[base] = self._add(memory)
 
     def _described(self, value: Any) -> Any:
@@ -294,7 +293,7 @@ def _end(block: dict[str, Any]) -> int:
 def _read_first_version(path: str | os.PathLike[str]) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
         raise CheckpointError(
             f"{os.fspath(path)}: expected a saved buffer, got a truncated, damaged or foreign"
             f" archive: {error}"
