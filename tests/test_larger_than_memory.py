@@ -3,6 +3,7 @@
 import os
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,8 +112,9 @@ def test_many_buffers_live_in_files_too(choice):
 
 def test_files_have_no_names_and_go_with_the_buffer(tmp_path):
     def open_files():
-        mapped = open("/proc/self/maps").read() if sys.platform == "linux" else ""
-        return mapped.count(str(tmp_path))
+        if sys.platform != "linux":
+            return 0
+        return Path("/proc/self/maps").read_text().count(str(tmp_path))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "mapped_zeros", watched := _Watched(memory.mapped_zeros))
@@ -179,8 +181,8 @@ def test_a_storage_that_cannot_be_is_refused_by_name(tmp_path):
     ):
         with pytest.raises(ConfigurationError, match=expected):
             PrioritizedReplayBuffer(5, device="cpu", **settings)
+    buffer = PrioritizedReplayBuffer(5, storage="memmap", folder=tmp_path / "none")
     with pytest.raises(FileNotFoundError):
-        buffer = PrioritizedReplayBuffer(5, storage="memmap", folder=tmp_path / "none")
         buffer.extend(data(0, 1))
 
 

@@ -124,7 +124,7 @@ def test_the_ends_of_the_range_do_not_fall_on_a_slot_of_mass_0(point, choice):
 @pytest.mark.parametrize(("draw", "method"), WAYS)
 def test_where_all_masses_are_0_a_draw_says_so(draw, method, choice):
     buffer = filled(torch.zeros(20), draw=draw, method=method)
-    with pytest.raises(EmptyBufferError, match="expected a positive (mass|priority).* got .*0"):
+    with pytest.raises(EmptyBufferError, match=r"expected a positive (mass|priority).* got .*0"):
         buffer.sample(4)
     buffer.update_priority([3], [1.0])
     assert buffer.sample(1)["index"].tolist() == [3]
