@@ -7,15 +7,10 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from per_td import checkpoint, diagnostics, validation
-from per_td.errors import (
-    CheckpointError,
-    ConfigurationError,
-    EmptyBufferError,
-    PriorityError,
-    SchemaError,
-)
-from per_td.leaves import Leaves, count, flattened, nested
+from per_td import checkpoint, diagnostics, states, validation
+from per_td.errors import ConfigurationError, EmptyBufferError, PriorityError, SchemaError
+from per_td.leaves import Leaves, count
+from per_td.memory import Place
 from per_td.priorities import PriorityTable
 from per_td.storage import RingStorage
 
@@ -57,6 +52,12 @@ class PrioritizedReplayBuffer:
         layout: how transitions lie in memory: "columns", a tensor per key, "records", one after
             the other in a block, which takes fewer trips to memory per transition, or "auto": the
             faster one for their size. Batches are the same, new tensors of their own either way.
+        storage: which memory transitions live in; priorities are always in that of the device.
+            "memory": that of the device; "memmap": files, for more than fits in memory; "pinned":
+            pinned memory of the host, for more than fits in that of a CUDA device. See
+            docs/reliability.md.
+        folder: where the files of "memmap" are, on which disk; None: where the system has
+            temporary files. They have no names, and are gone with the buffer.
         example: a TensorDict like one transition (batch size []), to allocate memory at once;
             without it, the first data does so.
         num_buffers: S makes S buffers of `capacity` slots each in one set of tensors, whose
@@ -104,6 +105,8 @@ class PrioritizedReplayBuffer:
         device: torch.device | str | int | None = None,
         generator: torch.Generator | None = None,
         layout: str = "auto",
+        storage: str = "memory",
+        folder: str | os.PathLike[str] | None = None,
         example: TensorDictBase | None = None,
         num_buffers: int | None = None,
     ) -> None:
@@ -125,6 +128,7 @@ class PrioritizedReplayBuffer:
             capacity,
             num_buffers,
             layout,
+            Place(storage, folder),
             alpha=alpha,
             eps=eps,
             draw=draw,
@@ -139,14 +143,21 @@ class PrioritizedReplayBuffer:
 
     __new__.__wrapped__ = __init__  # type: ignore[attr-defined]  # the signature that users see
 
-    def _make(self, capacity: int, num_buffers: int | None, layout: str, **settings: Any) -> None:
+    def _make(
+        self,
+        capacity: int,
+        num_buffers: int | None,
+        layout: str,
+        place: Place,
+        **settings: Any,
+    ) -> None:
         """The parts that hold transitions and priorities."""
         if num_buffers is not None:
             raise ConfigurationError(
                 f"num_buffers: expected None, got {num_buffers!r}: {type(self).__name__} is one"
                 " buffer; derive it from per_td.many.ManyBuffers for many"
             )
-        self._storage = RingStorage(capacity, self.device, layout)
+        self._storage = RingStorage(capacity, self.device, layout, place)
         self._priorities = PriorityTable(capacity, device=self.device, **settings)
 
     def __len__(self) -> int:
@@ -361,7 +372,7 @@ class PrioritizedReplayBuffer:
             index,
             td_error,
             self._storage.size,
-            generation=generation,
+            generation=None if generation is None else self._storage.in_ring(generation),
             written=self._storage.written,
         )
         self._drop(stale)
@@ -417,7 +428,7 @@ class PrioritizedReplayBuffer:
                 priority=table.raw[:size],
                 mass=table.masses[:size],
                 replayed=table.replayed[:size],
-                written=self.write_count,
+                written=self._storage.ring_count(),
                 beta=self._beta,
                 normalization=table.weight_normalization,
             ),
@@ -429,99 +440,68 @@ class PrioritizedReplayBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot: tensors and plain values, as `torch.load(weights_only=True)` reads them."""
-        table = self._priorities
-        transitions = {key: leaf.clone() for key, leaf in self._storage.filled().items()}
-        return {
-            "format": checkpoint.FORMAT,
-            "version": checkpoint.VERSION,
-            "settings": {
-                "capacity": self.capacity,
-                "batch_size": self.batch_size,
-                "alpha": self.alpha,
-                "eps": self.eps,
-                "beta_increment": self.beta_increment,
-                "draw": self.draw,
-                "method": table.method,
-                "weight_normalization": table.weight_normalization,
-                "new_priority": table.new_priority,
-                "prioritization": table.prioritization,
-                "sort_interval": table.sort_interval,
-                "num_buffers": self.num_buffers,
-            },
-            "beta": self._beta.clone(),
-            "write_count": self.write_count,
-            "ever_max": table.ever_max.clone(),
-            "stale_updates": self._stale.clone(),
-            "refused_priorities": table.refused.clone(),
-            "priority": self.priority,
-            "replayed": table.replayed[: len(self)].clone(),
-            "ranks": table.rank_state(),
-            "transitions": nested(transitions.items()),
-            "generator": None if self.generator is None else self.generator.get_state(),
-        }
+        return self._state(copy=True)
 
-    @torch.no_grad()
+    def _state(self, *, copy: bool) -> dict[str, Any]:
+        return states.state_of(self, copy=copy)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state: transitions, priorities, counters, alpha, beta, eps, generator.
 
+        Of a state of another capacity, the newest transitions that fit are kept, with their
+        priorities and in their order. Where any had to move to another slot, the updates of all
+        batches drawn before are stale, if they bring their generation.
+
         Args:
-            state: from `state_dict` of a buffer of the same capacity, on any device.
+            state: from `state_dict` of a buffer on any device. The state of a generator on
+                another kind of device becomes the seed of this buffer's.
 
         Raises:
-            CheckpointError: it is no such state, or of another capacity.
+            CheckpointError: it is no such state, or of another number of buffers.
             SchemaError: its transitions are not like those that this buffer was made for.
         """
-        settings = checkpoint.check(state)["settings"]
-        if settings["capacity"] != self.capacity:
-            raise CheckpointError(
-                f"expected a state of capacity {self.capacity}, got {settings['capacity']}"
-            )
-        if settings.get("num_buffers") != self.num_buffers:
-            raise CheckpointError(
-                f"expected a state with num_buffers={self.num_buffers},"
-                f" got {settings.get('num_buffers')}"
-            )
-        self._storage.restore(flattened(state["transitions"]), state["write_count"])
-        self.alpha, self.eps = settings["alpha"], settings["eps"]
-        self.beta_increment = settings["beta_increment"]
-        self._beta.copy_(state["beta"])
-        self._stale.copy_(state["stale_updates"])
-        self._priorities.restore(state["priority"].to(self.device), state["ever_max"])
-        self._priorities.load_rank_state(state.get("ranks"))
-        if "replayed" in state:
-            self._priorities.replayed[: len(self)] = state["replayed"].to(self.device)
-        self._priorities.refused.copy_(state["refused_priorities"])
-        if self.generator is not None and state["generator"] is not None:
-            self.generator.set_state(state["generator"])
+        states.restore(self, state)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `state_dict` to a file, whole or not at all."""
-        checkpoint.write(path, self.state_dict())
+        """Write the state to a file, whole or not at all; transitions are not copied in memory.
+
+        Raises:
+            OSError: it cannot be written, such as on a full disk; the old file is as it was.
+        """
+        checkpoint.write(path, self._state(copy=False))
 
     @classmethod
     def load(
         cls,
         path: str | os.PathLike[str],
         *,
+        capacity: int | None = None,
         device: torch.device | str | int | None = None,
         generator: torch.Generator | None = None,
+        storage: str = "memory",
+        folder: str | os.PathLike[str] | None = None,
     ) -> "PrioritizedReplayBuffer":
         """A buffer with the settings and the state of a file that `save` wrote.
 
         Args:
             path: the file.
+            capacity: another one than that saved; see `load_state_dict`.
             device: where the buffer lives; None is torch's default device.
             generator: takes over the state of the one saved, if there was one. None makes one
                 then, so that the draws go on as they would have.
+            storage, folder: as for the constructor.
 
         Raises:
-            CheckpointError: the file is damaged, or not one of those.
+            CheckpointError: the file is truncated, damaged, foreign, or of a later version of
+                per_td; it says which.
             FileNotFoundError: there is none.
         """
-        state = checkpoint.check(checkpoint.read(path))
+        state = states.check(checkpoint.read(path))
         device = validation.resolve_device(device)
         if generator is None and state["generator"] is not None:
             generator = torch.Generator(device)
-        buffer = cls(**state["settings"], device=device, generator=generator)
+        settings = state["settings"] | ({} if capacity is None else {"capacity": capacity})
+        where: dict[str, Any] = {"device": device, "storage": storage, "folder": folder}
+        buffer = cls(**settings, **where, generator=generator)
         buffer.load_state_dict(state)
         return buffer

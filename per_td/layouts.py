@@ -5,6 +5,7 @@ Either way every field is a tensor [capacity, ...]: with records, a view into th
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from per_td.memory import zeros
 
 __all__ = ["LAYOUTS", "Field", "block_of", "columns_of", "resolve_layout", "views_of"]
+
+Zeros = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
+"""Makes memory: shape, dtype and device."""
 
 LAYOUTS = ("auto", "columns", "records")
 
@@ -51,15 +55,22 @@ class Field:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def resolve_layout(layout: str, fields: list[Field], *, compiled: bool) -> str:
-    """The layout that "auto" stands for; any other `layout` is returned as it is."""
+def resolve_layout(
+    layout: str, fields: list[Field], *, compiled: bool, mapped: bool = False
+) -> str:
+    """The layout that "auto" stands for; any other `layout` is returned as it is.
+
+    In files that are `mapped`, a place that is touched is a page read from the disk.
+    """
     if layout != "auto":
         return layout
     small = sum(field.bytes for field in fields) <= RECORDS_UP_TO
-    return "records" if compiled and small else "columns"
+    return "records" if compiled and (small or mapped) else "columns"
 
 
-def columns_of(fields: list[Field], capacity: int, device: torch.device) -> list[Tensor]:
+def columns_of(
+    fields: list[Field], capacity: int, device: torch.device, zeros: Zeros = zeros
+) -> list[Tensor]:
     """Memory for each field, [capacity, ...], filled with 0."""
     return [zeros((capacity, *field.shape), field.dtype, device) for field in fields]
 
@@ -76,7 +87,9 @@ def _offsets(fields: list[Field]) -> tuple[list[int], int]:
     return offsets, max(1, -(-end // _ALIGNMENT)) * _ALIGNMENT
 
 
-def block_of(fields: list[Field], capacity: int, device: torch.device) -> Tensor:
+def block_of(
+    fields: list[Field], capacity: int, device: torch.device, zeros: Zeros = zeros
+) -> Tensor:
     """Memory for records, uint8 [capacity, bytes of a record], filled with 0."""
     return zeros((capacity, _offsets(fields)[1]), torch.uint8, device)
 

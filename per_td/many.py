@@ -11,6 +11,7 @@ from per_td.buffer import PrioritizedReplayBuffer
 from per_td.errors import ConfigurationError, PriorityError
 from per_td.leaves import Leaves
 from per_td.many_priorities import ManyPriorities
+from per_td.memory import Place
 from per_td.rings import Rings, as_mask
 from per_td.tree.forest import as_index_each
 
@@ -56,14 +57,21 @@ class ManyBuffers(PrioritizedReplayBuffer):
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, num_buffers={self.num_buffers})"
 
-    def _make(self, capacity: int, num_buffers: int | None, layout: str, **settings: Any) -> None:
+    def _make(
+        self,
+        capacity: int,
+        num_buffers: int | None,
+        layout: str,
+        place: Place,
+        **settings: Any,
+    ) -> None:
         n = validation.positive_int("num_buffers", num_buffers)
         if settings["prioritization"] != "proportional":
             raise ConfigurationError(
                 f"prioritization: expected 'proportional' with num_buffers={n},"
                 f" got {settings['prioritization']!r}: ranks are kept for one buffer"
             )
-        self._storage = Rings(n, capacity, self.device, layout)
+        self._storage = Rings(n, capacity, self.device, layout, place)
         self._priorities = ManyPriorities(n, capacity, device=self.device, **settings)
 
     @property
@@ -208,18 +216,12 @@ class ManyBuffers(PrioritizedReplayBuffer):
         stale = self._priorities.update_each(
             index,
             td_error,
-            generation=generation,
+            generation=None if generation is None else self._storage.in_ring(generation),
             mask=as_mask(mask, index.shape, self.device),
             written=self._storage.written,
         )
         self._drop(stale)
 
-    def state_dict(self) -> dict[str, Any]:
-        """A snapshot: tensors and plain values, as `torch.load(weights_only=True)` reads them.
-
-        "write_count" and "ever_max" are tensors [S].
-        """
-        return super().state_dict() | {
-            "write_count": self._storage.written.clone(),
-            "ever_max": self._priorities.ever_max_each.clone(),
-        }
+    def _state(self, *, copy: bool) -> dict[str, Any]:
+        """As for one buffer; "write_count" and "ever_max" are tensors [S]."""
+        return super()._state(copy=copy) | {"ever_max": self._priorities.ever_max_each.clone()}

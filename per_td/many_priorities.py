@@ -216,9 +216,9 @@ class ManyPriorities(PriorityTable):
             f" got {index[buffer, at].item()} at position {[buffer, at]}; nothing was written"
         )
 
-    def restore(self, priority: Tensor, ever_max: Tensor) -> None:
+    def restore(self, priority: Tensor, ever_max: Tensor, mass: Tensor | None = None) -> None:
         """`fill`, and take over the largest priority that each buffer ever held, [S]."""
-        self.fill(priority)
+        self.fill(priority, mass)
         self.ever_max_each.copy_(ever_max)
 
     def sample_each(

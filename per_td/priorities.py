@@ -425,10 +425,14 @@ class PriorityTable:
         table.refused.copy_(self.refused)
         return table
 
-    def fill(self, priority: Tensor) -> None:
-        """Set the priorities of the first slots, and 0 for the others, in O(N); [n] float32.
+    def fill(self, priority: Tensor, mass: Tensor | None = None) -> None:
+        """Set the priorities of the first slots, and 0 for the others, in O(N).
 
         All count as new: none has been replayed.
+
+        Args:
+            priority: float32 [n].
+            mass: their masses, float32 [n]; None: what follows from the priorities.
         """
         self._raw.zero_()
         self.raw[..., : priority.shape[-1]] = priority
@@ -436,7 +440,11 @@ class PriorityTable:
         self._largest.refresh_all()
         if self.ranks is not None:
             self.ranks.filled = len(priority)
-        self._refill()
+        if mass is not None:
+            whole = torch.zeros_like(self.raw)
+            whole[..., : mass.shape[-1]] = mass
+            mass = whole
+        self._refill(mass)
 
     def sort(self) -> None:
         """Give every priority its exact rank, in O(N log N); nothing to do where there are none."""
@@ -458,9 +466,13 @@ class PriorityTable:
         if self.ranks is not None and state is not None:
             self._refill(self.ranks.load(state))
 
-    def restore(self, priority: Tensor, ever_max: Tensor) -> None:
-        """`fill`, and take over the largest priority that there ever was, 0-dim."""
-        self.fill(priority)
+    def restore(self, priority: Tensor, ever_max: Tensor, mass: Tensor | None = None) -> None:
+        """`fill`, and take over the largest priority that there ever was, 0-dim.
+
+        Masses are part of a state, since what computes p^alpha, a kernel or torch, on one device
+        or another, may round the last bit otherwise, and a draw would tell.
+        """
+        self.fill(priority, mass)
         self.ever_max.copy_(ever_max)
 
     def _refill(self, mass: Tensor | None = None) -> None:

@@ -11,7 +11,9 @@ from torch import Tensor
 from per_td import rows, validation
 from per_td.errors import SchemaError
 from per_td.leaves import Leaves, leaves_of, named, nested
+from per_td.memory import Place
 from per_td.ring import generation_of
+from per_td.states import Move
 from per_td.storage import RingStorage
 
 __all__ = ["Plan", "Rings", "as_mask", "compiled"]
@@ -49,13 +51,18 @@ class Rings(RingStorage):
     Args:
         num_buffers: how many rings, S.
         capacity: number of slots of each.
-        device, layout: as for `RingStorage`.
+        device, layout, place: as for `RingStorage`.
     """
 
     def __init__(
-        self, num_buffers: int, capacity: int, device: torch.device, layout: str = "auto"
+        self,
+        num_buffers: int,
+        capacity: int,
+        device: torch.device,
+        layout: str = "auto",
+        place: Place | None = None,
     ) -> None:
-        super().__init__(capacity, device, layout)
+        super().__init__(capacity, device, layout, place)
         self.num_buffers = num_buffers
         self._rows = num_buffers * capacity + 1
         self._written_each = torch.zeros(num_buffers, dtype=torch.int64, device=device)
@@ -72,7 +79,11 @@ class Rings(RingStorage):
     @property
     def write_count(self) -> int:
         """How many transitions were ever written, to all rings."""
-        return int(self._written_each.sum())
+        return int(self._written_each.sum()) + self.written_before
+
+    def ring_count(self) -> Tensor:
+        """`written`, a copy."""
+        return self._written_each.clone()
 
     @property
     def written(self) -> Tensor:
@@ -93,7 +104,7 @@ class Rings(RingStorage):
         return TensorDict(
             nested((key, self._each(column)) for key, column in self._columns.items()),
             batch_size=shape,
-            device=self.device,
+            device=self.home,
         )
 
     def _each(self, column: Tensor) -> Tensor:
@@ -156,7 +167,8 @@ class Rings(RingStorage):
         """Write checked leaves [S * n, ...] as planned."""
         self.allocate(leaves)
         row = torch.where(plan.kept, plan.slot + self._starts, self._rows - 1).flatten()
-        new = [rows.plain(leaves[key], self.device) for key in self._columns]
+        row = row.to(self.home)
+        new = [rows.plain(leaves[key], self.home) for key in self._columns]
         columns = self._columns.values()
         if self._kernels_for(len(row)) is None:
             for column, leaf in zip(columns, new, strict=True):
@@ -170,14 +182,20 @@ class Rings(RingStorage):
         longest = int(self.lengths.max())
         return {key: self._each(column)[:, :longest] for key, column in self._columns.items()}
 
-    def restore(self, leaves: Leaves, written: Any) -> None:
-        """Take over what `filled` gave, which may be nothing, and how much was ever written."""
+    def restore(self, leaves: Leaves, moves: list[Move]) -> None:
+        """Take over what `filled` gave, which may be nothing, as the move of each ring tells."""
         if leaves:
             size = next(iter(leaves.values())).shape[:2]
             self.allocate(self.flat(leaves, size))
             for key, column in self._columns.items():
-                self._each(column)[:, : size[1]] = leaves[key].to(self.device)
-        self._written_each.copy_(written)
+                for ring, leaf, move in zip(self._each(column), leaves[key], moves, strict=True):
+                    at = 0
+                    for part in move.parts:
+                        end = at + part.stop - part.start
+                        ring[at:end] = leaf[part].to(self.home)
+                        at = end
+        written = [move.written for move in moves]
+        self._written_each.copy_(torch.tensor(written, dtype=torch.int64, device="cpu"))
 
     def gather(self, index: Tensor) -> tuple[list[Tensor], Tensor]:
         """Copies of the transitions in the slots `index` [S, B], and their `generation`.
@@ -185,6 +203,8 @@ class Rings(RingStorage):
         Returns:
             Contiguous tensors [S, B, ...] in the order of the keys; int64 [S, B].
         """
+        if self._away:
+            return self._fetched(index + self._starts), self.generation(index)
         n = index.numel()
         if self._kernels_for(n) is None or not index.is_contiguous():
             found = self._select((index + self._starts).flatten())

@@ -9,10 +9,15 @@ from torch import Tensor
 
 from per_td import batch, kernels, layouts, rows, validation
 from per_td.leaves import Leaves, count, flattened, nested
+from per_td.memory import Place
 from per_td.ring import generation_of
 from per_td.schema import RESERVED, Schema
+from per_td.states import Move
 
 __all__ = ["RESERVED", "Leaves", "RingStorage", "count", "flattened", "nested"]
+
+_PIECE = 2**24
+"""Bytes brought to the device at a time from a state that may be larger than memory."""
 
 
 class RingStorage:
@@ -24,18 +29,34 @@ class RingStorage:
 
     Args:
         capacity: number of slots.
-        device: where the transitions live.
+        device: where the transitions are brought to by `read`.
         layout: "columns", "records" or "auto"; see `per_td.layouts`.
+        place: what kind of memory they live in; None: that of the device.
 
     Raises:
         ConfigurationError: `layout` is none of these.
     """
 
-    def __init__(self, capacity: int, device: torch.device, layout: str = "auto") -> None:
+    epoch = 0
+    """Added to the generations in batches: they were counted otherwise before a state moved."""
+
+    written_before = 0
+    """Transitions that no longer count in `ring_count`, since then."""
+
+    def __init__(
+        self,
+        capacity: int,
+        device: torch.device,
+        layout: str = "auto",
+        place: Place | None = None,
+    ) -> None:
         self.capacity = self._rows = capacity
         self.device = device
+        self.place = Place() if place is None else place
+        self.home = self.place.home(device)
+        self._away = self.home != device
         self.layout = validation.one_of("layout", layout, layouts.LAYOUTS)
-        self._compiled = kernels.wanted(device)
+        self._compiled = kernels.wanted(self.home)
         self._schema = Schema()
         self._block: Tensor | None = None
         self._columns: Leaves = {}
@@ -73,12 +94,16 @@ class RingStorage:
         if not self._columns:
             return None
         return TensorDict(
-            nested(self._columns.items()), batch_size=[self.capacity], device=self.device
+            nested(self._columns.items()), batch_size=[self.capacity], device=self.home
         )
 
     @property
     def write_count(self) -> int:
         """How many transitions were ever written."""
+        return self._written + self.written_before
+
+    def ring_count(self) -> Any:
+        """How many were, since the last change of capacity: slots and generations follow."""
         return self._written
 
     def _count(self, written: int) -> None:
@@ -87,19 +112,28 @@ class RingStorage:
 
     @property
     def written(self) -> Tensor | int:
-        """`write_count` as a 0-dim int64 tensor on the device; an int where kernels are used."""
-        return self._write_count if self.kernels is None else self._written
+        """`ring_count` as a 0-dim int64 tensor on the device; an int where kernels are used."""
+        return self._write_count if self._on_device else self._written
+
+    @property
+    def _on_device(self) -> bool:
+        """Whether numbers are tensors, for operations that do not wait for the host."""
+        return self._away or self.kernels is None
 
     @property
     def size(self) -> Tensor | int:
         """Number of filled slots, in the same form."""
-        if self.kernels is None:
+        if self._on_device:
             return self._write_count.clamp(max=self.capacity)
         return len(self)
 
     def generation(self, index: Tensor) -> Tensor:
         """How often the ring had wrapped when the slots `index` [B] were written; -1 if never."""
         return generation_of(index, self.written, self.capacity)
+
+    def in_ring(self, generation: Tensor) -> Tensor:
+        """Generations that a batch brings back, as `generation` counts them."""
+        return generation - self.epoch if self.epoch else generation
 
     def check(self, transitions: TensorDictBase, *, batched: bool = True) -> Leaves:
         """The leaves of `transitions`, if they fit; nothing is written. See `Schema.check`."""
@@ -115,12 +149,15 @@ class RingStorage:
             return
         fields = self._schema.fix(leaves)
         self._bytes = sum(field.bytes for field in fields)
-        self.layout = layouts.resolve_layout(self.layout, fields, compiled=self._compiled)
+        self.layout = layouts.resolve_layout(
+            self.layout, fields, compiled=self._compiled, mapped=self.place.storage == "memmap"
+        )
+        memory = self._rows, self.home, self.place.zeros
         if self.layout == "records":
-            self._block = layouts.block_of(fields, self._rows, self.device)
+            self._block = layouts.block_of(fields, *memory)
             self._columns = self._views(self._block)
         else:
-            columns = layouts.columns_of(fields, self._rows, self.device)
+            columns = layouts.columns_of(fields, *memory)
             self._columns = dict(zip(leaves, columns, strict=True))
         self._sizes = rows.steps(self._columns.values())
 
@@ -148,7 +185,7 @@ class RingStorage:
         n = count(leaves) if n is None else n
         kept = min(n, self.capacity)
         start = (self._written + n - kept) % self.capacity
-        new = [rows.plain(leaves[key], self.device) for key in self._columns]
+        new = [rows.plain(leaves[key], self.home) for key in self._columns]
         if kept < n:
             new = [leaf[-kept:] for leaf in new]
         kernel = self._kernels_for(kept)
@@ -176,13 +213,18 @@ class RingStorage:
             if head < n:
                 column[: n - head] = new_rows[head:]
 
-    def restore(self, leaves: Leaves, written: Any) -> None:
-        """Take over what `filled` gave, which may be nothing, and how much was ever written."""
+    def restore(self, leaves: Leaves, moves: list[Move]) -> None:
+        """Take over what `filled` gave, which may be nothing, as the one move of them tells."""
+        (move,) = moves
         if leaves:
             self.check_leaves(leaves)
             self._count(0)
-            self.write(leaves)
-        self._count(written)
+            step = max(1, _PIECE // max(1, sum(map(_row_bytes, leaves.values()))))
+            for part in move.parts:
+                for start in range(part.start, part.stop, step):
+                    piece = slice(start, min(start + step, part.stop))
+                    self.write({key: leaf[piece] for key, leaf in leaves.items()})
+        self._count(move.written)
 
     def filled(self) -> Leaves:
         """The filled part of every column, views [len, ...]."""
@@ -194,6 +236,8 @@ class RingStorage:
         Returns:
             Contiguous tensors [B, ...] in the order of the keys; int64 [B].
         """
+        if self._away:
+            return self._fetched(index), self.generation(index)
         n = index.numel()
         kernel = self._kernels_for(n)
         if kernel is None or not index.is_contiguous():
@@ -214,6 +258,15 @@ class RingStorage:
         )
         return leaves, generation
 
+    def _fetched(self, index: Tensor) -> list[Tensor]:
+        """Rows [*B, ...] on the device of a storage in the host's memory; the host waits for it."""
+        found = self._select(index.flatten().to(self.home))
+        if self.place.storage == "pinned":  # what is pinned is copied while the host goes on
+            found = [leaf.pin_memory().to(self.device, non_blocking=True) for leaf in found]
+        else:
+            found = [validation.to_device(leaf, self.device) for leaf in found]
+        return [leaf.view(*index.shape, *leaf.shape[1:]) for leaf in found]
+
     def _select(self, index: Tensor) -> list[Tensor]:
         if self._block is None:
             return [column.index_select(0, index) for column in self._columns.values()]
@@ -228,5 +281,12 @@ class RingStorage:
         """The transitions in the slots `index` [B], with these, `generation` and `extra`, [B]."""
         leaves, generation = self.gather(index)
         tree = nested(zip(self._columns, leaves, strict=True))
+        if self.epoch:
+            generation = generation + self.epoch
         tree.update(extra, index=index, generation=generation)
         return batch.make(tree, index.shape, self.device)
+
+
+def _row_bytes(leaf: Tensor) -> int:
+    """Length of a row of leaves [n, ...]."""
+    return leaf.shape[1:].numel() * leaf.itemsize

@@ -1,5 +1,6 @@
 """TransitionReplayBuffer: the course's push / tuple interface."""
 
+import os
 from typing import Any
 
 import numpy as np
@@ -7,10 +8,12 @@ import torch
 from torch import Tensor
 
 from per_td.buffer import PrioritizedReplayBuffer
-from per_td.errors import SchemaError
+from per_td.errors import CheckpointError, SchemaError
 from per_td.leaves import Leaves
 
 __all__ = ["TransitionReplayBuffer"]
+
+_KEYS = {"state", "action", "reward", "next_state", "done"}
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -186,3 +189,38 @@ class TransitionReplayBuffer:
     def increase_beta(self) -> None:
         """Add `beta_increment` to beta, up to 1; once per episode, as taught."""
         self.buffer.increase_beta()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a file, whole or not at all; see `PrioritizedReplayBuffer.save`."""
+        self.buffer.save(path)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        capacity: int | None = None,
+        device: torch.device | str | int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> "TransitionReplayBuffer":
+        """A buffer with the settings and the state of a file that `save` wrote.
+
+        Args:
+            path, capacity, device, generator: as for `PrioritizedReplayBuffer.load`.
+
+        Raises:
+            CheckpointError: the file is damaged, or it is not that of such a buffer.
+            FileNotFoundError: there is none.
+        """
+        loaded = PrioritizedReplayBuffer.load(
+            path, capacity=capacity, device=device, generator=generator
+        )
+        keys = set() if loaded.transitions is None else set(loaded.transitions.keys())
+        if loaded.num_buffers is not None or keys - _KEYS or (keys and _KEYS - keys):
+            raise CheckpointError(
+                f"{os.fspath(path)}: expected the state of a TransitionReplayBuffer, got"
+                f" transitions of {sorted(keys)}, num_buffers={loaded.num_buffers}"
+            )
+        buffer = cls.__new__(cls)
+        buffer.buffer = loaded
+        return buffer

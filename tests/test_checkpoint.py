@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from per_td import CheckpointError, PrioritizedReplayBuffer, SchemaError
+from per_td import CheckpointError, PrioritizedReplayBuffer, SchemaError, checkpoint
 from tests.oracle import data
 
 
@@ -94,40 +94,16 @@ def test_an_empty_buffer_can_be_saved(tmp_path):
     assert len(loaded) == 2
 
 
-def test_the_file_holds_tensors_and_plain_values_only(tmp_path):
-    used(generator=torch.Generator()).save(tmp_path / "buffer.pt")
+def test_a_state_holds_tensors_and_plain_values_only(tmp_path):
+    torch.save(used(generator=torch.Generator()).state_dict(), tmp_path / "buffer.pt")
     state = torch.load(tmp_path / "buffer.pt", weights_only=True)
-    assert state["version"] == 1
+    assert state["version"] == 2
 
 
-def test_a_failed_save_leaves_the_last_whole_file(tmp_path, monkeypatch):
-    path = tmp_path / "buffer.pt"
-    buffer = used()
-    buffer.save(path)
-    before = path.read_bytes()
-
-    def broken(state, file):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(OSError, match="disk full"):
-        buffer.save(path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_what_is_no_saved_buffer_is_refused_by_name(tmp_path):
-    path = tmp_path / "buffer.pt"
-    used().save(path)
-    whole = path.read_bytes()
-    for content in (b"", b"nonsense", whole[: len(whole) // 2]):
-        path.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"buffer\.pt: expected a saved buffer"):
-            PrioritizedReplayBuffer.load(path)
-    torch.save({"weights": torch.zeros(2)}, path)
-    with pytest.raises(CheckpointError, match="expected the state of a PrioritizedReplayBuffer"):
-        PrioritizedReplayBuffer.load(path)
+def test_states_with_something_else_are_not_written(tmp_path):
+    with pytest.raises(CheckpointError, match="expected tensors and plain values to save, got set"):
+        checkpoint.write(tmp_path / "x", {"a": {"b": {1, 2}}})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_states_that_do_not_fit_change_nothing():
@@ -135,10 +111,14 @@ def test_states_that_do_not_fit_change_nothing():
     state = buffer.state_dict()
     small = PrioritizedReplayBuffer(5)
     small.extend(data(0, 3))
-    with pytest.raises(CheckpointError, match="capacity 5, got 20"):
-        small.load_state_dict(state)
-    with pytest.raises(CheckpointError, match="version 1, got version 2"):
-        small.load_state_dict({**state, "version": 2})
+    for version in (3, 0, "1", None):
+        with pytest.raises(CheckpointError, match=f"version 1 to 2, got version {version!r}"):
+            small.load_state_dict({**state, "version": version})
+    with pytest.raises(CheckpointError, match=r"priority: expected shape \[20\], got \[19\]"):
+        small.load_state_dict({**state, "priority": state["priority"][:19]})
+    short = {**state["transitions"], "action": state["transitions"]["action"][:19]}
+    with pytest.raises(CheckpointError, match=r"action.*expected shape \[20, \.\.\.\], got \[19\]"):
+        small.load_state_dict({**state, "transitions": short})
     with pytest.raises(CheckpointError, match="expected the keys"):
         small.load_state_dict({k: v for k, v in state.items() if k != "priority"})
     other = PrioritizedReplayBuffer(20)
@@ -147,3 +127,47 @@ def test_states_that_do_not_fit_change_nothing():
         other.load_state_dict(state)
     assert len(small) == len(other) == 3
     assert small.priority.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("alpha", [0.6, 2.0])
+@pytest.mark.parametrize("own", [True, False], ids=["generator", "torch's"])
+def test_training_goes_on_from_a_file_exactly_as_without_the_break(own, alpha, tmp_path):
+    n = 20_000
+
+    def go_on(buffer, first):
+        drawn = []
+        for k in range(first, first + 30):
+            batch = buffer.sample(64)
+            drawn.append((batch["index"].tolist(), batch["priority_weight"].tolist()))
+            td_error = (batch["action"] * 7919 % 1009 + k).sqrt()
+            buffer.update_priority(batch["index"], td_error, batch["generation"])
+            buffer.extend(data(n + 5 * k, 5))
+            buffer.increase_beta()
+        return drawn
+
+    buffer = PrioritizedReplayBuffer(
+        n, alpha=alpha, beta_increment=0.01, generator=torch.Generator() if own else None
+    )
+    buffer.extend(data(0, n + 77))
+    buffer.update_priority(range(n), torch.rand(n) * 3)
+    go_on(buffer, 0)
+    buffer.save(tmp_path / "x")
+    seed = torch.get_rng_state()  # torch's own generator is the user's to keep
+    expected = go_on(buffer, 30)
+    torch.manual_seed(99)
+    if not own:
+        torch.set_rng_state(seed)
+    loaded = PrioritizedReplayBuffer.load(tmp_path / "x")
+    assert go_on(loaded, 30) == expected
+    same(buffer, loaded)
+
+
+def test_masses_are_those_saved_to_the_last_bit(tmp_path):
+    # of a square, the kernel's rounding and torch's differ for one priority in 20,000
+    buffer = PrioritizedReplayBuffer(200_000, alpha=2.0)
+    buffer.extend(data(0, 200_000).select("action"))
+    buffer.update_priority(range(200_000), torch.randn(200_000).mul(8).exp())
+    buffer.save(tmp_path / "x")
+    masses, loaded = buffer._priorities.masses, PrioritizedReplayBuffer.load(tmp_path / "x")
+    assert torch.equal(loaded._priorities.masses[:], masses[:])
+    assert torch.equal(loaded._priorities.masses.nodes, masses.nodes)
