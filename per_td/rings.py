@@ -170,6 +170,10 @@ class Rings(RingStorage):
         longest = int(self.lengths.max())
         return {key: self._each(column)[:, :longest] for key, column in self._columns.items()}
 
+    def check_state(self, leaves: Leaves) -> None:
+        """Whether `restore` will take the leaves; raises SchemaError."""
+        self.flat(leaves, next(iter(leaves.values())).shape[:2])
+
     def restore(self, leaves: Leaves, written: Any) -> None:
         """Take over what `filled` gave, which may be nothing, and how much was ever written."""
         if leaves:
@@ -206,7 +210,7 @@ def as_mask(mask: Any, shape: torch.Size, device: torch.device) -> Tensor | None
     """
     if mask is None:
         return None
-    mask = torch.as_tensor(mask)
+    mask = validation.as_tensor("mask", mask, SchemaError)
     if mask.dtype != torch.bool or mask.shape != shape:
         raise SchemaError(
             f"mask: expected bool of shape {list(shape)}, got {mask.dtype} of shape"

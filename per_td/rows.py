@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from per_td import validation
+from per_td.errors import SchemaError
 
 __all__ = ["gather", "gather_each", "likes", "plain", "scatter", "scatter_at", "steps"]
 
@@ -20,9 +21,16 @@ def _addresses(tensors: Iterable[Tensor]) -> "array[int]":
 
 
 def plain(leaf: Tensor, device: torch.device) -> Tensor:
-    """`leaf` on `device`, with its numbers as they are, one after the other in memory."""
-    if leaf.is_contiguous() and leaf.device == device and not (leaf.is_neg() or leaf.is_conj()):
-        return leaf
+    """`leaf` on `device`, with its numbers as they are, one after the other in memory.
+
+    Raises:
+        SchemaError: it has no values, or not in memory.
+    """
+    if leaf.layout is torch.strided and leaf.is_contiguous() and leaf.device == device:
+        if not (leaf.is_neg() or leaf.is_conj()):
+            return leaf
+    else:
+        validation.require_plain("transitions", leaf, SchemaError)
     leaf = validation.to_device(leaf, device)
     if leaf.is_neg() or leaf.is_conj():
         leaf = leaf.resolve_neg().resolve_conj()
