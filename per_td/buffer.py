@@ -486,7 +486,11 @@ class PrioritizedReplayBuffer:
                 f"expected a state with num_buffers={self.num_buffers},"
                 f" got {settings.get('num_buffers')}"
             )
-        self._storage.restore(flattened(state["transitions"]), state["write_count"])
+        leaves = flattened(state["transitions"])
+        if leaves:
+            self._storage.check_state(leaves)
+        self._take_over_generator(state["generator"])  # the last that may be refused
+        self._storage.restore(leaves, state["write_count"])
         self.alpha, self.eps = settings["alpha"], settings["eps"]
         self.beta_increment = settings["beta_increment"]
         self._beta.copy_(state["beta"])
@@ -496,8 +500,16 @@ class PrioritizedReplayBuffer:
         if "replayed" in state:
             self._priorities.replayed[: len(self)] = state["replayed"].to(self.device)
         self._priorities.refused.copy_(state["refused_priorities"])
-        if self.generator is not None and state["generator"] is not None:
-            self.generator.set_state(state["generator"])
+
+    def _take_over_generator(self, state: Tensor | None) -> None:
+        if self.generator is None or state is None:
+            return
+        try:
+            self.generator.set_state(state)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"generator: expected the state of one on {self.device}: {error}"
+            ) from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `state_dict` to a file, whole or not at all."""

@@ -1,5 +1,6 @@
 """Saved states: tensors and plain values in one file, written whole or not at all."""
 
+import errno
 import os
 import pickle
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 
+from per_td import states
 from per_td.errors import CheckpointError
 
 __all__ = ["FORMAT", "VERSION", "check", "read", "write"]
@@ -36,14 +38,15 @@ def check(state: Any) -> dict[str, Any]:
     Raises:
         CheckpointError: it is something else, or of a later version.
     """
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or str(state.get("format")) != FORMAT:
         raise CheckpointError(f"expected the state of a PrioritizedReplayBuffer, got {type(state)}")
-    if state.get("version") != VERSION:
+    if not isinstance(state.get("version"), int) or state["version"] != VERSION:
         raise CheckpointError(
             f"expected a state of version {VERSION}, got version {state.get('version')!r}"
         )
     if state.keys() - _LATER_KEYS != _KEYS:
-        raise CheckpointError(f"expected the keys {sorted(_KEYS)}, got {sorted(state)}")
+        raise CheckpointError(f"expected the keys {sorted(_KEYS)}, got {sorted(map(str, state))}")
+    states.check_values(state)
     return state
 
 
@@ -70,6 +73,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that comes of a short file
+            raise
         raise CheckpointError(f"{os.fspath(path)}: expected a saved buffer, got {error}") from error
     return state

@@ -176,6 +176,10 @@ class RingStorage:
             if head < n:
                 column[: n - head] = new_rows[head:]
 
+    def check_state(self, leaves: Leaves) -> None:
+        """Whether `restore` will take the leaves; raises SchemaError."""
+        self.check_leaves(leaves)
+
     def restore(self, leaves: Leaves, written: Any) -> None:
         """Take over what `filled` gave, which may be nothing, and how much was ever written."""
         if leaves:
