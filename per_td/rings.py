@@ -160,7 +160,7 @@ class Rings(RingStorage):
         columns = self._columns.values()
         if self._kernels_for(len(row)) is None:
             for column, leaf in zip(columns, new, strict=True):
-                column[row] = leaf.detach()
+                rows.indexable(column)[row] = rows.indexable(leaf.detach())
         else:
             rows.scatter_at(compiled(), columns, self._sizes, new, row)
         self._written_each.copy_(plan.written)

@@ -13,7 +13,17 @@ from torch import Tensor
 from per_td import validation
 from per_td.errors import SchemaError
 
-__all__ = ["gather", "gather_each", "likes", "plain", "scatter", "scatter_at", "steps"]
+__all__ = [
+    "gather",
+    "gather_each",
+    "indexable",
+    "likes",
+    "plain",
+    "scatter",
+    "scatter_at",
+    "select",
+    "steps",
+]
 
 
 def _addresses(tensors: Iterable[Tensor]) -> "array[int]":
@@ -35,6 +45,28 @@ def plain(leaf: Tensor, device: torch.device) -> Tensor:
     if leaf.is_neg() or leaf.is_conj():
         leaf = leaf.resolve_neg().resolve_conj()
     return leaf if leaf.is_contiguous() else leaf.contiguous()
+
+
+_AS = {
+    torch.uint16: torch.int16,
+    torch.uint32: torch.int32,
+    torch.uint64: torch.int64,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.float8_e5m2: torch.uint8,
+}
+"""What torch stores and copies, but does not index: numbers of the same size that it does."""
+
+
+def indexable(column: Tensor) -> Tensor:
+    """The same memory in a dtype whose rows torch can gather and scatter."""
+    dtype = _AS.get(column.dtype)
+    return column if dtype is None else column.view(dtype)
+
+
+def select(column: Tensor, index: Tensor) -> Tensor:
+    """Copies of the rows `index` [B] of a column, in plain torch."""
+    found = indexable(column).index_select(0, index)
+    return found if found.dtype is column.dtype else found.view(column.dtype)
 
 
 def steps(columns: Iterable[Tensor]) -> Tensor:

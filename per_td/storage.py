@@ -220,7 +220,7 @@ class RingStorage:
 
     def _select(self, index: Tensor) -> list[Tensor]:
         if self._block is None:
-            return [column.index_select(0, index) for column in self._columns.values()]
+            return [rows.select(column, index) for column in self._columns.values()]
         records = self._block.index_select(0, index)
         return [view.contiguous() for view in self._views(records).values()]
 
