@@ -281,7 +281,7 @@ class BufferMachine(Kernels):
     def update_any(self, data, n, stale, masked):
         """With repetitions, stale ones among others, and rubbish where it is masked."""
         random = np.random.default_rng(data.draw(st.integers(0, 999)))
-        some = data.draw(st.lists(TD_ERROR, min_size=1, max_size=4), "TD errors")
+        some = data.draw(st.lists(TD_ERROR, min_size=3, max_size=5, unique_by=abs), "TD errors")
         index = [random.integers(len(ring), size=n).tolist() for ring in self.rings]
         td_error = [random.choice(np.float32(some), n).tolist() for _ in self.rings]
         generation = [
