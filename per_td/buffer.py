@@ -1,6 +1,7 @@
 """PrioritizedReplayBuffer: storage, priorities and draws wired together."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -115,6 +116,10 @@ class PrioritizedReplayBuffer:
             batch_size = validation.positive_int("batch_size", batch_size)
         self.batch_size = batch_size
         self.device = validation.resolve_device(device)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise ConfigurationError(
+                f"generator: expected a torch.Generator, got {type(generator).__name__}"
+            )
         if generator is not None and generator.device.type != self.device.type:
             raise ConfigurationError(
                 f"generator: expected one on {self.device}, got one on {generator.device}"
@@ -362,7 +367,7 @@ class PrioritizedReplayBuffer:
         self._refuse(mask)
         index = validation.as_index(index, self.device)
         if generation is not None:
-            generation = validation.as_index(generation, self.device)
+            generation = validation.as_index(generation, self.device, "generation")
             if generation.shape != index.shape:
                 raise PriorityError(
                     f"generation: expected shape {list(index.shape)}, one per index,"
@@ -387,6 +392,8 @@ class PrioritizedReplayBuffer:
         Raises:
             SchemaError: the batch has no "index" or no "td_error".
         """
+        if not isinstance(batch, TensorDictBase | Mapping):
+            raise SchemaError(f"expected a TensorDict, got {type(batch).__name__}")
         for key in ("index", "td_error"):
             if batch.get(key, None) is None:
                 raise SchemaError(

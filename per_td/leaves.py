@@ -66,6 +66,8 @@ def _collect(transitions: TensorDictBase, prefix: Key, leaves: Leaves) -> bool:
     """Add its tensors to `leaves`; False where it holds more than those and TensorDicts."""
     for name, value in transitions.items():
         if isinstance(value, Tensor):
+            if value.is_nested:  # it has no shape that could be looked at
+                raise SchemaError(f"{named((*prefix, name))}: expected a dense tensor, got nested")
             leaves[*prefix, name] = value
         elif not (isinstance(value, TensorDictBase) and _collect(value, (*prefix, name), leaves)):
             return False

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from per_td import validation
 from per_td.buffer import PrioritizedReplayBuffer
-from per_td.errors import ConfigurationError, PriorityError
+from per_td.errors import ConfigurationError, PriorityError, SchemaError
 from per_td.leaves import Leaves
 from per_td.many_priorities import ManyPriorities
 from per_td.memory import Place
@@ -136,9 +136,9 @@ class ManyBuffers(PrioritizedReplayBuffer):
         leaves = self._storage.check_each(transition, 1)
         size = torch.Size([self.num_buffers, 1])
         if priority is not None:
-            priority = torch.as_tensor(priority).unsqueeze(-1)
+            priority = validation.as_tensor("priority", priority, PriorityError).unsqueeze(-1)
         if mask is not None:
-            mask = torch.as_tensor(mask).unsqueeze(-1)
+            mask = validation.as_tensor("mask", mask, SchemaError).unsqueeze(-1)
         return self._extend_each(leaves, size, priority, mask).squeeze_(-1)
 
     def extend_leaves(self, leaves: Leaves, priority: Any = None, mask: Any = None) -> Tensor:

@@ -117,7 +117,7 @@ class PriorityTable:
 
     @eps.setter
     def eps(self, value: float) -> None:
-        self._eps = validation.real("eps", value)
+        self._eps = validation.real("eps", value, high=torch.finfo(torch.float32).max)
         self._settings[1].fill_(self._eps)
 
     @property

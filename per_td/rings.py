@@ -172,7 +172,7 @@ class Rings(RingStorage):
         columns = self._columns.values()
         if self._kernels_for(len(row)) is None:
             for column, leaf in zip(columns, new, strict=True):
-                column[row] = leaf.detach()
+                rows.indexable(column)[row] = rows.indexable(leaf.detach())
         else:
             rows.scatter_at(compiled(), columns, self._sizes, new, row)
         self._written_each.copy_(plan.written)
@@ -181,6 +181,10 @@ class Rings(RingStorage):
         """Every column as far as one of the rings is filled, views [S, longest, ...]."""
         longest = int(self.lengths.max())
         return {key: self._each(column)[:, :longest] for key, column in self._columns.items()}
+
+    def check_state(self, leaves: Leaves) -> None:
+        """Whether `restore` will take the leaves; raises SchemaError."""
+        self.flat(leaves, next(iter(leaves.values())).shape[:2])
 
     def restore(self, leaves: Leaves, moves: list[Move]) -> None:
         """Take over what `filled` gave, which may be nothing, as the move of each ring tells."""
@@ -226,7 +230,8 @@ def as_mask(mask: Any, shape: torch.Size, device: torch.device) -> Tensor | None
     """
     if mask is None:
         return None
-    mask = torch.as_tensor(mask)
+    mask = validation.as_tensor("mask", mask, SchemaError)
+    mask = mask if mask.numel() else mask.bool()  # an empty list has no dtype
     if mask.dtype != torch.bool or mask.shape != shape:
         raise SchemaError(
             f"mask: expected bool of shape {list(shape)}, got {mask.dtype} of shape"

@@ -11,8 +11,19 @@ import torch
 from torch import Tensor
 
 from per_td import validation
+from per_td.errors import SchemaError
 
-__all__ = ["gather", "gather_each", "likes", "plain", "scatter", "scatter_at", "steps"]
+__all__ = [
+    "gather",
+    "gather_each",
+    "indexable",
+    "likes",
+    "plain",
+    "scatter",
+    "scatter_at",
+    "select",
+    "steps",
+]
 
 
 def _addresses(tensors: Iterable[Tensor]) -> "array[int]":
@@ -20,13 +31,42 @@ def _addresses(tensors: Iterable[Tensor]) -> "array[int]":
 
 
 def plain(leaf: Tensor, device: torch.device) -> Tensor:
-    """`leaf` on `device`, with its numbers as they are, one after the other in memory."""
-    if leaf.is_contiguous() and leaf.device == device and not (leaf.is_neg() or leaf.is_conj()):
-        return leaf
+    """`leaf` on `device`, with its numbers as they are, one after the other in memory.
+
+    Raises:
+        SchemaError: it has no values, or not in memory.
+    """
+    if leaf.layout is torch.strided and leaf.is_contiguous() and leaf.device == device:
+        if not (leaf.is_neg() or leaf.is_conj()):
+            return leaf
+    else:
+        validation.require_plain("transitions", leaf, SchemaError)
     leaf = validation.to_device(leaf, device)
     if leaf.is_neg() or leaf.is_conj():
         leaf = leaf.resolve_neg().resolve_conj()
     return leaf if leaf.is_contiguous() else leaf.contiguous()
+
+
+_AS = {
+    torch.uint16: torch.int16,
+    torch.uint32: torch.int32,
+    torch.uint64: torch.int64,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.float8_e5m2: torch.uint8,
+}
+"""What torch stores and copies, but does not index: numbers of the same size that it does."""
+
+
+def indexable(column: Tensor) -> Tensor:
+    """The same memory in a dtype whose rows torch can gather and scatter."""
+    dtype = _AS.get(column.dtype)
+    return column if dtype is None else column.view(dtype)
+
+
+def select(column: Tensor, index: Tensor) -> Tensor:
+    """Copies of the rows `index` [B] of a column, in plain torch."""
+    found = indexable(column).index_select(0, index)
+    return found if found.dtype is column.dtype else found.view(column.dtype)
 
 
 def steps(columns: Iterable[Tensor]) -> Tensor:

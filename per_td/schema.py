@@ -3,6 +3,7 @@
 import torch
 from tensordict import TensorDictBase
 
+from per_td import validation
 from per_td.errors import SchemaError
 from per_td.layouts import Field
 from per_td.leaves import Key, Leaves, count, leaves_of, named
@@ -61,6 +62,7 @@ class Schema:
         if not leaves:
             raise SchemaError("expected at least one tensor, got an empty TensorDict")
         for key, leaf in leaves.items():
+            validation.require_plain(named(key), leaf, SchemaError)
             if not leaf.ndim:
                 raise SchemaError(f"{named(key)}: expected shape [n, ...], got []")
         n = count(leaves)

@@ -9,6 +9,7 @@ from torch import Tensor
 from per_td import checkpoint
 from per_td.errors import CheckpointError
 from per_td.leaves import flattened, nested
+from per_td.state_values import check_values
 
 if TYPE_CHECKING:
     from per_td.buffer import PrioritizedReplayBuffer
@@ -39,13 +40,14 @@ def check(state: Any) -> dict[str, Any]:
     Raises:
         CheckpointError: it is something else, or of a later version.
     """
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or str(state.get("format")) != FORMAT:
         raise CheckpointError(f"expected the state of a PrioritizedReplayBuffer, got {type(state)}")
     version, last = state.get("version"), checkpoint.VERSION
     if not isinstance(version, int) or not 1 <= version <= last:
         raise CheckpointError(f"expected a state of version 1 to {last}, got version {version!r}")
     if state.keys() - _LATER_KEYS != _KEYS:
-        raise CheckpointError(f"expected the keys {sorted(_KEYS)}, got {sorted(state)}")
+        raise CheckpointError(f"expected the keys {sorted(_KEYS)}, got {sorted(map(str, state))}")
+    check_values(state)
     return state
 
 
@@ -134,7 +136,7 @@ def _moves(buffer: "PrioritizedReplayBuffer", state: dict[str, Any]) -> list[Mov
     """How the transitions of each ring move into the buffer's capacity.
 
     Raises:
-        CheckpointError: the state is of another number of buffers, or its parts do not fit.
+        CheckpointError: the state is of another number of buffers.
     """
     settings = state["settings"]
     if settings.get("num_buffers") != buffer.num_buffers:
@@ -144,18 +146,6 @@ def _moves(buffer: "PrioritizedReplayBuffer", state: dict[str, Any]) -> list[Mov
         )
     capacity = settings["capacity"]
     counts = torch.as_tensor(state["write_count"]).reshape(-1).tolist()
-    sizes = [min(count, capacity) for count in counts]
-    shape = (sizes[0],) if buffer.num_buffers is None else (len(sizes), capacity)
-    rows = (len(sizes), max(sizes))[-len(shape) :]
-    if state["priority"].shape != shape:
-        raise CheckpointError(
-            f"priority: expected shape {list(shape)}, got {list(state['priority'].shape)}"
-        )
-    for key, leaf in flattened(state["transitions"]).items():
-        if leaf.shape[: len(rows)] != rows:
-            raise CheckpointError(
-                f"{key}: expected shape [{', '.join(map(str, rows))}, ...], got {list(leaf.shape)}"
-            )
     return [Move.between(count, capacity, buffer.capacity) for count in counts]
 
 
@@ -165,7 +155,12 @@ def restore(buffer: "PrioritizedReplayBuffer", state: Any) -> None:
     settings = check(state)["settings"]
     moves = _moves(buffer, state)
     storage, table = buffer._storage, buffer._priorities
-    storage.restore(flattened(state["transitions"]), moves)
+    leaves = flattened(state["transitions"])
+    if leaves:
+        storage.check_state(leaves)
+    if buffer.generator is not None and state["generator"] is not None:
+        _continue(buffer.generator, state["generator"])  # the last that may be refused
+    storage.restore(leaves, moves)
     moved = any(move.moved for move in moves)
     counts = torch.as_tensor(state["write_count"]).reshape(-1).tolist()
     storage.epoch = state.get("epoch", 0)
@@ -179,8 +174,6 @@ def restore(buffer: "PrioritizedReplayBuffer", state: Any) -> None:
     buffer._stale.copy_(state["stale_updates"])
     _restore_priorities(buffer, state, moves)
     table.refused.copy_(state["refused_priorities"])
-    if buffer.generator is not None and state["generator"] is not None:
-        _continue(buffer.generator, state["generator"])
 
 
 def _restore_priorities(
@@ -206,10 +199,15 @@ def _restore_priorities(
 
 def _continue(generator: torch.Generator, state: Tensor) -> None:
     """Set the state of `generator`; that of another kind of device becomes its seed."""
-    if len(state) == len(generator.get_state()):
-        generator.set_state(state.cpu())
-    else:
+    if len(state) != len(generator.get_state()):
         generator.manual_seed(_seed_of(state.tolist()))
+        return
+    try:
+        generator.set_state(state.cpu())
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"generator: expected the state of one on {generator.device}: {error}"
+        ) from error
 
 
 def _seed_of(numbers: Iterable[int]) -> int:

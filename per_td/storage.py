@@ -213,6 +213,10 @@ class RingStorage:
             if head < n:
                 column[: n - head] = new_rows[head:]
 
+    def check_state(self, leaves: Leaves) -> None:
+        """Whether `restore` will take the leaves; raises SchemaError."""
+        self.check_leaves(leaves)
+
     def restore(self, leaves: Leaves, moves: list[Move]) -> None:
         """Take over what `filled` gave, which may be nothing, as the one move of them tells."""
         (move,) = moves
@@ -269,7 +273,7 @@ class RingStorage:
 
     def _select(self, index: Tensor) -> list[Tensor]:
         if self._block is None:
-            return [column.index_select(0, index) for column in self._columns.values()]
+            return [rows.select(column, index) for column in self._columns.values()]
         records = self._block.index_select(0, index)
         return [view.contiguous() for view in self._views(records).values()]
 

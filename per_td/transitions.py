@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from per_td import validation
 from per_td.buffer import PrioritizedReplayBuffer
 from per_td.errors import CheckpointError, SchemaError
 from per_td.leaves import Leaves
@@ -18,11 +19,13 @@ _KEYS = {"state", "action", "reward", "next_state", "done"}
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _observation(value: Any) -> Tensor:
+def _observation(name: str, value: Any) -> Tensor:
     """[1, *obs]; floating point as float32, integers (images, say) in their own dtype."""
-    if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.flags.writeable:
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.flags.carray:
         return torch.from_numpy(value[None].astype(np.float32, copy=False))
-    tensor = torch.as_tensor(value).detach()
+    tensor = validation.as_tensor(name, value, SchemaError)
+    if tensor.is_complex():
+        raise SchemaError(f"{name}: expected real numbers, got {tensor.dtype}")
     return (tensor.float() if tensor.is_floating_point() else tensor).unsqueeze(0)
 
 
@@ -38,12 +41,16 @@ def _scalar(name: str, value: Any, dtype: torch.dtype) -> Tensor:
     """[1]; numpy makes tensors of plain numbers in a quarter of the time that torch takes."""
     plain, numpy_dtype = _PLAIN[dtype]
     if isinstance(value, plain):
-        return torch.from_numpy(np.array([value], numpy_dtype))
-    number: Tensor = torch.as_tensor(value).detach()
+        try:
+            return torch.from_numpy(np.array([value], numpy_dtype))
+        except OverflowError as error:
+            raise SchemaError(f"{name}: expected a number that fits {dtype}: {error}") from error
+    number = validation.as_tensor(name, value, SchemaError)
     if number.numel() != 1:
         raise SchemaError(f"{name}: expected one number, got shape {list(number.shape)}")
-    if dtype == torch.int64 and (number.is_floating_point() or number.is_complex()):
-        raise SchemaError(f"{name}: expected an integer, got {number.dtype}")
+    if number.is_complex() or (dtype == torch.int64 and number.is_floating_point()):
+        expected = "an integer" if dtype == torch.int64 else "a real number"
+        raise SchemaError(f"{name}: expected {expected}, got {number.dtype}")
     return number.reshape(1).to(dtype)
 
 
@@ -139,10 +146,10 @@ class TransitionReplayBuffer:
             SchemaError: shapes or dtypes differ from those pushed before; nothing is stored.
         """
         leaves: Leaves = {
-            ("state",): _observation(state),
+            ("state",): _observation("state", state),
             ("action",): _scalar("action", action, torch.int64),
             ("reward",): _scalar("reward", reward, torch.float32),
-            ("next_state",): _observation(next_state),
+            ("next_state",): _observation("next_state", next_state),
             ("done",): _scalar("done", done, torch.bool),
         }
         if leaves[("state",)].shape != leaves[("next_state",)].shape:

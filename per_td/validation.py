@@ -7,15 +7,18 @@ counter tells.
 """
 
 import math
+import operator
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from per_td.errors import ConfigurationError, IndexRangeError, PriorityError
+from per_td.errors import ConfigurationError, IndexRangeError, PerTdError, PriorityError
 
 __all__ = [
     "as_index",
+    "as_tensor",
     "as_values",
     "can_raise",
     "one_of",
@@ -23,10 +26,18 @@ __all__ = [
     "real",
     "require_finite",
     "require_in_range",
+    "require_plain",
     "resolve_device",
     "route",
     "to_device",
 ]
+
+
+_REFUSALS = (TypeError, ValueError, RuntimeError, OverflowError, AssertionError)
+"""What torch, numpy and objects of all kinds raise when asked for what they are not."""
+
+_MOST = 2**48
+"""More transitions than any machine holds; their bytes can still be counted in 64 bits."""
 
 
 def can_raise(tensor: Tensor) -> bool:
@@ -38,8 +49,18 @@ def can_raise(tensor: Tensor) -> bool:
 
 
 def resolve_device(device: torch.device | str | int | None) -> torch.device:
-    """The device as tensors report it: `cuda` becomes `cuda:0`; None is torch's default device."""
-    return torch.empty(0, device=device).device
+    """The device as tensors report it: `cuda` becomes `cuda:0`; None is torch's default device.
+
+    Raises:
+        ConfigurationError: there is no such device, or it is "meta", which holds no values.
+    """
+    try:
+        found = torch.empty(0, device=device).device
+    except _REFUSALS as error:
+        raise ConfigurationError(f"device: expected a device, got {device!r}: {error}") from error
+    if found.type == "meta":
+        raise ConfigurationError("device: expected one that holds values, got meta")
+    return found
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -55,18 +76,24 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def positive_int(name: str, value: object) -> int:
     """`value` as an int of at least 1, or a ConfigurationError that names the argument."""
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MOST:
         return value
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 1:
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except _REFUSALS:
+        number = 0
+    if number < 1:
         raise ConfigurationError(f"{name}: expected an integer of at least 1, got {value!r}")
-    return int(value.__index__())
+    if number > _MOST:
+        raise ConfigurationError(f"{name}: expected at most 2**48, got more")
+    return number
 
 
 def real(name: str, value: float | Tensor, low: float = 0.0, high: float = math.inf) -> float:
     """`value` as a finite float in [low, high], or a ConfigurationError that names the argument."""
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except _REFUSALS:
         number = math.nan
     if not (math.isfinite(number) and low <= number <= high):
         raise ConfigurationError(
@@ -77,31 +104,69 @@ def real(name: str, value: float | Tensor, low: float = 0.0, high: float = math.
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
     """`value` if it is one of `choices`, else a ConfigurationError that lists them."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ConfigurationError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
     return value
 
 
 def _is_plain(value: Any, dtype: torch.dtype, device: torch.device) -> TypeGuard[Tensor]:
-    """Whether nothing has to be converted: the usual case, seen at little cost."""
-    return type(value) is Tensor and value.dtype is dtype and value.device == device
+    """Whether nothing has to be converted: the usual case, seen at little cost.
+
+    Kernels read memory, in which a lazily negated tensor has the wrong signs.
+    """
+    return (
+        type(value) is Tensor
+        and value.dtype is dtype
+        and value.device == device
+        and value.layout is torch.strided
+        and not value.is_nested
+        and not value.is_neg()
+    )
 
 
-def as_index(index: Any, device: torch.device) -> Tensor:
-    """`index` (tensor, array, sequence or int) as int64 [B] on `device`.
+def require_plain(name: str, tensor: Tensor, error: type[PerTdError]) -> None:
+    """Refuse with an `error` what has no values, or not one after the other in memory."""
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+        kind = "nested" if tensor.is_nested else str(tensor.layout)
+        raise error(f"{name}: expected a dense tensor, got a {kind} one of {tensor.dtype}")
+    if tensor.is_meta:
+        raise error(f"{name}: expected values, got a tensor on the device meta, which has none")
+
+
+def as_tensor(name: str, value: Any, error: type[PerTdError]) -> Tensor:
+    """`value` (tensor, array, sequence or number) as a dense tensor, detached.
+
+    Raises:
+        PerTdError: it is none of these, or has no values; an `error` that names the argument.
+    """
+    try:
+        if isinstance(value, np.ndarray) and not (value.flags.carray and value.dtype.isnative):
+            # torch does not share backward strides, swapped bytes or memory that is read-only
+            value = np.array(value, dtype=value.dtype.newbyteorder("="), order="C")
+        tensor: Tensor = torch.as_tensor(value).detach()
+    except _REFUSALS as refusal:
+        raise error(
+            f"{name}: expected a tensor, an array or numbers, got {type(value).__name__}: {refusal}"
+        ) from refusal
+    require_plain(name, tensor, error)
+    return tensor.resolve_neg()
+
+
+def as_index(index: Any, device: torch.device, name: str = "index") -> Tensor:
+    """`index` (tensor, array, sequence or int) as int64 [B] on `device`; errors say `name`.
 
     Raises:
         IndexRangeError: it is not of an integer dtype, or has more than one dimension.
     """
     if _is_plain(index, torch.int64, device) and index.ndim == 1:
         return index
-    index = torch.as_tensor(index)
+    index = as_tensor(name, index, IndexRangeError)
     if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
         if index.numel():
-            raise IndexRangeError(f"index: expected an integer dtype, got {index.dtype}")
+            raise IndexRangeError(f"{name}: expected an integer dtype, got {index.dtype}")
         index = index.long()
     if index.ndim > 1:
-        raise IndexRangeError(f"index: expected shape [B], got {list(index.shape)}")
+        raise IndexRangeError(f"{name}: expected shape [B], got {list(index.shape)}")
     return to_device(index.reshape(-1), device).long()
 
 
@@ -115,7 +180,7 @@ def as_values(name: str, values: Any, index: Tensor) -> Tensor:
     """
     if _is_plain(values, torch.float32, index.device) and values.shape == index.shape:
         return values.detach()
-    values = torch.as_tensor(values).detach()
+    values = as_tensor(name, values, PriorityError)
     if values.dtype.is_complex or values.dtype == torch.bool:
         raise PriorityError(f"{name}: expected a real dtype, got {values.dtype}")
     if values.shape not in (index.shape, (*index.shape, 1)) and not (

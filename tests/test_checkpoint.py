@@ -114,10 +114,12 @@ def test_states_that_do_not_fit_change_nothing():
     for version in (3, 0, "1", None):
         with pytest.raises(CheckpointError, match=f"version 1 to 2, got version {version!r}"):
             small.load_state_dict({**state, "version": version})
-    with pytest.raises(CheckpointError, match=r"priority: expected shape \[20\], got \[19\]"):
+    with pytest.raises(CheckpointError, match=r"priority: expected .* shape \[20\].*got .*\[19\]"):
         small.load_state_dict({**state, "priority": state["priority"][:19]})
     short = {**state["transitions"], "action": state["transitions"]["action"][:19]}
-    with pytest.raises(CheckpointError, match=r"action.*expected shape \[20, \.\.\.\], got \[19\]"):
+    with pytest.raises(
+        CheckpointError, match=r"action.*expected shape \[20\] in the state, got \[19\]"
+    ):
         small.load_state_dict({**state, "transitions": short})
     with pytest.raises(CheckpointError, match="expected the keys"):
         small.load_state_dict({k: v for k, v in state.items() if k != "priority"})

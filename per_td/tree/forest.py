@@ -221,10 +221,10 @@ def as_index_each(name: str, index: Any, count: int, device: torch.device) -> Te
     Raises:
         IndexRangeError: it is not of an integer dtype, or of another shape.
     """
-    index = torch.as_tensor(index)
+    index = validation.as_tensor(name, index, IndexRangeError)
     if index.ndim != 2 or len(index) != count:
         raise IndexRangeError(f"{name}: expected shape [{count}, B], got {list(index.shape)}")
-    return validation.as_index(index.reshape(-1), device).view(index.shape)
+    return validation.as_index(index.reshape(-1), device, name).view(index.shape)
 
 
 def as_values_each(name: str, values: Any, index: Tensor) -> Tensor:
@@ -233,7 +233,7 @@ def as_values_each(name: str, values: Any, index: Tensor) -> Tensor:
     Raises:
         PriorityError: the shape or the dtype is not that of one real number per index.
     """
-    values = torch.as_tensor(values)
+    values = validation.as_tensor(name, values, PriorityError)
     if values.shape not in (index.shape, (*index.shape, 1)):
         raise PriorityError(
             f"{name}: expected shape {list(index.shape)}, one value per index,"

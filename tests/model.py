@@ -1,0 +1,120 @@
+"""One ring of transitions with priorities, in numpy and lists: what the state machines compare to.
+
+Priorities are float32, as in the package, so that they can be compared exactly; masses, sums and
+weights are float64.
+"""
+
+import math
+
+import numpy as np
+
+TINY, HUGE = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+
+
+class Ring:
+    """Prioritized replay, one transition at a time.
+
+    Args:
+        capacity: number of slots.
+        alpha, eps: as in the paper.
+        new_priority: "buffer_max" or "ever_max".
+        rank: whether masses are rank^-alpha, by the order at the last sort.
+        sort_interval: changes from one sort to the next; None: as many as there are transitions,
+            and at least 256.
+    """
+
+    def __init__(self, capacity, *, alpha, eps, new_priority, rank=False, sort_interval=None):
+        self.capacity, self.alpha, self.eps = capacity, alpha, eps
+        self.new_priority, self.rank, self.sort_interval = new_priority, rank, sort_interval
+        self.item = [None] * capacity
+        self.priority = np.zeros(capacity, np.float32)
+        self.mass = np.zeros(capacity)
+        self.generation = [-1] * capacity
+        self.replayed = [False] * capacity
+        self.written = self.stale = self.changes = 0
+        self.ever_max = np.float32(0)
+        self.snapshot = np.zeros(0, np.float32)
+
+    def __len__(self):
+        return min(self.written, self.capacity)
+
+    def for_new(self):
+        known = self.priority.max() if self.new_priority == "buffer_max" else self.ever_max
+        return known if known > 0 else np.float32(1)
+
+    def extend(self, items, priority=None) -> list[int]:
+        """Write items; the slots of all, also of those that others overwrite at once."""
+        new, slots = self.for_new(), []
+        for item in items:
+            slot = self.written % self.capacity
+            self.item[slot], self.replayed[slot] = item, False
+            self.generation[slot] = self.written // self.capacity
+            self.written += 1
+            slots.append(slot)
+        for j in range(max(0, len(slots) - self.capacity), len(slots)):
+            self.set(slots[j], new if priority is None else np.float32(priority[j]))
+        self.changed(min(len(slots), self.capacity))
+        return slots
+
+    def update(self, index, td_error, generation=None) -> None:
+        live = []
+        for j, slot in enumerate(index):
+            if generation is not None and generation[j] != self.generation[slot]:
+                self.stale += 1
+            else:
+                live.append(slot)
+                self.priority[slot] = abs(np.float32(td_error[j])) + np.float32(self.eps)
+        for slot in live:
+            self.set(slot, self.priority[slot])
+        self.changed(len(index))
+
+    def set(self, slot, priority) -> None:
+        self.priority[slot] = priority
+        if self.rank:  # the place that it would have had at the last sort
+            base, power = 1 + int((self.snapshot > priority).sum()), -self.alpha
+        else:
+            base, power = float(priority), self.alpha
+        self.mass[slot] = self.mass_of(base, power) if priority > 0 else 0.0
+        self.ever_max = max(self.ever_max, priority)
+
+    @staticmethod
+    def mass_of(base, power) -> float:
+        log = power * math.log(base)
+        return min(max(math.exp(min(log, 200)), TINY), HUGE)
+
+    def changed(self, n) -> None:
+        self.changes += n
+        if self.rank and self.changes >= (self.sort_interval or max(len(self), 256)):
+            self.refill()
+
+    def refill(self) -> None:
+        self.changes = 0
+        if self.rank:
+            self.snapshot = self.priority[: len(self)].copy()
+            order = sorted(range(len(self)), key=lambda i: (-self.priority[i], i))
+            for rank, slot in enumerate(order, 1):
+                positive = self.priority[slot] > 0
+                self.mass[slot] = self.mass_of(rank, -self.alpha) if positive else 0.0
+        else:
+            for slot in range(len(self)):
+                self.set(slot, self.priority[slot])
+
+    def set_alpha(self, alpha) -> None:
+        if alpha != self.alpha:
+            self.alpha = alpha
+            self.refill()
+
+    def drawable(self) -> int:
+        return int((self.mass > 0).sum())
+
+    def weights(self, index, beta, normalization):
+        """w = (N P)^-beta over the largest (section 3.4), by logarithms: nothing overflows."""
+        total = math.fsum(self.mass)
+        log = {i: -beta * math.log(len(self) * self.mass[i] / total) for i in set(index)}
+        least = min(m for m in self.mass if m > 0)
+        largest = {
+            "batch": max(log.values()),
+            "buffer": -beta * math.log(len(self) * least / total),
+            "none": 0.0,
+        }[normalization]
+        return [math.exp(log[i] - largest) for i in index]
