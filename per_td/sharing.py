@@ -118,7 +118,7 @@ class SharedTable(PriorityTable):
 
     @_alpha.setter
     def _alpha(self, value: float) -> None:
-        """Whoever sets it fills `_settings` as well."""
+        self._settings[0] = value
 
     @property
     def _eps(self) -> float:
@@ -126,7 +126,7 @@ class SharedTable(PriorityTable):
 
     @_eps.setter
     def _eps(self, value: float) -> None:
-        """As above."""
+        self._settings[1] = value
 
     def void(self, start: int, n: int) -> None:
         """Take away the priority of `n` slots from `start` on and around the ring."""
