@@ -88,13 +88,14 @@ def test_all_tensors_that_change_are_shared(layout):
     assert {"_raw", "leaves", "nodes", "_columns", "_write_count"} <= {n for n, _ in tensors} - own
 
 
+@pytest.mark.slow
 def test_a_spawned_process_writes_samples_and_updates_what_its_parent_sees():
     buffer = processes.shared(50, alpha=1.0)
     buffer.extend(processes.transitions(range(5)))
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=processes.take_part, args=(buffer,))
     process.start()
-    process.join(200)
+    process.join(250)
     assert process.exitcode == 0
     assert buffer.write_count == len(buffer) == 45
     assert buffer.transitions["id"].tolist() == list(range(45))
