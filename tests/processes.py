@@ -63,7 +63,8 @@ def write(buffer, writer, acknowledged, stop, largest=20):
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(writer)
     done = int(acknowledged[writer])
-    while not stop[0]:
+    parent = os.getppid()
+    while not stop[0] and os.getppid() == parent:
         n = int(torch.randint(1, largest + 1, (), generator=generator))
         ids = writer * STRIDE + done + torch.arange(n)
         buffer.extend(transitions(ids), initial(ids))
@@ -81,7 +82,8 @@ def learn(buffer, n=64):
 def learn_on(buffer, found, stop):
     """Learn until told to stop; add up torn transitions in `found`, int64 [1], shared."""
     torch.set_num_threads(1)
-    while not stop[0]:
+    parent = os.getppid()
+    while not stop[0] and os.getppid() == parent:
         found += learn(buffer)
 
 

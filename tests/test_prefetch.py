@@ -10,6 +10,7 @@ import torch
 
 from per_td import PrioritizedReplayBuffer
 from per_td.errors import ConfigurationError, EmptyBufferError
+from per_td.threads import LockedReplayBuffer
 from tests.processes import deadline, learn, torn, transitions
 
 
@@ -83,8 +84,12 @@ def test_an_error_in_the_thread_is_raised_by_sample_and_the_next_goes_on():
     buffer.close()
 
 
-def test_an_error_reaches_every_thread_that_waits():
-    buffer, errors = make(prefetch=1), []
+def test_an_error_leaves_no_thread_waiting(monkeypatch):
+    buffer, errors, gate = make(prefetch=1), [], threading.Event()
+
+    def fail(self, batch_size):
+        gate.wait(30)
+        raise EmptyBufferError("nothing")
 
     def ask():
         try:
@@ -92,11 +97,14 @@ def test_an_error_reaches_every_thread_that_waits():
         except EmptyBufferError as error:
             errors.append(error)
 
-    waiting = [threading.Thread(target=ask) for _ in range(4)]
+    monkeypatch.setattr(LockedReplayBuffer, "_sample_now", fail)
+    waiting = [threading.Thread(target=ask, daemon=True) for _ in range(4)]
     for thread in waiting:
         thread.start()
+    time.sleep(0.3)  # all of them wait for the same batch
+    gate.set()
     for thread in waiting:
-        thread.join(30)
+        thread.join(8)
     assert len(errors) == 4
 
 

@@ -25,8 +25,8 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ne
 
 
 @pytest.fixture(autouse=True)
-def _no_deadlock():
-    with deadline(300):
+def _no_deadlock(request):
+    with deadline(1200 if request.node.get_closest_marker("slow") else 300):
         yield
 
 
@@ -36,16 +36,17 @@ def shared_zeros(n, dtype=torch.int64):
 
 def assert_consistent(buffer):
     """The trees say of the priorities what naive sums say."""
-    table = buffer._priorities
-    raw = table.raw.double()
-    mass = torch.where(raw > 0, raw**buffer.alpha, 0.0)
-    torch.testing.assert_close(table.masses[:].double(), mass, rtol=1e-5, atol=0)
-    assert table._largest.value == raw.max()
+    with buffer._lock:
+        table, size = buffer._priorities, len(buffer)
+        raw, masses = table.raw.clone(), table.masses[:].clone()
+        largest, nodes = table._largest.value.clone(), table.masses.nodes.clone()
+    mass = torch.where(raw > 0, raw.double() ** buffer.alpha, 0.0)
+    torch.testing.assert_close(masses.double(), mass, rtol=1e-5, atol=0)
+    assert largest == raw.max()
     fresh = SumTree(buffer.capacity)
-    fresh.update(torch.arange(buffer.capacity), table.masses[:])
-    assert torch.equal(fresh.nodes, table.masses.nodes)
-    unfilled = table.raw[len(buffer) :]
-    assert not unfilled.any()
+    fresh.update(torch.arange(buffer.capacity), masses)
+    assert torch.equal(fresh.nodes, nodes)
+    assert not raw[size:].any()
 
 
 def assert_nothing_lost(buffer, acknowledged, unsure=0):
@@ -122,7 +123,7 @@ def test_spawned_writers_at_full_speed_lose_nothing_and_tear_nothing(layout):
     found = batches = 0
     late = buffer.sample(64)
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    while time.monotonic() < end or batches < 100 or buffer.write_count < 10 * capacity:
         found += learn(buffer)
         batches += 1
     stop.fill_(True)
@@ -130,8 +131,7 @@ def test_spawned_writers_at_full_speed_lose_nothing_and_tear_nothing(layout):
         process.join(60)
         assert process.exitcode == 0
     assert found == 0
-    assert batches > 100
-    assert buffer.write_count == acknowledged.sum() > 10 * capacity
+    assert buffer.write_count == acknowledged.sum()
     assert_nothing_lost(buffer, acknowledged)
     assert (buffer.priority > 0).all()
     assert_consistent(buffer)
@@ -263,14 +263,15 @@ def test_after_a_death_in_increase_beta_or_setting_alpha_the_settings_hold():
 
 
 def test_a_death_while_loading_a_state_leaves_nothing_to_draw():
-    buffer = processes.shared(20)
-    buffer.extend(processes.transitions(range(20)))
-    state = buffer.state_dict()
+    few, buffer = processes.shared(20), processes.shared(20)
+    few.extend(processes.transitions(range(5)))
+    buffer.extend(processes.transitions(range(100, 125)))
+    state = few.state_dict()
     die_in((PriorityTable, "restore", die), lambda: buffer.load_state_dict(state))
     with pytest.raises(EmptyBufferError):
         buffer.sample(4)
     buffer.load_state_dict(state)
-    assert torn(buffer.sample(100)) == 0
+    assert buffer.sample(200)["id"].unique().tolist() == list(range(5))
     assert_consistent(buffer)
 
 
@@ -313,7 +314,7 @@ def kill_many(buffer, start, kills, longest):
     return found
 
 
-@pytest.mark.parametrize("kills", [15, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [15, pytest.param(100, marks=pytest.mark.slow)])
 def test_writers_killed_at_random_moments_lose_only_what_they_did_not_acknowledge(kills):
     buffer = processes.shared(5000)
     acknowledged, stop = shared_zeros(3), shared_zeros(1, torch.bool)
@@ -355,7 +356,7 @@ def test_whatever_a_killed_writer_acknowledged_is_there():
         assert_consistent(buffer)
 
 
-@pytest.mark.parametrize("kills", [15, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [15, pytest.param(100, marks=pytest.mark.slow)])
 def test_learners_killed_at_random_moments_leave_consistent_trees(kills):
     buffer = processes.shared(2000, weight_normalization="buffer")
     acknowledged, stop = shared_zeros(1), shared_zeros(1, torch.bool)
