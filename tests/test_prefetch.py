@@ -126,6 +126,8 @@ def test_the_thread_ends_with_the_buffer():
     buffer = make()
     buffer.extend(transitions(range(10)))
     buffer.sample()
+    ready = buffer._ahead._work.ready
+    wait_for(lambda: ready.qsize() == 3)  # it waits for a batch to be taken
     del buffer
     gc.collect()
     wait_for(lambda: not threads())
