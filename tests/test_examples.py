@@ -1,4 +1,6 @@
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,30 @@ def test_dqn_cartpole_is_fixed_by_its_seed(tmp_path):
     first, second = (dqn.main(dqn.parse_args(arguments)) for _ in range(2))
     for name in ("episodes", "last_100_mean", "eval_mean"):
         assert first[name] == second[name]
+
+
+def test_apex_transitions_sum_up_n_rewards_and_end_where_episodes_do():
+    steps = example("apex").NStep(3, 0.5)
+    states = torch.arange(6.0).unsqueeze(-1).expand(6, 4).contiguous().numpy()
+    for k in range(5):
+        steps.add(states[k], k % 2, 1.0 + k, states[k + 1], k == 4, False)
+    batch = steps.take()
+    assert batch["observation"][:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert batch["next", "observation"][:, 0].tolist() == [3, 4, 5, 5, 5]
+    assert batch["action"].squeeze(-1).tolist() == [0, 1, 0, 1, 0]
+    assert batch["next", "reward"].tolist() == [2.75, 4.5, 6.25, 6.5, 5.0]
+    assert batch["discount"].tolist() == [0.125, 0.125, 0, 0, 0]
+    for k in range(2):
+        steps.add(states[k], 0, 1.0, states[k + 1], False, k == 1)
+    assert steps.take()["discount"].tolist() == [0.25, 0.5]  # cut off by the time limit
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="shared buffers need Linux")
+def test_apex_runs_and_draws_its_picture(tmp_path):
+    arguments = "--actors 2 --learner-steps 40 --eval-every 20 --select-episodes 1"
+    arguments += f" --eval-episodes 1 --learning-starts 200 --out {tmp_path}"
+    command = [sys.executable, str(EXAMPLES / "apex.py"), *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    assert "transitions per second" in done.stdout
+    assert (tmp_path / "seed0.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,116 @@
+"""Prefetcher: batches drawn ahead of their use, by a thread in the background."""
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from tensordict import TensorDict
+
+__all__ = ["Prefetcher"]
+
+
+class Prefetcher:
+    """Keeps up to `ahead` batches ready.
+
+    The thread is started by the first `next`, holds the buffer weakly, and ends with `close`, with
+    this object, or with an error, which the `next` that would have got the batch raises; one more
+    `next` starts another.
+
+    Args:
+        owner: what to draw from; not kept alive.
+        draw: called with it, gives a batch.
+        ahead: how many batches at most are drawn and not yet asked for.
+    """
+
+    def __init__(self, owner: Any, draw: Callable[[Any], TensorDict], ahead: int) -> None:
+        self._owner, self._draw, self.ahead = weakref.ref(owner), draw, ahead
+        self._starting = threading.Lock()
+        self._work: _Work | None = None
+
+    def next(self) -> TensorDict:
+        """The oldest batch drawn ahead; waits for one.
+
+        Raises:
+            Exception: whatever drawing it raised.
+        """
+        batch = None
+        while batch is None:
+            batch = self._working().take()
+        return batch
+
+    def _working(self) -> "_Work":
+        with self._starting:
+            work = self._work
+            if work is None or work.ended.is_set():
+                work = self._work = _Work(self.ahead)
+                start(work, self._owner, self._draw)
+                weakref.finalize(self, work.end)
+            return work
+
+    def drop(self) -> None:
+        """Forget what was drawn ahead; the thread ends, but is not waited for."""
+        with self._starting:
+            if self._work is not None:
+                self._work.stop()
+
+    def close(self) -> None:
+        """`drop`, and wait for the end of the thread."""
+        with self._starting:
+            if self._work is not None:
+                self._work.end()
+
+
+class _Work:
+    """What the thread and its owner have in common."""
+
+    def __init__(self, ahead: int) -> None:
+        self.ended = threading.Event()
+        self.permits = threading.Semaphore(ahead)  # one for each batch that may be drawn ahead
+        self.ready: queue.SimpleQueue[TensorDict | BaseException | None] = queue.SimpleQueue()
+        self.thread: threading.Thread | None = None
+
+    def take(self) -> TensorDict | None:
+        """The next batch; None if there will not be any more."""
+        item = self.ready.get()
+        if isinstance(item, TensorDict):
+            self.permits.release()
+            return item
+        self.stop()  # for others who wait here
+        if item is not None:
+            raise item
+        return None
+
+    def stop(self) -> None:
+        """Tell the thread, and who waits for it, that this is the end."""
+        self.ended.set()
+        self.permits.release()
+        self.ready.put(None)
+
+    def end(self) -> None:
+        """`stop`, and wait for the thread."""
+        self.stop()
+        if self.thread is not None and self.thread is not threading.current_thread():
+            self.thread.join()
+
+
+def start(work: _Work, owner: "weakref.ref[Any]", draw: Callable[[Any], TensorDict]) -> None:
+    """Start the thread, which knows of its owner only weakly."""
+    run = (work, owner, draw)
+    work.thread = threading.Thread(target=_run, args=run, name="per_td prefetch", daemon=True)
+    work.thread.start()
+
+
+def _run(work: _Work, owner: "weakref.ref[Any]", draw: Callable[[Any], TensorDict]) -> None:
+    while True:
+        work.permits.acquire()
+        buffer = owner()
+        if work.ended.is_set() or buffer is None:
+            return
+        try:
+            work.ready.put(draw(buffer))
+        except BaseException as error:
+            work.ready.put(error)
+            return
+        del buffer

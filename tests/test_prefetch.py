@@ -1,0 +1,173 @@
+"""Batches that a thread draws ahead."""
+
+import copy
+import gc
+import threading
+import time
+
+import pytest
+import torch
+
+from per_td import PrioritizedReplayBuffer
+from per_td.errors import ConfigurationError, EmptyBufferError
+from per_td.threads import LockedReplayBuffer
+from tests.processes import deadline, learn, torn, transitions
+
+
+@pytest.fixture(autouse=True)
+def _no_deadlock():
+    with deadline(60):
+        yield
+
+
+def make(capacity=100, **settings):
+    settings = {"batch_size": 8, "prefetch": 3, "alpha": 1.0, "eps": 0.0, **settings}
+    return PrioritizedReplayBuffer(capacity, **settings)
+
+
+def wait_for(condition):
+    end = time.monotonic() + 30
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.002)
+    assert condition()
+
+
+def threads():
+    return [t for t in threading.enumerate() if t.name == "per_td prefetch"]
+
+
+def test_batches_are_those_of_a_buffer_that_draws_on_the_spot():
+    plain = make(prefetch=0, generator=torch.Generator().manual_seed(5))
+    ahead = make(generator=torch.Generator().manual_seed(5))
+    for buffer in (plain, ahead):
+        buffer.extend(transitions(range(100)), torch.arange(100.0))
+    for _ in range(20):
+        one, two = plain.sample(), ahead.sample()
+        assert torn(two) == 0
+        assert (one == two).all()
+    ahead.close()
+
+
+def test_a_batch_is_at_most_so_many_batches_old():
+    buffer = make(prefetch=3)
+    buffer.extend(transitions(range(100)), torch.ones(100))
+    buffer.sample()
+    wait_for(lambda: buffer._ahead._work.ready.qsize() == 3)
+    time.sleep(0.05)
+    assert buffer._ahead._work.ready.qsize() == 3  # and not one more
+    everything = torch.arange(100)
+    buffer.update_priority(everything, (everything == 42).float())
+    old = [buffer.sample()["id"] for _ in range(3)]
+    assert any((ids != 42).any() for ids in old)
+    assert (buffer.sample()["id"] == 42).all()
+    buffer.close()
+
+
+def test_updates_of_what_was_overwritten_since_the_draw_are_dropped():
+    buffer = make()
+    buffer.extend(transitions(range(100)))
+    buffer.sample()
+    wait_for(lambda: buffer._ahead._work.ready.qsize() == 3)
+    buffer.extend(transitions(range(100, 200)))
+    learn(buffer, None)
+    assert buffer.stats()["stale_updates"] == 8
+    buffer.close()
+
+
+def test_an_error_in_the_thread_is_raised_by_sample_and_the_next_goes_on():
+    buffer = make()
+    for _ in range(3):
+        with pytest.raises(EmptyBufferError, match="empty buffer"):
+            buffer.sample()
+    buffer.extend(transitions(range(10)))
+    assert torn(buffer.sample()) == 0
+    buffer.close()
+
+
+def test_an_error_leaves_no_thread_waiting(monkeypatch):
+    buffer, errors, gate = make(prefetch=1), [], threading.Event()
+
+    def fail(self, batch_size):
+        gate.wait(30)
+        raise EmptyBufferError("nothing")
+
+    def ask():
+        try:
+            buffer.sample()
+        except EmptyBufferError as error:
+            errors.append(error)
+
+    monkeypatch.setattr(LockedReplayBuffer, "_sample_now", fail)
+    waiting = [threading.Thread(target=ask, daemon=True) for _ in range(4)]
+    for thread in waiting:
+        thread.start()
+    time.sleep(0.3)  # all of them wait for the same batch
+    gate.set()
+    for thread in waiting:
+        thread.join(8)
+    assert len(errors) == 4
+
+
+def test_close_ends_the_thread_and_sampling_starts_another():
+    buffer = make()
+    buffer.extend(transitions(range(10)))
+    buffer.close()
+    assert not threads()
+    buffer.sample()
+    assert len(threads()) == 1
+    buffer.close()
+    assert not threads()
+    buffer.update_priority(torch.arange(10), (torch.arange(10) == 4).float())
+    assert (buffer.sample()["id"] == 4).all()  # nothing drawn before is left
+    buffer.close()
+
+
+def test_the_thread_ends_with_the_buffer():
+    buffer = make()
+    buffer.extend(transitions(range(10)))
+    buffer.sample()
+    ready = buffer._ahead._work.ready
+    wait_for(lambda: ready.qsize() == 3)  # it waits for a batch to be taken
+    del buffer
+    gc.collect()
+    wait_for(lambda: not threads())
+
+
+def test_loading_a_state_drops_what_was_drawn_ahead():
+    buffer, other = make(), make()
+    buffer.extend(transitions(range(10)))
+    other.extend(transitions(range(50, 60)))
+    buffer.sample()
+    buffer.load_state_dict(other.state_dict())
+    for _ in range(5):
+        assert (buffer.sample()["id"] >= 50).all()
+    buffer.close()
+
+
+def test_other_sizes_and_plain_tensors_are_drawn_on_the_spot():
+    buffer = make()
+    buffer.extend(transitions(range(10)))
+    assert buffer.sample(5).shape == (5,)
+    leaves, index, _ = buffer.sample_leaves()
+    assert torch.equal(leaves["id",], index)
+    assert not threads()
+
+
+def test_a_copy_draws_ahead_by_itself():
+    buffer = make()
+    buffer.extend(transitions(range(10)))
+    buffer.sample()
+    other = copy.deepcopy(buffer)
+    buffer.close()
+    assert torn(other.sample()) == 0
+    assert len(threads()) == 1
+    other.close()
+
+
+def test_it_needs_a_batch_size_and_a_positive_number():
+    with pytest.raises(ConfigurationError, match="batch_size: expected one beside prefetch"):
+        PrioritizedReplayBuffer(10, prefetch=2)
+    with pytest.raises(ConfigurationError, match="prefetch: expected"):
+        PrioritizedReplayBuffer(10, 4, prefetch=-1)
+    with pytest.raises(ConfigurationError, match="num_buffers"):
+        PrioritizedReplayBuffer(10, 4, prefetch=2, num_buffers=2)

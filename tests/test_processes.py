@@ -1,0 +1,447 @@
+"""A buffer that several processes share, and what is left when one of them is killed."""
+
+import copy
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import sys
+import time
+
+import pytest
+import torch
+
+from per_td import CheckpointError, PrioritizedReplayBuffer, SumTree
+from per_td.errors import ConfigurationError, EmptyBufferError, PriorityError
+from per_td.leaves import count
+from per_td.priorities import PriorityTable
+from per_td.sharing import SharedReplayBuffer
+from per_td.storage import RingStorage
+from tests import processes
+from tests.processes import STRIDE, deadline, forked, initial, kill, learn, learned, torn
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
+
+
+@pytest.fixture(autouse=True)
+def _no_deadlock(request):
+    with deadline(1200 if request.node.get_closest_marker("slow") else 300):
+        yield
+
+
+def shared_zeros(n, dtype=torch.int64):
+    return torch.zeros(n, dtype=dtype).share_memory_()
+
+
+def assert_consistent(buffer):
+    """The trees say of the priorities what naive sums say."""
+    with buffer._lock:
+        table, size = buffer._priorities, len(buffer)
+        raw, masses = table.raw.clone(), table.masses[:].clone()
+        largest, nodes = table._largest.value.clone(), table.masses.nodes.clone()
+    mass = torch.where(raw > 0, raw.double() ** buffer.alpha, 0.0)
+    torch.testing.assert_close(masses.double(), mass, rtol=1e-5, atol=0)
+    assert largest == raw.max()
+    fresh = SumTree(buffer.capacity)
+    fresh.update(torch.arange(buffer.capacity), masses)
+    assert torch.equal(fresh.nodes, nodes)
+    assert not raw[size:].any()
+
+
+def assert_nothing_lost(buffer, acknowledged, unsure=0):
+    """The newest transitions of every writer are there, once each, without a gap.
+
+    Where a writer was killed, up to `unsure` may be there that it did not come to acknowledge.
+    """
+    held = buffer.transitions[buffer.priority > 0]
+    assert torn(held) == 0
+    ids = held["id"]
+    for writer, done in enumerate(acknowledged.tolist()):
+        own = (ids[ids // STRIDE == writer] - writer * STRIDE).sort().values
+        if len(own):
+            assert torch.equal(own, torch.arange(int(own[0]), int(own[-1]) + 1))
+            assert done <= own[-1] + 1 <= done + unsure
+    expected = torch.stack([initial(ids), learned(ids)])
+    assert (buffer.priority[buffer.priority > 0] == expected).any(0).all()
+
+
+def tensors_of(thing, seen):
+    """Every tensor in an object of the package, with its name."""
+    for name, value in vars(thing).items():
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif isinstance(value, dict):
+            yield from ((name, leaf) for leaf in value.values() if isinstance(leaf, torch.Tensor))
+        elif type(value).__module__.startswith("per_td"):
+            yield from tensors_of(value, seen)
+
+
+@pytest.mark.parametrize("layout", ["records", "columns"])
+def test_all_tensors_that_change_are_shared(layout):
+    buffer = processes.shared(50, layout=layout, weight_normalization="buffer")
+    tensors = list(tensors_of(buffer, set()))
+    own = {name for name, tensor in tensors if not tensor.is_shared()}
+    assert own <= {"_sizes", "_table", "_offsets", "_points"}  # constants, and a scratch pad
+    assert {"_raw", "leaves", "nodes", "_columns", "_write_count"} <= {n for n, _ in tensors} - own
+
+
+@pytest.mark.slow
+def test_a_spawned_process_writes_samples_and_updates_what_its_parent_sees():
+    buffer = processes.shared(50, alpha=1.0)
+    buffer.extend(processes.transitions(range(5)))
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=processes.take_part, args=(buffer,))
+    process.start()
+    process.join(250)
+    assert process.exitcode == 0
+    assert buffer.write_count == len(buffer) == 45
+    assert buffer.transitions["id"].tolist() == list(range(45))
+    assert torn(buffer.transitions) == 0
+    assert (buffer.alpha, buffer.beta, buffer.eps) == (0.5, 0.75, 0.25)
+    assert buffer.priority[3] == 7.25
+    assert buffer.stats()["stale_updates"] == 1
+    assert_consistent(buffer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["records", "columns"])
+def test_spawned_writers_at_full_speed_lose_nothing_and_tear_nothing(layout):
+    capacity, writers, seconds = 3000, 3, 8.0
+    buffer = processes.shared(capacity, layout=layout, weight_normalization="buffer")
+    acknowledged, stop = shared_zeros(writers), shared_zeros(1, torch.bool)
+    context = multiprocessing.get_context("spawn")
+    args = [(buffer, w, acknowledged, stop) for w in range(writers)]
+    running = [context.Process(target=processes.write, args=a) for a in args]
+    for process in running:
+        process.start()
+    while not acknowledged.all():
+        time.sleep(0.01)
+    found = batches = 0
+    late = buffer.sample(64)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or batches < 100 or buffer.write_count < 10 * capacity:
+        found += learn(buffer)
+        batches += 1
+    stop.fill_(True)
+    for process in running:
+        process.join(60)
+        assert process.exitcode == 0
+    assert found == 0
+    assert buffer.write_count == acknowledged.sum()
+    assert_nothing_lost(buffer, acknowledged)
+    assert (buffer.priority > 0).all()
+    assert_consistent(buffer)
+    before, stale = buffer.priority, buffer.stats()["stale_updates"]
+    buffer.update_priority(late["index"], torch.full((64,), 9999.0), late["generation"])
+    assert torch.equal(buffer.priority, before)
+    assert buffer.stats()["stale_updates"] == stale + 64
+    assert buffer.stats()["repairs"] == 0
+
+
+def test_writers_and_a_learner_side_by_side_lose_nothing_and_tear_nothing():
+    buffer = processes.shared(500)
+    acknowledged, stop = shared_zeros(2), shared_zeros(1, torch.bool)
+    writers = [forked(processes.write, buffer, w, acknowledged, stop) for w in range(2)]
+    while not acknowledged.all():
+        time.sleep(0.01)
+    end = time.monotonic() + 1.0
+    found = 0
+    while time.monotonic() < end or acknowledged.sum() < 1500:
+        found += learn(buffer)
+    stop.fill_(True)
+    for writer in writers:
+        assert os.waitpid(writer, 0)[1] == 0
+    assert found == 0
+    assert buffer.write_count == acknowledged.sum()
+    assert_nothing_lost(buffer, acknowledged)
+    assert_consistent(buffer)
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_after(function):
+    def call(*args, **given):
+        function(*args, **given)
+        die()
+
+    return call
+
+
+def half_a_write(self, leaves, n=None):
+    """Rows of which one field is new and one is old, and then death."""
+    slots = (self._written + torch.arange(count(leaves))) % self.capacity
+    for key, leaf in list(leaves.items())[::2]:
+        self._columns[key][slots] = leaf
+    die()
+
+
+KILLED_IN_EXTEND = {
+    "before the first row": (RingStorage, "write", die),
+    "with rows half written": (RingStorage, "write", half_a_write),
+    "after the rows": (RingStorage, "_count", die),
+    "after the count": (RingStorage, "write", dies_after(RingStorage.write)),
+    "before the priorities": (PriorityTable, "write_new", die),
+    "after the priorities": (PriorityTable, "write_new", dies_after(PriorityTable.write_new)),
+}
+
+
+def die_in(patch, call):
+    """Run `call` in a fork where `patch` kills; the fork must have been killed."""
+    owner, name, instead = patch
+
+    def run():
+        setattr(owner, name, instead)
+        call()
+
+    assert os.waitpid(forked(run), 0)[1] == signal.SIGKILL
+
+
+@pytest.mark.parametrize("filled", [3, 20, 27])
+@pytest.mark.parametrize("point", KILLED_IN_EXTEND)
+def test_what_a_writer_killed_in_extend_did_not_acknowledge_is_never_drawn(point, filled):
+    buffer = processes.shared(20)
+    for k in range(filled):
+        buffer.add(processes.transitions(k), initial(torch.tensor(k)))
+    before = buffer.sample(200)
+    new = processes.transitions(range(1000, 1006))
+    die_in(KILLED_IN_EXTEND[point], lambda: buffer.extend(new, initial(new["id"])))
+    batch = buffer.sample(2000)
+    kept = range(filled + 6 - 20 if filled > 14 else 0, filled)
+    assert batch["id"].unique().tolist() == [k for k in kept if k >= filled - 20]
+    assert torn(batch) == 0
+    assert buffer.write_count == filled + 6
+    assert buffer.stats()["repairs"] == 1
+    assert_consistent(buffer)
+    # an update of what the dead writer has half overwritten must not bring it back
+    buffer.update_priority(before["index"], torch.ones(200), before["generation"])
+    assert torn(buffer.sample(2000)) == 0
+    ids = buffer.extend(new, initial(new["id"]))  # and life goes on
+    assert buffer.transitions["id"][ids].tolist() == list(range(1000, 1006))
+    assert_consistent(buffer)
+
+
+def die_after_leaves(self, index, *_, **__):
+    """Priorities are new, masses half, sums not at all; then death."""
+    self._raw[index] = 5.0
+    self.masses.leaves[index[::2]] = 77.0
+    self.masses.nodes[-1] = 1e9
+    die()
+
+
+@pytest.mark.parametrize("normalization", ["batch", "buffer"])
+def test_after_a_learner_killed_in_an_update_the_sums_are_right(normalization):
+    buffer = processes.shared(300, weight_normalization=normalization)
+    buffer.extend(processes.transitions(range(300)))
+    batch = buffer.sample(64)
+    patch = PriorityTable, "update", die_after_leaves
+    die_in(patch, lambda: buffer.update_priority(batch["index"], batch["id"], batch["generation"]))
+    assert torn(buffer.sample(64)) == 0
+    assert_consistent(buffer)
+    assert buffer.stats()["repairs"] == 1
+    smallest = buffer._priorities._smallest
+    if smallest is not None:
+        assert smallest.value == buffer._priorities.masses[:].min()
+
+
+def test_after_a_death_in_increase_beta_or_setting_alpha_the_settings_hold():
+    buffer = processes.shared(50, beta=0.9, beta_increment=0.4)
+    buffer.extend(processes.transitions(range(50)), torch.linspace(1, 3, 50))
+    patch = torch.Tensor, "clamp_", die
+    die_in(patch, buffer.increase_beta)
+    buffer.sample(4)
+    assert buffer.beta == 1.0
+    die_in((PriorityTable, "_refill", die), lambda: setattr(buffer, "alpha", 0.1))
+    buffer.sample(4)
+    assert buffer.alpha == 0.1
+    assert_consistent(buffer)
+
+
+def test_a_death_while_loading_a_state_leaves_nothing_to_draw():
+    few, buffer = processes.shared(20), processes.shared(20)
+    few.extend(processes.transitions(range(5)))
+    buffer.extend(processes.transitions(range(100, 125)))
+    state = few.state_dict()
+    die_in((PriorityTable, "restore", die), lambda: buffer.load_state_dict(state))
+    with pytest.raises(EmptyBufferError):
+        buffer.sample(4)
+    buffer.load_state_dict(state)
+    assert buffer.sample(200)["id"].unique().tolist() == list(range(5))
+    assert_consistent(buffer)
+
+
+def test_an_interrupt_in_a_write_gives_up_that_write_alone(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    buffer = processes.shared(20)
+    buffer.extend(processes.transitions(range(10)))
+    monkeypatch.setattr(PriorityTable, "write_row", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        buffer.extend(processes.transitions(range(10, 14)))
+    monkeypatch.undo()
+    assert buffer.sample(500)["id"].unique().tolist() == list(range(10))
+    assert_consistent(buffer)
+
+
+def test_what_is_refused_costs_no_transition():
+    buffer = processes.shared(4)
+    buffer.extend(processes.transitions(range(4)))
+    with pytest.raises(PriorityError):
+        buffer.extend(processes.transitions(range(4, 6)), torch.tensor([1.0, float("nan")]))
+    assert buffer.transitions["id"].tolist() == list(range(4))
+    assert (buffer.priority > 0).all()
+    assert buffer.stats()["repairs"] == 0
+
+
+def kill_many(buffer, start, kills, longest):
+    """Start and kill processes one after the other, with a learner that goes on beside them."""
+    rng = random.Random(0)
+    found = 0
+    for _ in range(kills):
+        process = start()
+        end = time.monotonic() + rng.uniform(0.005, longest)
+        while time.monotonic() < end:
+            found += learn(buffer)
+        kill(process)
+        found += learn(buffer)
+        assert_consistent(buffer)
+    return found
+
+
+@pytest.mark.parametrize("kills", [15, pytest.param(100, marks=pytest.mark.slow)])
+def test_writers_killed_at_random_moments_lose_only_what_they_did_not_acknowledge(kills):
+    buffer = processes.shared(5000)
+    acknowledged, stop = shared_zeros(3), shared_zeros(1, torch.bool)
+    survivor = forked(processes.write, buffer, 0, acknowledged, stop)
+    while not acknowledged[0]:
+        time.sleep(0.01)
+    victims = iter(range(10**6))
+    done = acknowledged.clone()
+
+    def start():
+        writer = 1 + next(victims) % 2
+        acknowledged[writer] += 10_000  # it never says the same id twice, whoever died before
+        return forked(processes.write, buffer, writer, acknowledged, stop, 1000)
+
+    found = kill_many(buffer, start, kills, 0.06)
+    assert found == 0
+    assert buffer.stats()["repairs"] > 0
+    before = int(acknowledged[0])
+    wait = time.monotonic() + 60
+    while acknowledged[0] < before + 6000 and time.monotonic() < wait:
+        learn(buffer)
+    stop.fill_(True)
+    assert os.waitpid(survivor, 0)[1] == 0
+    assert acknowledged[0] >= before + 6000 > done[0]
+    assert_nothing_lost(buffer, acknowledged[:1])
+    assert_consistent(buffer)
+
+
+def test_whatever_a_killed_writer_acknowledged_is_there():
+    for attempt in range(6):
+        buffer = processes.shared(30_000)
+        acknowledged, stop = shared_zeros(1), shared_zeros(1, torch.bool)
+        process = forked(processes.write, buffer, 0, acknowledged, stop, 300)
+        while acknowledged[0] <= 500 * attempt:
+            time.sleep(0.0005)
+        kill(process)
+        buffer.sample(4)
+        assert_nothing_lost(buffer, acknowledged, unsure=300)
+        assert_consistent(buffer)
+
+
+@pytest.mark.parametrize("kills", [15, pytest.param(100, marks=pytest.mark.slow)])
+def test_learners_killed_at_random_moments_leave_consistent_trees(kills):
+    buffer = processes.shared(2000, weight_normalization="buffer")
+    acknowledged, stop = shared_zeros(1), shared_zeros(1, torch.bool)
+    torn_elsewhere = shared_zeros(1)
+    writer = forked(processes.write, buffer, 0, acknowledged, stop)
+    while not acknowledged[0]:
+        time.sleep(0.01)
+    start = lambda: forked(processes.learn_on, buffer, torn_elsewhere, stop)  # noqa: E731
+    assert kill_many(buffer, start, kills, 0.03) == 0
+    assert torn_elsewhere[0] == 0
+    stop.fill_(True)
+    assert os.waitpid(writer, 0)[1] == 0
+    assert buffer.write_count == acknowledged[0]
+    assert_nothing_lost(buffer, acknowledged)
+    assert_consistent(buffer)
+    assert buffer.stats()["repairs"] > 0
+
+
+def test_a_stopped_holder_can_be_waited_for_and_the_wait_can_be_interrupted():
+    buffer = processes.shared(20)
+    buffer.extend(processes.transitions(range(20)))
+
+    def hold():
+        with buffer._lock:
+            holding.fill_(1)
+            time.sleep(60)
+
+    holding = shared_zeros(1)
+    process = forked(hold)
+    while not holding[0]:
+        time.sleep(0.005)
+    started = time.monotonic()
+    with pytest.raises(TimeoutError), deadline(1):
+        buffer.sample(4)
+    assert time.monotonic() - started < 10
+    kill(process)
+    buffer.sample(4)
+    assert buffer.stats()["repairs"] == 1
+
+
+def test_a_shared_buffer_draws_what_a_plain_one_draws():
+    plain = PrioritizedReplayBuffer(300, 64, eps=0.0, generator=torch.Generator().manual_seed(3))
+    other = processes.shared(300, batch_size=64, generator=torch.Generator().manual_seed(3))
+    for k in range(50):
+        for buffer in (plain, other):
+            ids = torch.arange(17 * k, 17 * k + 17)
+            buffer.extend(processes.transitions(ids), initial(ids) if k % 2 else None)
+        one, two = plain.sample(), other.sample()
+        assert set(one.keys(True, True)) == set(two.keys(True, True))
+        assert (one == two).all()
+        for buffer, batch in ((plain, one), (other, two)):
+            buffer.update_priority(batch["index"], learned(batch["id"]), batch["generation"])
+    assert torch.equal(plain.priority, other.priority)
+
+
+def test_what_cannot_be_shared_is_refused():
+    example = processes.transitions(0)
+    with pytest.raises(ConfigurationError, match="example: expected a transition"):
+        PrioritizedReplayBuffer(10, shared=True)
+    with pytest.raises(ConfigurationError, match="num_buffers=None, got 2"):
+        PrioritizedReplayBuffer(10, shared=True, num_buffers=2, example=example)
+    with pytest.raises(ConfigurationError, match="'proportional', got 'rank'"):
+        PrioritizedReplayBuffer(10, shared=True, prioritization="rank", example=example)
+    if torch.cuda.is_available():
+        with pytest.raises(ConfigurationError, match="expected the device 'cpu'"):
+            PrioritizedReplayBuffer(10, shared=True, device="cuda", example=example)
+    with pytest.raises(ConfigurationError, match="storage='memory', got 'memmap'"):
+        PrioritizedReplayBuffer(10, shared=True, storage="memmap", example=example)
+    moved = PrioritizedReplayBuffer(4)
+    moved.extend(processes.transitions(torch.arange(9)))
+    with pytest.raises(CheckpointError, match="always had the capacity 10"):
+        PrioritizedReplayBuffer(10, shared=True, example=example).load_state_dict(
+            moved.state_dict()
+        )
+
+    class Own(PrioritizedReplayBuffer):
+        pass
+
+    with pytest.raises(ConfigurationError, match="shared: expected False for Own"):
+        Own(10, shared=True, example=example)
+    buffer = processes.shared(10)
+    assert isinstance(buffer, SharedReplayBuffer)
+    buffer.extend(example.unsqueeze(0))
+    with pytest.raises(PriorityError, match="generation: expected that of the batch"):
+        buffer.update_priority([0], [1.0])
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(ConfigurationError, match="handed to a process when that is started"):
+            copied(buffer)
