@@ -96,7 +96,8 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
 def _raw(tensor: Tensor) -> Any:
     """The bytes of a tensor, on the CPU, without a copy where that can be."""
     tensor = tensor.detach().cpu().resolve_neg().resolve_conj().contiguous()
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # of one number, the stride may be any
+    return flat.view(torch.uint8).numpy().data
 
 
 class _Writer:

@@ -120,7 +120,7 @@ def _is_plain(value: Any, dtype: torch.dtype, device: torch.device) -> TypeGuard
         and value.device == device
         and value.layout is torch.strided
         and not value.is_nested
-        and not value.is_neg()
+        and (torch.compiler.is_compiling() or not value.is_neg())
     )
 
 

@@ -1,13 +1,17 @@
 import pytest
 import torch
 
-from per_td import rows
+from per_td import SchemaError, rows
 
 CPU = torch.device("cpu")
 
 
 def test_rows_are_brought_to_the_device_before_anybody_takes_their_address():
-    with pytest.raises(NotImplementedError, match="meta"):
+    assert rows.plain(torch.ones(3), torch.device("meta")).device.type == "meta"
+
+
+def test_rows_without_values_are_refused():
+    with pytest.raises(SchemaError, match="meta"):
         rows.plain(torch.empty(3, device="meta"), CPU)
 
 

@@ -23,9 +23,13 @@ def work(name: str, agent: str, variant: Variant, runs: int, seed: int, out: Pat
         if {key: found.get(key) for key in about} == about:
             return f"{file.name}: there already"
     start = time.perf_counter()
-    outcome = train(
-        variant.settings, variant.agents[agent], runs=runs, seed=seed, name=f"{name}/{agent}"
-    )
+    torch.set_flush_denormal(True)  # dying units would slow long runs down
+    try:
+        outcome = train(
+            variant.settings, variant.agents[agent], runs=runs, seed=seed, name=f"{name}/{agent}"
+        )
+    finally:
+        torch.set_flush_denormal(False)
     seconds = time.perf_counter() - start
     about |= {"machine": machine(), "versions": versions(), "seconds": round(seconds, 1)}
     results.save(file, outcome, about)

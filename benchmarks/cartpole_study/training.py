@@ -184,7 +184,6 @@ def train(settings: Settings, replay: Replay, *, runs: int, seed: int, name: str
     Returns:
         The episodes and the evaluations of all runs.
     """
-    torch.set_flush_denormal(True)  # dying units would slow long runs down
     lockstep = Lockstep(settings, replay, runs=runs, seed=zlib.crc32(f"{name}/{seed}".encode()))
     greedy: list[Tensor] = []
     seconds, start = 0.0, time.perf_counter()

@@ -41,6 +41,7 @@ def filled_buffer(
     buffer.extend(data[:1])
     state = buffer.state_dict()
     state |= {"write_count": len(data), "transitions": dict(data.items()), "priority": priority}
+    state |= {"mass": None, "replayed": torch.zeros(len(data), dtype=torch.bool)}
     buffer.load_state_dict(state)
     return buffer
 
