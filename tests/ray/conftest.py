@@ -1,0 +1,50 @@
+"""One small Ray instance for all tests of this folder."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """Ray on this machine, without its dashboard, with a small object store."""
+    ray.init(
+        num_cpus=8,
+        include_dashboard=False,
+        object_store_memory=150 * 2**20,
+        log_to_driver=False,
+        configure_logging=False,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def sharded(cluster):
+    """Makes buffers, and ends their actors after the test."""
+    from per_td.ray import ShardedReplayBuffer
+
+    made = []
+
+    def make(num_shards=2, capacity_per_shard=64, batch_size=None, **options):
+        options.setdefault("actor_options", {"num_cpus": 0})
+        options.setdefault("generator", torch.Generator().manual_seed(7))
+        made.append(ShardedReplayBuffer(num_shards, capacity_per_shard, batch_size, **options))
+        return made[-1]
+
+    yield make
+    for buffer in made:
+        buffer.close()
+
+
+@pytest.fixture
+def numbered():
+    """Transitions that know their number: numbered(start, n)."""
+
+    def make(start, n):
+        number = torch.arange(start, start + n)
+        return TensorDict({"id": number, "x": number.float().unsqueeze(1).expand(n, 3)}, [n])
+
+    return make
