@@ -73,11 +73,25 @@ class Batches:
 
         Raises:
             EmptyBufferError: no living shard has anything to draw.
+            ShardError: no shard is living.
+        """
+        totals = self._totals()
+        return Request(n, totals, self._ask(totals, n))
+
+    def _totals(self) -> Tensor:
+        """The totals as last heard, float64 [K]; where that is nothing, all shards are asked.
+
+        Raises:
+            ShardError: none answers.
         """
         if not self._ledger.total.sum() > 0:
-            self._replies.wait(self._timeout_s)  # nothing known: ask before giving up
-        totals = self._ledger.total.clone()
-        return Request(n, totals, self._ask(totals, n))
+            self._replies.wait(self._timeout_s)
+        if not any(self._ledger.living):
+            raise ShardError(
+                f"expected an answer of one of {len(self._shards)} shards within"
+                f" {self._timeout_s:g} s, got none: all are lost or late"
+            )
+        return self._ledger.total.clone()
 
     def _ask(self, totals: Tensor, n: int) -> dict[Any, int]:
         counts = counts_of(totals, n, self._draw, self._generator).tolist()
@@ -98,7 +112,7 @@ class Batches:
 
         Raises:
             EmptyBufferError: no living shard has anything to draw.
-            ShardError: shards failed again and again.
+            ShardError: no shard is living, or shards failed again and again.
         """
         n, totals, asked = request
         parts: list[_Part] = []
@@ -111,8 +125,7 @@ class Batches:
             parts = [part for part in parts if part[0] not in failed]
             totals[sorted(failed)] = 0.0
             if not totals.sum() > 0:
-                self._replies.wait(self._timeout_s)
-                totals = self._ledger.total.clone()
+                totals = self._totals()
             asked = self._ask(totals, n - sum(len(drawn.slot) for _, drawn in parts))
         raise ShardError(f"expected a batch of {n}, got shards that fail one after the other")
 

@@ -270,6 +270,7 @@ class ShardedReplayBuffer:
         Raises:
             ConfigurationError: no batch size was given, here or to the constructor.
             EmptyBufferError: no living shard has a transition of positive priority.
+            ShardError: all shards are lost or late; later calls may find them restarted.
             SchemaError: the shards hold different kinds of transitions.
         """
         n = self.batch_size if batch_size is None else batch_size

@@ -33,7 +33,7 @@ def pair(cluster, request):
         **rules,
     )
     local = PrioritizedReplayBuffer(64, generator=torch.Generator().manual_seed(2), **rules)
-    priority = torch.rand(30, generator=torch.Generator().manual_seed(3)) ** 3
+    priority = torch.rand(30, generator=torch.Generator().manual_seed(3)) ** 3 + 0.05
     priority[4] = 0.0
     number = torch.arange(30)
     data = TensorDict({"id": number, "f": torch.sin(number.float())}, [30])
