@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import ray
 import torch
 from ray.exceptions import RayActorError, RayTaskError
@@ -9,13 +10,14 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from per_td.errors import EmptyBufferError, SchemaError
-from per_td.leaves import Leaves, nested
+from per_td.leaves import Key, Leaves, nested
 from per_td.ray import wire
 from per_td.ray.counts import batch_weights, counts_of, probabilities, shares_of
 from per_td.ray.errors import ShardError
 from per_td.ray.ledger import Ledger
 from per_td.ray.replies import Replies
 from per_td.ray.shard import Drawn
+from per_td.ray.wire import Array
 from per_td.ray.writer import told_by
 
 __all__ = ["Batches", "Request"]
@@ -170,7 +172,7 @@ class Batches:
         shard = each([shard for shard, _ in parts], torch.int64)
         probability = probabilities(
             shard,
-            _joined([wire.tensor(drawn.mass) for _, drawn in parts]),
+            _joined([drawn.mass for _, drawn in parts]),
             total=each([drawn.report.total for _, drawn in parts], torch.float64),
             counted_with=totals,
         )
@@ -184,8 +186,8 @@ class Batches:
         leaves = _leaves(parts)
         tree = nested(leaves.items())
         tree |= {
-            "index": _joined([wire.tensor(drawn.slot) for _, drawn in parts]),
-            "generation": _joined([wire.tensor(drawn.generation) for _, drawn in parts]),
+            "index": _joined([drawn.slot for _, drawn in parts]),
+            "generation": _joined([drawn.generation for _, drawn in parts]),
             "shard": shard,
             "priority_weight": weight,
         }
@@ -199,9 +201,9 @@ class Batches:
         return torch.where(known, shares_of(totals) * ratio, torch.inf).amin()
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """One tensor in memory of its own, made in one copy."""
-    return torch.cat(parts) if len(parts) > 1 else parts[0].clone()
+def _joined(parts: list[Array]) -> Tensor:
+    """One tensor in memory of its own, made in one copy: the parts may be read-only."""
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def _leaves(parts: list[_Part]) -> Leaves:
@@ -210,13 +212,21 @@ def _leaves(parts: list[_Part]) -> Leaves:
     Raises:
         SchemaError: shards hold different kinds of transitions.
     """
-    found = [wire.unpack(drawn.packed) for _, drawn in parts]
-    kinds = [{k: (v.dtype, v.shape[1:]) for k, v in leaves.items()} for leaves in found]
-    for (shard, _), kind in zip(parts, kinds, strict=True):
-        if kind != kinds[0]:
+    first, kind = parts[0][0], _kind(parts[0][1])
+    for shard, drawn in parts[1:]:
+        if _kind(drawn) != kind:
             raise SchemaError(
-                f"expected transitions of one kind in all shards, got {kinds[0]} in shard"
-                f" {parts[0][0]} and {kind} in shard {shard}; with an `example`, shards refuse"
-                " what is not like it"
+                f"expected transitions of one kind in all shards, got {kind} in shard {first} and"
+                f" {_kind(drawn)} in shard {shard}; with an `example`, shards refuse what is not"
+                " like it"
             )
-    return {key: _joined([leaves[key] for leaves in found]) for key in found[0]}
+    columns = [{key: values for key, _, values in drawn.packed} for _, drawn in parts]
+    packed = [
+        (key, dtype, np.concatenate([column[key] for column in columns]))
+        for key, dtype, _ in parts[0][1].packed
+    ]
+    return wire.unpack(packed)
+
+
+def _kind(drawn: Drawn) -> dict[Key, tuple[str, tuple[int, ...]]]:
+    return {key: (dtype, values.shape[1:]) for key, dtype, values in drawn.packed}

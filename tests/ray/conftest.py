@@ -11,7 +11,7 @@ ray = pytest.importorskip("ray")
 def cluster(tmp_path_factory):
     """Ray on this machine, without its dashboard, with a small object store."""
     ray.init(
-        num_cpus=8,
+        num_cpus=3,  # Ray starts as many processes at once
         include_dashboard=False,
         object_store_memory=150 * 2**20,
         log_to_driver=False,
