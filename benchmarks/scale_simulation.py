@@ -2,9 +2,10 @@
 
     python -m benchmarks.scale_simulation      # writes benchmarks/results/scale.{json,md}
 
-No shard is started: answers are made up, and what the learner does with them is timed (`Batches`,
-without Ray). How fast Ray carries small messages is measured with two actors. Stale totals are
-simulated: bias and spread of the importance-weighted mean, summed up exactly over all shards.
+No shard is started: answers are made up, and what the learner does with them is timed (`Batches`
+without Ray; the process's own time, whatever else the machine does). How fast Ray carries small
+messages is measured with two actors. Stale totals are simulated: bias and spread of the weighted
+mean, summed up exactly over all shards.
 """
 
 import argparse
@@ -48,13 +49,15 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return Args(**vars(parser.parse_args(argv)))
 
 
-def median_us(call: Callable[[], object], repeats: int) -> float:
-    """Median time of a call in microseconds, after a call of warm-up."""
+def median_us(
+    call: Callable[[], object], repeats: int, clock: Callable[[], float] = time.process_time
+) -> float:
+    """Median microseconds of a call after one of warm-up, by default those of this process."""
     times = []
     for _ in range(repeats + 1):
-        start = time.perf_counter()
+        start = clock()
         call()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return statistics.median(times[1:]) * 1e6
 
 
@@ -142,7 +145,7 @@ def messages(args: Args) -> dict:
             start = time.perf_counter()
             ray.get([actors[k % 2].sample.remote(k) for k in range(args.messages)])
             rates.append(args.messages / (time.perf_counter() - start))
-        single = median_us(lambda: ray.get(actors[0].sample.remote(0)), 100)
+        single = median_us(lambda: ray.get(actors[0].sample.remote(0)), 100, time.perf_counter)
     finally:
         ray.shutdown()
     return {"messages_per_s": round(statistics.median(rates)), "round_trip_us": round(single)}

@@ -192,7 +192,7 @@ def test_kinds_that_differ_between_shards_are_recognised():
         shard.extend([(("x",), str(leaf.dtype)[6:], leaf.numpy())])
         parts.append((number, shard.sample(3)))
     assert _leaves(parts[:2])["x",].shape == (6,)
-    with pytest.raises(SchemaError, match="one kind in all shards, got .*float32.* and .*float64"):
+    with pytest.raises(SchemaError, match=r"one kind in all shards, got .*float32.* and .*float64"):
         _leaves(parts)
 
 

@@ -50,7 +50,7 @@ def all_back(buffer):
 
 @pytest.mark.parametrize("prefetch", [2])
 def test_killing_shards_under_load_loses_nothing_acknowledged(
-    prefetch, sharded, numbered, tmp_path, record_property
+    prefetch, sharded, numbered, tmp_path
 ):
     buffer = sharded(
         2,
@@ -87,14 +87,15 @@ def test_killing_shards_under_load_loses_nothing_acknowledged(
     assert len(acknowledged) > 100
     assert set(acknowledged) <= set(held)
     stats = buffer.stats()
-    for name, value in {
+    figures = {
+        "killed": killed,
         "acknowledged": len(acknowledged),
         "twice": len(held) - len(set(held)),
         "batches": batches,
         "longest_batch_s": longest,
         "all_back_after_s": waited,
-    }.items():
-        record_property(name, value)
+    }
+    print(figures)  # for docs/ray.md
     assert stats["shards_lost"] >= killed
     assert longest < 2 * 0.5 + 2.0  # a round, another one, and the load of other processes
 
