@@ -75,16 +75,14 @@ class NoReplies:
 def answer(number: int, n: int, serial: int = 0) -> Drawn:
     """What a shard with CartPole-like transitions would send."""
     report = Report(1e8 * (1 + number % 7), np.inf, 10**9, 10**9, 0, 0, 1, serial)
-    state = np.zeros((n, 4), np.float32)
-    packed = [
-        (("state",), "float32", state),
-        (("next", "state"), "float32", state),
+    packed = [  # arrays of their own: pickle would send one that occurs twice only once
+        (("state",), "float32", np.zeros((n, 4), np.float32)),
+        (("next", "state"), "float32", np.zeros((n, 4), np.float32)),
         (("action",), "int32", np.zeros(n, np.int32)),
         (("reward",), "float32", np.zeros(n, np.float32)),
         (("next", "done"), "bool", np.zeros(n, bool)),
     ]
-    index = np.arange(n)
-    return Drawn(report, packed, index, index, np.full(n, 0.1, np.float32))
+    return Drawn(report, packed, np.arange(n), np.arange(n), np.full(n, 0.1, np.float32))
 
 
 def coordinator(batch: int, args: Args) -> dict:
