@@ -107,6 +107,7 @@ class Journal:
         number = 1 + max((int(path.stem) for path in old), default=0)
         self._open(self.folder / f"{number:06d}.log")
         save(self.folder / f"{number:06d}.pt")
+        self._sync_names()
         for path in old:
             path.unlink()
 
@@ -121,6 +122,16 @@ class Journal:
         if self._file is not None:
             self._file.close()
         self._file = path.open("ab", buffering=0)
+        self._sync_names()
+
+    def _sync_names(self) -> None:
+        """With `fsync`, let the disk have the folder's entries: without them a file is lost."""
+        if self.fsync:
+            folder = os.open(self.folder, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 def _locked(path: Path) -> BinaryIO:

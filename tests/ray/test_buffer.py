@@ -98,6 +98,14 @@ def test_weighted_means_stay_unbiased_while_totals_move_unseen(pair, monkeypatch
     sharded._ledger.total[0] = told
 
 
+def test_stratified_batches_spread_over_the_shards_by_their_totals(pair, monkeypatch):
+    sharded, _ = pair
+    monkeypatch.setattr(sharded._batches, "_draw", "stratified")
+    counts = sharded.sample(1000)["shard"].bincount(minlength=3)
+    totals = torch.tensor([report.total for report in sharded.reports()])
+    assert (counts - 1000 * totals / totals.sum()).abs().max() <= 2
+
+
 def test_counters_and_priorities_of_all_shards_are_read_through_one_object(pair):
     sharded, local = pair
     assert len(sharded) == 30
