@@ -69,7 +69,8 @@ def test_killing_shards_under_load_loses_nothing_acknowledged(
         refresh_s=0.1,
         prefetch=prefetch,
     )
-    buffer.extend(numbered(10**9, 50))
+    for key in (0, 1):  # no shard is ever empty
+        buffer.writer().extend(numbered(10**9 + 50 * key, 50), key=key)
     until = time.time() + 14.0
     writers = [
         act.remote(buffer.writer(k, timeout_s=2.0), numbered, 10**6 * k, until) for k in range(2)
