@@ -1,5 +1,6 @@
 """Shards that die, shards that are slow, writers that die: under load, with real processes."""
 
+import contextlib
 import os
 import signal
 import time
@@ -30,12 +31,18 @@ def act(writer, numbered, start, until):
     return acknowledged
 
 
-def kill(buffer, shard):
-    ray.kill(buffer._shards[shard], no_restart=False)
-
-
 def pid_of(buffer, shard):
     return ray.get(buffer._shards[shard].__ray_call__.remote(lambda self: os.getpid()))
+
+
+def kill(buffer, shard):
+    """Kill a shard, and wait until it is dead: Ray gets round to it some time after the call."""
+    pid = pid_of(buffer, shard)
+    ray.kill(buffer._shards[shard], no_restart=False)
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.kill(pid, 0)
+            time.sleep(0.005)
 
 
 def held_by(buffer):
