@@ -303,6 +303,8 @@ def test_a_verdict_needs_an_interval_without_one_half():
     cases = {"better": (low, high), "worse": (high, low), "not apart": (low, low + 0.5)}
     for verdict, scores in cases.items():
         assert Row("w", "a", scores, (20, 20)).verdict == verdict
+    tied = np.full(100, -200.0)
+    assert Row("w", "a", (tied, tied), (100, 100)).verdict == "not apart"
 
 
 def test_what_most_runs_did_not_reach_is_not_compared():

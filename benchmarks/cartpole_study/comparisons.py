@@ -44,7 +44,7 @@ class Row:
     def verdict(self) -> str:
         """What the interval says."""
         _, low, high = self.probability
-        if low <= 0.5 <= high:
+        if low <= 0.5 + 1e-9 and high >= 0.5 - 1e-9:  # all ties are 0.5 up to rounding
             return "not apart"
         return "better" if low > 0.5 else "worse"
 

@@ -1,0 +1,227 @@
+"""What limits a sharded replay of 10^3 shards: the learner's work per batch, and stale totals.
+
+    python -m benchmarks.scale_simulation      # writes benchmarks/results/scale.{json,md}
+
+No shard is started: answers are made up, and what the learner does with them is timed (`Batches`
+without Ray; the process's own time, whatever else the machine does). How fast Ray carries small
+messages is measured with two actors. Stale totals are simulated: bias and spread of the weighted
+mean, summed up exactly over all shards.
+"""
+
+import argparse
+import json
+import pickle
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import ray
+import torch
+
+from benchmarks.machine import commit, machine, versions
+from per_td.ray.batches import Batches
+from per_td.ray.counts import counts_of, shares_of
+from per_td.ray.ledger import Ledger
+from per_td.ray.shard import Drawn, Report
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Args:
+    """The settings of a run; each is a command-line option too."""
+
+    shards: int = field(default=1000, metadata={"help": "shards K"})
+    messages: int = field(default=4000, metadata={"help": "calls of the message measurement"})
+    repeats: int = field(default=15, metadata={"help": "of each timing; the median counts"})
+    out: str = field(default=str(RESULTS / "scale"), metadata={"help": "files, without suffix"})
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """`Args` from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for f in fields(Args):
+        name = "--" + f.name
+        parser.add_argument(name, type=f.type, default=f.default, help=f.metadata["help"])
+    return Args(**vars(parser.parse_args(argv)))
+
+
+def median_us(
+    call: Callable[[], object], repeats: int, clock: Callable[[], float] = time.process_time
+) -> float:
+    """Median microseconds of a call after one of warm-up, by default those of this process."""
+    times = []
+    for _ in range(repeats + 1):
+        start = clock()
+        call()
+        times.append(clock() - start)
+    return statistics.median(times[1:]) * 1e6
+
+
+class NoReplies:
+    """In place of `Replies`: reports go to the ledger, and nobody is asked."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def note(self, shard: int, report: Report) -> None:
+        """Take up a report."""
+        self.ledger.note(shard, report)
+
+
+def answer(number: int, n: int, serial: int = 0) -> Drawn:
+    """What a shard with CartPole-like transitions would send."""
+    report = Report(1e8 * (1 + number % 7), np.inf, 10**9, 10**9, 0, 0, 1, serial)
+    packed = [  # arrays of their own: pickle would send one that occurs twice only once
+        (("state",), "float32", np.zeros((n, 4), np.float32)),
+        (("next", "state"), "float32", np.zeros((n, 4), np.float32)),
+        (("action",), "int32", np.zeros(n, np.int32)),
+        (("reward",), "float32", np.zeros(n, np.float32)),
+        (("next", "done"), "bool", np.zeros(n, bool)),
+    ]
+    return Drawn(report, packed, np.arange(n), np.arange(n), np.full(n, 0.1, np.float32))
+
+
+def coordinator(batch: int, args: Args) -> dict:
+    """The learner's own work for one batch over all shards."""
+    ledger = Ledger(args.shards)
+    for number in range(args.shards):
+        ledger.note(number, answer(number, 0).report)
+    batches = Batches(
+        [],
+        ledger,
+        NoReplies(ledger),
+        draw="independent",
+        weight_normalization="batch",
+        generator=torch.Generator().manual_seed(0),
+        timeout_s=1.0,
+        device=torch.device("cpu"),
+    )
+    generator = torch.Generator().manual_seed(0)
+    totals = ledger.total.clone()
+    counts = counts_of(totals, batch, generator=generator).tolist()
+    parts = [(k, answer(k, n)) for k, n in enumerate(counts) if n]
+    sent = [pickle.dumps(drawn, protocol=5) for _, drawn in parts]
+
+    def note() -> None:
+        for number, drawn in parts:
+            ledger.note(number, drawn.report)
+
+    counts_us = median_us(lambda: counts_of(totals, batch, generator=generator), args.repeats)
+    read_us = median_us(lambda: [pickle.loads(each) for each in sent], args.repeats)
+    note_us = median_us(note, args.repeats)
+    joined_us = median_us(lambda: batches._together(list(parts), totals, 0.4), args.repeats)
+    total = counts_us + read_us + note_us + joined_us
+    return {
+        "batch": batch,
+        "shards_asked": len(parts),
+        "counts_us": round(counts_us),
+        "unpickle_us": round(read_us),
+        "ledger_us": round(note_us),
+        "join_and_weigh_us": round(joined_us),
+        "samples_per_s": round(batch / total * 1e6),
+        "bytes_per_sample": round(sum(map(len, sent)) / batch, 1),
+    }
+
+
+def messages(args: Args) -> dict:
+    """How many small calls of two actors one process gets answered per second."""
+
+    class Shard:
+        def sample(self, n: int) -> int:
+            return n
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        actors = [ray.remote(num_cpus=0)(Shard).remote() for _ in range(2)]
+        ray.get([actor.sample.remote(0) for actor in actors])
+        rates = []
+        for _ in range(3):
+            start = time.perf_counter()
+            ray.get([actors[k % 2].sample.remote(k) for k in range(args.messages)])
+            rates.append(args.messages / (time.perf_counter() - start))
+        single = median_us(lambda: ray.get(actors[0].sample.remote(0)), 100, time.perf_counter)
+    finally:
+        ray.shutdown()
+    return {"messages_per_s": round(statistics.median(rates)), "round_trip_us": round(single)}
+
+
+def staleness(moved: float, args: Args) -> dict:
+    """Bias and spread of a weighted mean where shards' masses moved by a factor exp(moved * z).
+
+    Exact over the shards, whose transitions are alike within: one draw picks shard k with its stale
+    share s_k, and its transitions' values f_k are averaged over all shards of N_k transitions.
+    """
+    generator = torch.Generator().manual_seed(1)
+    shape = args.shards
+    normal = torch.randn(4, shape, generator=generator, dtype=torch.float64)
+    size = torch.exp(normal[0])  # shards of unequal size
+    told = size * torch.exp(0.5 * normal[1])  # and unequal priorities
+    now = told * torch.exp(moved * normal[2])
+    share_of_n = size / size.sum()
+    # TD errors: in proportion to the priorities, but for noise and for what has moved and will
+    f = now / size * (now / told).sqrt() * torch.exp(0.3 * normal[3])
+    mean = float((share_of_n * f).sum())
+
+    def moments(drawn: torch.Tensor, believed: torch.Tensor) -> tuple[float, float]:
+        """Relative bias of w f, and its relative standard deviation per draw."""
+        wf = share_of_n / believed * f
+        first, second = float((drawn * wf).sum()), float((drawn * wf**2).sum())
+        return first / mean - 1, (second - first**2) ** 0.5 / mean
+
+    stale, current = shares_of(told), shares_of(now)
+    even = torch.full_like(size, 1 / shape)
+    bias, spread = moments(stale, stale)
+    return {
+        "moved": moved,
+        "bias_ours": abs(round(bias, 9)),
+        "bias_if_totals_taken_as_current": round(moments(stale, current)[0], 4),
+        "bias_even_with_local_weights": round(float((even * f).sum()) / mean - 1, 4),
+        "spread_ours": round(spread, 3),
+        "spread_with_current_totals": round(moments(current, current)[1], 3),
+        "spread_uniform": round(moments(share_of_n, share_of_n)[1], 3),
+    }
+
+
+def table(results: dict) -> str:
+    """The results in Markdown."""
+    info = results["machine"]
+    lines = [
+        "# A thousand shards, on paper",
+        "",
+        f"`python -m benchmarks.scale_simulation` on {info['cpu']}, {info['cores']} cores, load"
+        f" before {info['load_before']}; {results['args']['shards']:,} shards.",
+    ]
+    for title in ("coordinator", "messages", "staleness"):
+        rows = results[title]
+        lines += ["", f"## {title}", "", "| " + " | ".join(rows[0]) + " |"]
+        lines.append("|" + "---:|" * len(rows[0]))
+        lines += ["| " + " | ".join(f"{v:,}" for v in r.values()) + " |" for r in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main(args: Args) -> dict:
+    """Measure, simulate, print, write."""
+    torch.set_num_threads(1)
+    results = {
+        "args": asdict(args),
+        "machine": machine(),
+        "versions": versions(),
+        "ray": ray.__version__,
+        "commit": commit(),
+        "coordinator": [coordinator(batch, args) for batch in (256, 1024, 4096, 65536)],
+        "messages": [messages(args)],
+        "staleness": [staleness(moved, args) for moved in (0.0, 0.01, 0.1, 0.5, 1.0)],
+    }
+    print(table(results))
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(args.out + ".json").write_text(json.dumps(results, indent=1) + "\n")
+    Path(args.out + ".md").write_text(table(results))
+    return results
+
+
+if __name__ == "__main__":
+    main(parse_args())

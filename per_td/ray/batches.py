@@ -1,0 +1,232 @@
+"""Batches: one draw spread over the shards, and put together again."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import RayActorError, RayTaskError
+from tensordict import TensorDict
+from torch import Tensor
+
+from per_td.errors import EmptyBufferError, SchemaError
+from per_td.leaves import Key, Leaves, nested
+from per_td.ray import wire
+from per_td.ray.counts import batch_weights, counts_of, probabilities, shares_of
+from per_td.ray.errors import ShardError
+from per_td.ray.ledger import Ledger
+from per_td.ray.replies import Replies
+from per_td.ray.shard import Drawn
+from per_td.ray.wire import Array
+from per_td.ray.writer import told_by
+
+__all__ = ["Batches", "Request"]
+
+_Part = tuple[int, Drawn]
+
+
+class Request(NamedTuple):
+    """A batch under way."""
+
+    n: int
+    totals: Tensor
+    """The total masses from which the counts were drawn, float64 [K]."""
+    asked: dict[Any, int]
+    """The answers to come, and their shards."""
+
+
+class Batches:
+    """Draws batches from many shards.
+
+    Args:
+        shards: the actors.
+        ledger: knows their totals.
+        replies: takes up reports.
+        draw: "independent" or "stratified".
+        weight_normalization: as for the local buffer.
+        generator: source of the counts.
+        timeout_s: how long to wait for the shards before their part is drawn from others, seconds.
+        device: where batches go.
+    """
+
+    def __init__(
+        self,
+        shards: list[Any],
+        ledger: Ledger,
+        replies: Replies,
+        *,
+        draw: str,
+        weight_normalization: str,
+        generator: torch.Generator | None,
+        timeout_s: float,
+        device: torch.device,
+    ) -> None:
+        self._shards = shards
+        self._ledger = ledger
+        self._replies = replies
+        self._draw = draw
+        self._normalization = weight_normalization
+        self._generator = generator
+        self._timeout_s = timeout_s
+        self._device = device
+
+    def request(self, n: int) -> Request:
+        """Ask the shards for a batch of `n`, each for its part.
+
+        Raises:
+            EmptyBufferError: no living shard has anything to draw.
+            ShardError: no shard is living.
+        """
+        totals = self._totals()
+        return Request(n, totals, self._ask(totals, n))
+
+    def _totals(self) -> Tensor:
+        """The totals as last heard, float64 [K]; where that is nothing, all shards are asked.
+
+        Raises:
+            ShardError: none answers.
+        """
+        if not self._ledger.total.sum() > 0:
+            self._replies.wait(self._timeout_s)
+        if not any(self._ledger.living):
+            raise ShardError(
+                f"expected an answer of one of {len(self._shards)} shards within"
+                f" {self._timeout_s:g} s, got none: all are lost or late"
+            )
+        return self._ledger.total.clone()
+
+    def _ask(self, totals: Tensor, n: int) -> dict[Any, int]:
+        counts = counts_of(totals, n, self._draw, self._generator).tolist()
+        return {
+            self._shards[shard].sample.remote(count): shard
+            for shard, count in enumerate(counts)
+            if count
+        }
+
+    def collect(self, request: Request, beta: float) -> TensorDict:
+        """Wait for a batch. Whatever a shard does not give in time is drawn from the others.
+
+        A round of waiting takes `timeout_s` at most; there is another one only if a shard failed.
+
+        Args:
+            request: from `request`.
+            beta: exponent of the weights.
+
+        Raises:
+            EmptyBufferError: no living shard has anything to draw.
+            ShardError: no shard is living, or shards failed again and again.
+        """
+        n, totals, asked = request
+        parts: list[_Part] = []
+        for _ in range(len(self._shards) + 2):
+            failed = self._receive(asked, parts)
+            if not failed:
+                return self._together(parts, totals, beta)
+            # All that a failed shard gave is drawn anew, so that the others' shares are those that
+            # they have without it.
+            parts = [part for part in parts if part[0] not in failed]
+            totals[sorted(failed)] = 0.0
+            if not totals.sum() > 0:
+                totals = self._totals()
+            asked = self._ask(totals, n - sum(len(drawn.slot) for _, drawn in parts))
+        raise ShardError(f"expected a batch of {n}, got shards that fail one after the other")
+
+    def _receive(self, asked: dict[Any, int], parts: list[_Part]) -> set[int]:
+        """Add the answers to `parts`.
+
+        Returns:
+            The shards that gave none.
+        """
+        answers = list(asked)
+        ready, late = ray.wait(answers, num_returns=len(answers), timeout=self._timeout_s)
+        failed = {asked[answer] for answer in late}
+        for shard in failed:
+            self._replies.lose(shard)
+        for answer in ready:
+            shard = asked[answer]
+            try:
+                drawn = ray.get(answer)
+            except RayActorError:
+                failed.add(shard)
+                self._replies.lose(shard)
+            except RayTaskError as error:
+                raise told_by(error) from None
+            else:
+                empty = not isinstance(drawn, Drawn)
+                self._replies.note(shard, drawn if empty else drawn.report)
+                if empty:
+                    failed.add(shard)
+                else:
+                    parts.append((shard, drawn))
+        return failed
+
+    def _together(self, parts: list[_Part], totals: Tensor, beta: float) -> TensorDict:
+        if not parts:
+            raise EmptyBufferError("expected transitions to draw from, got none")
+        parts.sort(key=lambda part: part[0])
+        sizes = [len(drawn.slot) for _, drawn in parts]
+
+        def each(values: list[Any], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(sizes))
+
+        shard = each([shard for shard, _ in parts], torch.int64)
+        probability = probabilities(
+            shard,
+            _joined([drawn.mass for _, drawn in parts]),
+            total=each([drawn.report.total for _, drawn in parts], torch.float64),
+            counted_with=totals,
+        )
+        weight = batch_weights(
+            probability,
+            beta,
+            size=self._ledger.size,
+            normalization=self._normalization,
+            smallest=self._smallest(totals),
+        )
+        leaves = _leaves(parts)
+        tree = nested(leaves.items())
+        tree |= {
+            "index": _joined([drawn.slot for _, drawn in parts]),
+            "generation": _joined([drawn.generation for _, drawn in parts]),
+            "shard": shard,
+            "priority_weight": weight,
+        }
+        batch = TensorDict(tree, batch_size=[sum(sizes)])
+        return batch if self._device.type == "cpu" else batch.to(self._device)
+
+    def _smallest(self, totals: Tensor) -> Tensor:
+        """The smallest probability of any transition, as far as is known."""
+        known = (totals > 0) & (self._ledger.total > 0)
+        ratio = self._ledger.smallest / self._ledger.total
+        return torch.where(known, shares_of(totals) * ratio, torch.inf).amin()
+
+
+def _joined(parts: list[Array]) -> Tensor:
+    """One tensor in memory of its own, made in one copy: the parts may be read-only."""
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def _leaves(parts: list[_Part]) -> Leaves:
+    """The transitions of all parts.
+
+    Raises:
+        SchemaError: shards hold different kinds of transitions.
+    """
+    first, kind = parts[0][0], _kind(parts[0][1])
+    for shard, drawn in parts[1:]:
+        if _kind(drawn) != kind:
+            raise SchemaError(
+                f"expected transitions of one kind in all shards, got {kind} in shard {first} and"
+                f" {_kind(drawn)} in shard {shard}; with an `example`, shards refuse what is not"
+                " like it"
+            )
+    columns = [{key: values for key, _, values in drawn.packed} for _, drawn in parts]
+    packed = [
+        (key, dtype, np.concatenate([column[key] for column in columns]))
+        for key, dtype, _ in parts[0][1].packed
+    ]
+    return wire.unpack(packed)
+
+
+def _kind(drawn: Drawn) -> dict[Key, tuple[str, tuple[int, ...]]]:
+    return {key: (dtype, values.shape[1:]) for key, dtype, values in drawn.packed}

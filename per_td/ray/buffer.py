@@ -1,0 +1,426 @@
+"""ShardedReplayBuffer: one prioritized buffer over many Ray actors, as the learner sees it."""
+
+import os
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from per_td import validation
+from per_td.buffer import PrioritizedReplayBuffer
+from per_td.errors import ConfigurationError, SchemaError
+from per_td.ray import actors, saving, updates, wire
+from per_td.ray.batches import Batches, Request
+from per_td.ray.ledger import Ledger
+from per_td.ray.replies import Replies
+from per_td.ray.shard import Report
+from per_td.ray.writer import Receipt, Writer
+
+__all__ = ["ShardedReplayBuffer"]
+
+_DRAWS = ("independent", "stratified")
+
+
+class ShardedReplayBuffer:
+    """A prioritized buffer whose transitions live in Ray actors, drawn from as if it were one.
+
+    Every batch is distributed over the shards in proportion to their total masses, and weights come
+    from the probability with which each transition was drawn: see docs/ray.md. Writers, in any
+    actor or task, write to the shards directly; one learner samples and updates.
+
+    Args:
+        num_shards: how many actors.
+        capacity_per_shard: slots of each.
+        batch_size: default for `sample`.
+        alpha, beta, eps, beta_increment, weight_normalization: as for `PrioritizedReplayBuffer`.
+        new_priority: the same, of each shard.
+        draw: "independent" or "stratified".
+        layout: as for `PrioritizedReplayBuffer`.
+        example: one transition; shards then refuse others from the beginning.
+        shard_device: where the shards keep transitions and priorities; for "cuda", ask Ray for GPUs
+            with `actor_options`.
+        device: where batches go; None is torch's default device.
+        generator: source of the counts, and of the seeds of the shards' draws, on the CPU.
+        prefetch: batches asked for ahead. They do not know of the updates that came after.
+        timeout_s: how long a batch waits for shards before it is drawn from the others, seconds.
+        refresh_s: shards not heard from for so long are asked how they stand, seconds.
+        start_timeout_s: how long the shards may take to start, restoring included, seconds.
+        checkpoint_dir: folder, reachable from wherever a shard may start, for checkpoints and logs.
+            With it, what was acknowledged is restored when a shard starts again, also in another
+            run; without it, shards start empty.
+        checkpoint_every: transitions that a shard writes between two checkpoints; None: capacity.
+        fsync: whether acknowledged also means written to the disk, and not only to the file.
+        name: lets the shards outlive this process; a learner that gives the same name (and Ray
+            namespace) later finds them again.
+        actor_options: Ray's options of the actors, such as num_cpus, num_gpus, resources,
+            scheduling_strategy; `max_restarts` is -1 unless given.
+
+    Raises:
+        ConfigurationError: an argument is not one of those accepted.
+        ShardError: the shards did not start.
+    """
+
+    def __init__(
+        self,
+        num_shards: int,
+        capacity_per_shard: int,
+        batch_size: int | None = None,
+        *,
+        alpha: float = 0.6,
+        beta: float = 0.4,
+        eps: float = 1e-6,
+        beta_increment: float = 0.0,
+        weight_normalization: str = "batch",
+        new_priority: str = "buffer_max",
+        draw: str = "independent",
+        layout: str = "auto",
+        example: TensorDictBase | None = None,
+        shard_device: torch.device | str | int = "cpu",
+        device: torch.device | str | int | None = None,
+        generator: torch.Generator | None = None,
+        prefetch: int = 0,
+        timeout_s: float = 5.0,
+        refresh_s: float = 1.0,
+        start_timeout_s: float = 300.0,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        checkpoint_every: int | None = None,
+        fsync: bool = False,
+        name: str | None = None,
+        actor_options: dict[str, Any] | None = None,
+    ) -> None:
+        self.num_shards = validation.positive_int("num_shards", num_shards)
+        shared: dict[str, Any] = {
+            "alpha": alpha,
+            "eps": eps,
+            "weight_normalization": weight_normalization,
+            "new_priority": new_priority,
+            "draw": validation.one_of("draw", draw, _DRAWS),
+            "layout": layout,
+        }
+        # Holds alpha, beta and eps, and refuses what a shard would refuse; no data ever goes there
+        self._rules = PrioritizedReplayBuffer(
+            1, batch_size, beta=beta, beta_increment=beta_increment, device="cpu", **shared
+        )
+        self._settings: dict[str, Any] = {
+            **shared,
+            "capacity": validation.positive_int("capacity_per_shard", capacity_per_shard),
+            "device": shard_device,
+        }
+        if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
+            raise ConfigurationError(
+                f"prefetch: expected an integer of at least 0, got {prefetch!r}"
+            )
+        if generator is not None and generator.device.type != "cpu":
+            raise ConfigurationError(
+                f"generator: expected one on the CPU, got one on {generator.device}"
+            )
+        self.generator = generator
+        self.device = validation.resolve_device(device)
+        self._prefetch = prefetch
+        self._timeout_s = validation.real("timeout_s", timeout_s)
+        self._start_timeout_s = validation.real("start_timeout_s", start_timeout_s)
+        if checkpoint_every is not None:
+            checkpoint_every = validation.positive_int("checkpoint_every", checkpoint_every)
+        self._shards = actors.start(
+            num_shards,
+            self._settings | {"example": None if example is None else example.cpu()},
+            generator=generator,
+            folder=checkpoint_dir,
+            name=name,
+            options=actor_options or {},
+            fsync=fsync,
+            checkpoint_every=checkpoint_every,
+        )
+        self._ledger = Ledger(num_shards)
+        self._replies = Replies(
+            self._shards,
+            self._ledger,
+            self._configure,
+            refresh_s=validation.real("refresh_s", refresh_s),
+        )
+        self._batches = Batches(
+            self._shards,
+            self._ledger,
+            self._replies,
+            draw=draw,
+            weight_normalization=weight_normalization,
+            generator=generator,
+            timeout_s=self._timeout_s,
+            device=self.device,
+        )
+        self._ahead: deque[Request] = deque()
+        self._writer = self.writer(0)
+        self._await_start()
+
+    def _await_start(self) -> None:
+        try:
+            reports = self._get([shard.report.remote() for shard in self._shards])
+        except BaseException:
+            self.close()
+            raise
+        for shard, report in enumerate(reports):
+            self._replies.note(shard, report)
+
+    def _get(self, answers: list[Any]) -> list[Any]:
+        return actors.answers_of(answers, self._start_timeout_s)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.num_shards} shards of {self._settings['capacity']} slots,"
+            f" alpha={self.alpha:g}, beta={self.beta:g}, eps={self.eps:g})"
+        )
+
+    def __len__(self) -> int:
+        """Number of transitions in the living shards, which are asked."""
+        self._replies.wait(self._timeout_s)
+        return self._ledger.size
+
+    def __enter__(self) -> "ShardedReplayBuffer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the shards, also those with a name. What is in their folders remains."""
+        for shard in self._shards:
+            ray.kill(shard, no_restart=True)
+
+    # --- settings ---------------------------------------------------------------------------------
+
+    @property
+    def capacity(self) -> int:
+        """Number of slots in all shards."""
+        slots: int = self._settings["capacity"]
+        return self.num_shards * slots
+
+    @property
+    def batch_size(self) -> int | None:
+        """Default for `sample`."""
+        return self._rules.batch_size
+
+    @property
+    def beta(self) -> float:
+        """Exponent of the importance-sampling weights, in [0, 1]."""
+        return self._rules.beta
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        self._rules.beta = value
+
+    def increase_beta(self) -> None:
+        """Add `beta_increment` to beta, up to 1."""
+        self._rules.increase_beta()
+
+    @property
+    def alpha(self) -> float:
+        """Exponent of the priorities; setting it costs O(N) in the shards, which are waited for."""
+        return self._rules.alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self._rules.alpha = value
+        self._ahead.clear()
+        for shard in range(self.num_shards):
+            self._configure(shard)
+        self._replies.wait(self._timeout_s)
+
+    @property
+    def eps(self) -> float:
+        """Added to |TD error| by the updates from now on."""
+        return self._rules.eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._rules.eps = value
+        for shard in range(self.num_shards):
+            self._configure(shard)
+
+    def _configure(self, shard: int) -> None:
+        answer = self._shards[shard].configure.remote(alpha=self.alpha, eps=self.eps)
+        self._replies.expect(answer, shard, 0)
+
+    # --- writing ----------------------------------------------------------------------------------
+
+    def writer(self, first: int = 0, *, timeout_s: float = 30.0) -> Writer:
+        """A handle for another actor or task, which begins with the shard `first`; see `Writer`."""
+        return Writer(self._shards, first=first, timeout_s=timeout_s)
+
+    def extend(self, transitions: TensorDictBase, priority: Any = None) -> Receipt:
+        """Write transitions from here, to one shard; see `Writer.extend`."""
+        return self._writer.extend(transitions, priority)
+
+    def add(self, transition: TensorDictBase, priority: Any = None) -> Receipt:
+        """Write one transition from here; see `Writer.add`."""
+        return self._writer.add(transition, priority)
+
+    # --- sampling and updating --------------------------------------------------------------------
+
+    def sample(self, batch_size: int | None = None) -> TensorDict:
+        """Draw a batch from all shards.
+
+        Returns:
+            TensorDict [B] on `device`, shard after shard: transitions, "index" int64, "generation"
+            int64 (of the shard's start, too), "shard" int64, "priority_weight" float32, all [B].
+
+        Raises:
+            ConfigurationError: no batch size was given, here or to the constructor.
+            EmptyBufferError: no living shard has a transition of positive priority.
+            ShardError: all shards are lost or late; later calls may find them restarted.
+            SchemaError: the shards hold different kinds of transitions.
+        """
+        n = self.batch_size if batch_size is None else batch_size
+        if n is None:
+            raise ConfigurationError(
+                "batch_size: expected one in sample() or in the constructor, got none"
+            )
+        n = validation.positive_int("batch_size", n)
+        self._replies.listen()
+        if self._ahead and self._ahead[0].n != n:
+            self._ahead.clear()
+        while len(self._ahead) <= self._prefetch:
+            self._ahead.append(self._batches.request(n))
+        return self._batches.collect(self._ahead.popleft(), self.beta)
+
+    def update_priority(
+        self, index: Any, td_error: Any, generation: Any = None, *, shard: Any
+    ) -> None:
+        """Send new priorities, |td_error| + eps, to the shards; they are not waited for.
+
+        Args:
+            index, td_error, generation: as for `PrioritizedReplayBuffer.update_priority`, [B].
+            shard: the batch's "shard", [B].
+
+        Raises:
+            IndexRangeError: shapes differ, or there is no such shard. An index that its shard
+                refuses raises in a later call, or in `flush`.
+            PriorityError: a TD error is NaN or infinite. Nothing has been sent then.
+        """
+        checked = updates.checked(index, td_error, generation, shard, self.num_shards)
+        for number, columns in updates.per_shard(*checked):
+            n = len(columns[0])
+            if self._ledger.living[number]:
+                self._replies.expect(self._shards[number].update.remote(*columns), number, n)
+            else:
+                self._replies.lost_updates += n
+        self._replies.make_room(self._timeout_s)
+
+    def update_tensordict_priority(self, batch: TensorDictBase) -> None:
+        """`update_priority` with "index", "shard", "td_error" and "generation" of a batch [B].
+
+        Raises:
+            SchemaError: one of the first three is missing.
+        """
+        for key in ("index", "shard", "td_error"):
+            if batch.get(key, None) is None:
+                raise SchemaError(
+                    f"expected the key {key!r} in the batch, got {list(batch.keys())}"
+                )
+        generation = batch.get("generation", None)
+        self.update_priority(batch["index"], batch["td_error"], generation, shard=batch["shard"])
+
+    def flush(self) -> None:
+        """Wait until the shards have taken up all updates.
+
+        Raises:
+            ShardError: one does not answer within `timeout_s`.
+            IndexRangeError: one refused an index.
+        """
+        self._replies.settle(self._timeout_s)
+
+    # --- what is in it ----------------------------------------------------------------------------
+
+    @property
+    def priority(self) -> Tensor:
+        """Raw priorities, float32 [len], shard after shard, fetched from them."""
+        parts = self._get([shard.priority.remote() for shard in self._shards])
+        return torch.cat([wire.tensor(part) for part in parts])
+
+    def reports(self) -> list[Report | None]:
+        """What each shard says about itself, asked now; None for those that are lost."""
+        self._replies.wait(self._timeout_s)
+        pairs = zip(self._ledger.reports, self._ledger.living, strict=True)
+        return [report if lives else None for report, lives in pairs]
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start.
+
+        Returns:
+            "written", "stale_updates", "refused_priorities": those of the shards, as last heard;
+            "lost_updates": not taken up since the shard was lost; "shards_living": now;
+            "shards_lost": how often a shard was lost or late.
+        """
+        self._replies.wait(self._timeout_s)
+        return {
+            "written": self._ledger.sum("written"),
+            "stale_updates": self._ledger.sum("stale"),
+            "refused_priorities": self._ledger.sum("refused"),
+            "lost_updates": self._replies.lost_updates,
+            "shards_living": sum(self._ledger.living),
+            "shards_lost": self._ledger.losses,
+        }
+
+    # --- saving -----------------------------------------------------------------------------------
+
+    def checkpoint(self) -> None:
+        """Let all shards take a checkpoint now.
+
+        Raises:
+            CheckpointError: there is no `checkpoint_dir`.
+            ShardError: a shard is lost.
+        """
+        self._get([shard.checkpoint.remote() for shard in self._shards])
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the state of all shards and of this object to a folder that all of them reach.
+
+        Raises:
+            ShardError: a shard is lost.
+        """
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self._get([s.save.remote(saving.file_of(folder, k)) for k, s in enumerate(self._shards)])
+        settings = {key: value for key, value in self._settings.items() if key != "device"}
+        state = {
+            "num_shards": self.num_shards,
+            "batch_size": self.batch_size,
+            "settings": settings | {"alpha": self.alpha, "eps": self.eps},
+            "beta": self.beta,
+            "beta_increment": self._rules.beta_increment,
+            "generator": None if self.generator is None else self.generator.get_state(),
+        }
+        saving.write(folder, state)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], **options: Any) -> "ShardedReplayBuffer":
+        """A buffer with the settings and the state that `save` wrote.
+
+        Args:
+            folder: where.
+            options: arguments of the constructor that are not part of the state: devices,
+                generator (takes over the state of the one saved), checkpoint_dir, timeouts, ...
+
+        Raises:
+            CheckpointError: it is no such folder.
+        """
+        state = saving.read(folder)
+        settings = dict(state["settings"])
+        generator = options.get("generator")
+        buffer = cls(
+            state["num_shards"],
+            settings.pop("capacity"),
+            state["batch_size"],
+            beta=state["beta"],
+            beta_increment=state["beta_increment"],
+            **settings | options,
+        )
+        if generator is not None and state["generator"] is not None:
+            generator.set_state(state["generator"])
+        shards = enumerate(buffer._shards)
+        answers = [shard.load.remote(saving.file_of(folder, k)) for k, shard in shards]
+        for k, report in enumerate(buffer._get(answers)):
+            buffer._replies.note(k, report)
+        return buffer

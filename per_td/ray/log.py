@@ -1,0 +1,207 @@
+"""Journal: checkpoints of one shard, and a write-ahead log of what came after the last of them.
+
+A folder holds `000007.pt`, the checkpoint number 7, and `000007.log`, what happened after it. A
+checkpoint is taken in an order that a crash may cut anywhere: a new, empty log; the checkpoint,
+whole or not at all; then the old files go. Restoring reads the newest checkpoint and every log from
+its number on.
+
+A record is a head (magic, CRC-32 and length of the rest), a JSON description and the raw bytes of
+arrays; nothing in it is executed. A record that the file's end cuts off was never acknowledged: it
+is dropped. Damage elsewhere raises, since what comes after it was acknowledged.
+"""
+
+import fcntl
+import json
+import os
+import struct
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from per_td.errors import CheckpointError
+from per_td.ray.wire import Packed
+
+__all__ = ["Journal", "Record"]
+
+_HEAD = struct.Struct("<4sIQ")
+_LENGTH = struct.Struct("<I")
+_MAGIC = b"PTDL"
+_LOCK_WAIT_S = 10.0
+
+
+class Record(NamedTuple):
+    """One thing that happened: its kind, plain values, and arrays."""
+
+    kind: str
+    values: dict[str, Any]
+    arrays: Packed
+
+
+class Journal:
+    """The files of one shard.
+
+    Args:
+        folder: where they are; made if need be.
+        fsync: whether `append` waits until the disk has the record. Without it an acknowledged
+            record survives the death of the process, but not that of the machine.
+
+    Raises:
+        CheckpointError: another process uses the folder, or a log is damaged.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, fsync: bool = False) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.fsync = fsync
+        self._lock = _locked(self.folder / "lock")
+        self._file: BinaryIO | None = None
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint, if there is one."""
+        return max(self.folder.glob("*.pt"), default=None)
+
+    @property
+    def bytes_since_checkpoint(self) -> int:
+        """Length of the log that is being written."""
+        return self._file.tell() if self._file is not None else 0
+
+    def replay(self) -> Iterator[Record]:
+        """All records since the newest checkpoint; then the journal is ready for `append`."""
+        first = 0 if self.checkpoint is None else int(self.checkpoint.stem)
+        logs = sorted(p for p in self.folder.glob("*.log") if int(p.stem) >= first)
+        for path in logs:
+            with path.open("r+b") as file:
+                yield from _records(file)
+        self._open(logs[-1] if logs else self.folder / f"{first:06d}.log")
+
+    def append(self, record: Record) -> None:
+        """Write a record; when this returns, it is in the file."""
+        if self._file is None:
+            raise CheckpointError("expected replay() before the first append()")
+        parts = _encoded(record)
+        length, crc = 0, 0
+        for part in parts:
+            length += len(part)
+            crc = zlib.crc32(part, crc)
+        start = self._file.tell()
+        try:
+            self._file.write(_HEAD.pack(_MAGIC, crc, length))
+            for part in parts:
+                self._file.write(part)
+            self._file.flush()
+            if self.fsync:
+                os.fsync(self._file.fileno())
+        except OSError:
+            os.ftruncate(self._file.fileno(), start)  # later records must follow a whole one
+            self._file.seek(start)
+            raise
+
+    def rotate(self, save: Callable[[Path], None]) -> None:
+        """Take a checkpoint with `save`, which writes a file whole or not at all."""
+        old = [*self.folder.glob("*.pt"), *self.folder.glob("*.log")]
+        number = 1 + max((int(path.stem) for path in old), default=0)
+        self._open(self.folder / f"{number:06d}.log")
+        save(self.folder / f"{number:06d}.pt")
+        self._sync_names()
+        for path in old:
+            path.unlink()
+
+    def close(self) -> None:
+        """Close the files, and let others use the folder."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self._lock.close()
+
+    def _open(self, path: Path) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = path.open("ab", buffering=0)
+        self._sync_names()
+
+    def _sync_names(self) -> None:
+        """With `fsync`, let the disk have the folder's entries: without them a file is lost."""
+        if self.fsync:
+            folder = os.open(self.folder, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+def _locked(path: Path) -> BinaryIO:
+    """The open file `path`, locked; the process that died last may take a moment to let go."""
+    file = path.open("ab")
+    until = time.monotonic() + _LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if time.monotonic() > until:
+                file.close()
+                raise CheckpointError(
+                    f"{path.parent}: expected a folder for this shard alone, got one in use"
+                ) from error
+            time.sleep(0.05)
+        else:
+            return file
+
+
+def _encoded(record: Record) -> list[bytes]:
+    arrays = [
+        {"key": key, "dtype": dtype, "numpy": values.dtype.str, "shape": values.shape}
+        for key, dtype, values in record.arrays
+    ]
+    head = {"kind": record.kind, "values": record.values, "arrays": arrays}
+    text = json.dumps(head).encode()
+    content = [np.ascontiguousarray(values).tobytes() for _, _, values in record.arrays]
+    return [_LENGTH.pack(len(text)), text, *content]
+
+
+def _decoded(payload: bytes) -> Record:
+    (length,) = _LENGTH.unpack_from(payload)
+    at = _LENGTH.size + length
+    head = json.loads(payload[_LENGTH.size : at])
+    arrays: Packed = []
+    for entry in head["arrays"]:
+        dtype, shape = np.dtype(entry["numpy"]), tuple(entry["shape"])
+        count = int(np.prod(shape, dtype=np.int64))
+        values = np.frombuffer(payload, dtype, count, at).reshape(shape)
+        arrays.append((tuple(entry["key"]), entry["dtype"], values))
+        at += values.nbytes
+    return Record(head["kind"], head["values"], arrays)
+
+
+def _records(file: BinaryIO) -> Iterator[Record]:
+    """The whole records of a log; a torn one at its end is cut off.
+
+    Raises:
+        CheckpointError: what is damaged is not the last record.
+    """
+    size = os.fstat(file.fileno()).st_size
+    at = 0
+    while at < size:
+        file.seek(at)
+        head = file.read(_HEAD.size)
+        whole = len(head) == _HEAD.size and head[:4] == _MAGIC
+        end = size
+        if whole:
+            _, crc, length = _HEAD.unpack(head)
+            end = at + _HEAD.size + length
+            if end <= size:
+                payload = file.read(length)
+                if zlib.crc32(payload) == crc:
+                    yield _decoded(payload)
+                    at = end
+                    continue
+        elif head.strip(b"\0") and len(head) == _HEAD.size:
+            end = 0  # neither a record nor the zeros that a file system may leave
+        if end < size:
+            raise CheckpointError(f"{file.name}: expected a whole record at byte {at}")
+        file.truncate(at)
+        return

@@ -1,0 +1,241 @@
+"""Shard: a prioritized buffer that answers messages. Made to be a Ray actor, and works without."""
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tensordict import TensorDict
+
+from per_td import checkpoint
+from per_td.buffer import PrioritizedReplayBuffer
+from per_td.errors import CheckpointError
+from per_td.ray import wire
+from per_td.ray.log import Journal, Record
+from per_td.ray.wire import Array, Packed
+
+__all__ = ["Drawn", "Report", "Shard"]
+
+_EPOCH_BITS = 32
+
+
+class Report(NamedTuple):
+    """What every answer says about a shard."""
+
+    total: float
+    """Sum of all masses."""
+    smallest: float
+    """Smallest positive mass; inf where there is none, and where nobody needs it."""
+    size: int
+    """Number of transitions."""
+    written: int
+    """Transitions ever written."""
+    stale: int
+    """Updates dropped because the transition had been overwritten, or lost with its shard."""
+    refused: int
+    """Invalid priorities refused on CUDA."""
+    epoch: int
+    """Another one after each start: what the learner knew about the shard may be wrong then."""
+    serial: int
+    """Number of the report in this epoch."""
+
+
+class Drawn(NamedTuple):
+    """Transitions drawn from a shard."""
+
+    report: Report
+    packed: Packed
+    slot: Array
+    """int64 [n]."""
+    generation: Array
+    """int64 [n], also of the shard: of another start, another generation."""
+    mass: Array
+    """Masses when they were drawn, float32 [n]."""
+
+
+class Shard:
+    """A part of a `ShardedReplayBuffer`.
+
+    With a folder, whatever changes the buffer is in a log before it is acknowledged, and a new
+    start takes up where the last one ended, to the bit.
+
+    Args:
+        settings: arguments of `PrioritizedReplayBuffer`, without its generator.
+        seed: of the draws.
+        folder: for checkpoints and the log; None keeps nothing.
+        fsync: see `Journal`.
+        checkpoint_every: transitions written between two checkpoints.
+    """
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        *,
+        seed: int,
+        folder: str | None = None,
+        fsync: bool = False,
+        checkpoint_every: int | None = None,
+    ) -> None:
+        _warm_up(settings)
+        self._settings = settings
+        self._buffer = self._new(seed)
+        self._begin_epoch()
+        self._every = checkpoint_every or self._buffer.capacity
+        self._journal: Journal | None = None
+        if folder is not None:
+            journal = Journal(folder, fsync=fsync)
+            if journal.checkpoint is not None:
+                self._read(journal.checkpoint)
+            self._due = self._buffer.write_count + self._every
+            for record in journal.replay():
+                self._apply(record)
+            self._journal = journal
+
+    def _new(self, seed: int) -> PrioritizedReplayBuffer:
+        buffer = PrioritizedReplayBuffer(**self._settings)
+        buffer.generator = torch.Generator(buffer.device).manual_seed(seed)
+        return buffer
+
+    def _begin_epoch(self) -> None:
+        """Let updates for batches drawn before now count as stale: slots may hold others."""
+        self._epoch = int.from_bytes(os.urandom(4), "little") >> 1
+        self._serial = 0
+
+    # --- messages ---------------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """How the shard stands."""
+        self._serial += 1
+        table, stats = self._buffer._priorities, self._buffer.stats()
+        smallest = torch.inf if table._smallest is None else float(table._smallest.value)
+        return Report(
+            float(table.masses.total),
+            smallest,
+            len(self._buffer),
+            stats["written"],
+            stats["stale_updates"],
+            stats["refused_priorities"],
+            self._epoch,
+            self._serial,
+        )
+
+    def extend(self, packed: Packed, priority: Array | None = None) -> tuple[Report, Array]:
+        """Write transitions; the answer acknowledges them.
+
+        Returns:
+            The report, and their slots, int64 [n].
+
+        Raises:
+            SchemaError, PriorityError: as for `PrioritizedReplayBuffer.extend`; nothing is written.
+        """
+        given = None if priority is None else wire.tensor(priority)
+        index = self._buffer.extend_leaves(wire.unpack(packed), given)
+        extra: Packed = [] if priority is None else [(("priority",), "float32", priority)]
+        self._log("extend", {"given": priority is not None}, [*extra, *packed])
+        if self._journal is not None and self._buffer.write_count >= self._due:
+            self.checkpoint()
+        return self.report(), wire.array(index)
+
+    def sample(self, n: int) -> Drawn | Report:
+        """Draw `n` transitions; only a report where there is nothing to draw."""
+        buffer = self._buffer
+        if not buffer._priorities.masses.total > 0:
+            return self.report()
+        index, _ = buffer._draw(n)
+        values, generation = buffer._storage.gather(index)
+        mass = buffer._priorities.masses[index]
+        packed = wire.pack(dict(zip(buffer._storage._columns, values, strict=True)))
+        told = wire.array(generation) + (self._epoch << _EPOCH_BITS)
+        return Drawn(self.report(), packed, wire.array(index), told, wire.array(mass))
+
+    def update(self, index: Array, td_error: Array, generation: Array | None = None) -> Report:
+        """Set priorities to |td_error| + eps; what is stale is dropped and counted.
+
+        Raises:
+            IndexRangeError, PriorityError: as for `PrioritizedReplayBuffer.update_priority`.
+        """
+        if generation is not None:
+            # Of another epoch, an index may lie beyond what the shard holds now: so here, not below
+            live = (generation >> _EPOCH_BITS) == self._epoch
+            self._buffer._stale += int((~live).sum())
+            index, td_error = index[live], td_error[live]
+            generation = generation[live] & ((1 << _EPOCH_BITS) - 1)
+        if len(index):
+            named: Packed = [(("index",), "int64", index), (("td_error",), "float32", td_error)]
+            if generation is not None:
+                named.append((("generation",), "int64", generation))
+            self._update(named)
+            self._log("update", {}, named)
+        return self.report()
+
+    def configure(self, *, alpha: float, eps: float) -> Report:
+        """Set alpha, which costs O(N), and eps."""
+        changed = (alpha, eps) != (self._buffer.alpha, self._buffer.eps)
+        self._buffer.alpha, self._buffer.eps = alpha, eps
+        if changed:
+            self._log("configure", {"alpha": alpha, "eps": eps}, [])
+        return self.report()
+
+    def priority(self) -> Array:
+        """Raw priorities, float32 [size]."""
+        return wire.array(self._buffer.priority)
+
+    def transitions(self) -> Packed:
+        """All transitions, [size], in the order of their slots."""
+        return wire.pack(self._buffer._storage.filled())
+
+    def checkpoint(self) -> None:
+        """Write the whole state to the folder, and begin a new log.
+
+        Raises:
+            CheckpointError: the shard has no folder.
+        """
+        if self._journal is None:
+            raise CheckpointError("expected a buffer with a checkpoint_dir, got one without")
+        self._journal.rotate(self._buffer.save)
+        self._due = self._buffer.write_count + self._every
+
+    def save(self, path: str) -> None:
+        """Write the whole state to a file."""
+        self._buffer.save(path)
+
+    def load(self, path: str) -> Report:
+        """Take over the state in a file that `save` wrote."""
+        self._read(Path(path))
+        self._begin_epoch()
+        if self._journal is not None:
+            self.checkpoint()  # or the log would go on from a state that it does not know
+        return self.report()
+
+    # --- restoring --------------------------------------------------------------------------------
+
+    def _read(self, path: Path) -> None:
+        self._buffer.load_state_dict(checkpoint.read(path))
+
+    def _log(self, kind: str, values: dict[str, Any], arrays: Packed) -> None:
+        if self._journal is not None:
+            self._journal.append(Record(kind, values, arrays))
+
+    def _apply(self, record: Record) -> None:
+        """Do again what was logged."""
+        kind, values, arrays = record
+        if kind == "extend":
+            given = int(values["given"])
+            priority = wire.tensor(arrays[0][2]) if given else None
+            self._buffer.extend_leaves(wire.unpack(arrays[given:]), priority)
+        elif kind == "update":
+            self._update(arrays)
+        else:
+            self._buffer.alpha, self._buffer.eps = values["alpha"], values["eps"]
+
+    def _update(self, arrays: Packed) -> None:
+        """Update priorities: index, td_error and maybe generation, [B] each."""
+        self._buffer.update_priority(*wire.unpack(arrays).values())
+
+
+def _warm_up(settings: dict[str, Any]) -> None:
+    """Load the kernels now: the first message must not look like a shard that is too slow."""
+    small = PrioritizedReplayBuffer(**settings | {"capacity": 2, "example": None})
+    data = torch.zeros(2, device=small.device)
+    small.extend(TensorDict({"x": data}, [2]))
+    small.update_priority(small.sample(2)["index"], data)

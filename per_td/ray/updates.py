@@ -1,0 +1,57 @@
+"""Priority updates: checked in the learner, and sorted by the shards that they go to."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from per_td import validation
+from per_td.errors import IndexRangeError
+from per_td.ray.wire import Array, array
+
+__all__ = ["checked", "per_shard"]
+
+
+def checked(
+    index: Any, td_error: Any, generation: Any, shard: Any, num_shards: int
+) -> tuple[Tensor, list[Tensor]]:
+    """An update on the CPU: shards, and the columns index, td_error and maybe generation, [B].
+
+    Raises:
+        IndexRangeError: shapes differ, or there is no such shard.
+        PriorityError: a TD error is NaN or infinite, or of a wrong shape or dtype.
+    """
+    cpu = torch.device("cpu")
+    index, shard = validation.as_index(index, cpu), validation.as_index(shard, cpu)
+    columns = [index, validation.as_values("td_error", td_error, index)]
+    validation.require_finite("td_error", columns[1])
+    if generation is not None:
+        columns.append(validation.as_index(generation, cpu))
+    for name, values in (("shard", shard), ("generation", columns[-1])):
+        if values.shape != index.shape:
+            raise IndexRangeError(
+                f"{name}: expected shape {list(index.shape)}, one per index,"
+                f" got {list(values.shape)}"
+            )
+    wrong = (shard < 0) | (shard >= num_shards)
+    if wrong.any():
+        raise IndexRangeError(
+            f"shard: expected 0 <= shard < {num_shards}, got {shard[wrong][0].item()}"
+        )
+    return shard, columns
+
+
+def per_shard(shard: Tensor, columns: list[Tensor]) -> list[tuple[int, list[Array]]]:
+    """The columns [B] taken apart by shard; the order within a shard is kept.
+
+    Order matters: where an index occurs twice in an update, the last one holds.
+    """
+    order = shard.argsort(stable=True)
+    ordered = [array(column[order]) for column in columns]
+    numbers, begins = np.unique(array(shard[order]), return_index=True)
+    ends = np.append(begins, len(order))[1:]
+    return [
+        (int(number), [column[begin:end] for column in ordered])
+        for number, begin, end in zip(numbers, begins, ends, strict=True)
+    ]

@@ -1,0 +1,71 @@
+"""Transitions as numpy arrays, in which form Ray ships them without pickling their content.
+
+Ray puts the bytes of an array into its object store as they are, and whoever reads on the same
+machine gets a read-only view of them. `tensor` makes such a view a tensor without a copy; the
+storage of the shard, or torch.cat in the learner, then makes the only one.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from per_td.leaves import Key, Leaves
+
+__all__ = ["Array", "Packed", "array", "nbytes", "pack", "tensor", "unpack"]
+
+Array = np.ndarray[Any, Any]
+
+Packed = list[tuple[Key, str, Array]]
+"""Key, torch dtype and numbers of each leaf."""
+
+_AS_INTEGERS = {1: torch.uint8, 2: torch.int16}
+
+
+class _Readable:
+    """An array's memory under the pretence that it may be written, which torch.from_numpy wants."""
+
+    def __init__(self, kept: Array) -> None:
+        self._kept = kept  # the memory lives as long as this object, which is the view's base
+        interface = kept.__array_interface__
+        self.__array_interface__ = interface | {"data": (interface["data"][0], False)}
+
+
+def tensor(values: Array) -> Tensor:
+    """A tensor on the memory of an array, which may be read-only: never write to it."""
+    if not values.flags.writeable:
+        values = np.asarray(_Readable(values))
+    return torch.from_numpy(values)
+
+
+def array(values: Tensor) -> Array:
+    """The numbers of a tensor on the CPU; those of dtypes that numpy lacks as integers."""
+    values = values.detach().cpu().resolve_neg().resolve_conj().contiguous()
+    try:
+        found: Array = values.numpy()
+    except TypeError:  # bfloat16 and the float8 kinds
+        found = values.view(_AS_INTEGERS[values.itemsize]).numpy()
+    return found
+
+
+def pack(leaves: Leaves) -> Packed:
+    """Leaves [n, ...] for the wire."""
+    return [
+        (key, str(leaf.dtype).removeprefix("torch."), array(leaf)) for key, leaf in leaves.items()
+    ]
+
+
+def unpack(packed: Packed) -> Leaves:
+    """The leaves in `packed`, in its memory: to be read, not written."""
+    leaves: Leaves = {}
+    for key, dtype, values in packed:
+        leaf = tensor(values)
+        kind = getattr(torch, dtype)
+        leaves[key] = leaf if leaf.dtype is kind else leaf.view(kind)
+    return leaves
+
+
+def nbytes(packed: Packed) -> int:
+    """Bytes of all numbers."""
+    return sum(values.nbytes for _, _, values in packed)

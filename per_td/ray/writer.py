@@ -1,0 +1,131 @@
+"""Writer: a small handle with which any Ray actor or task writes to the shards directly."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from per_td import validation
+from per_td.errors import PerTdError, SchemaError
+from per_td.leaves import Leaves, leaves_of
+from per_td.ray import wire
+from per_td.ray.errors import ShardError
+
+__all__ = ["Receipt", "Writer", "told_by"]
+
+_AVOID_S = 1.0
+"""How long a shard that failed is not tried first again."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Where transitions were written."""
+
+    shard: int
+    index: Tensor
+    """Slots in that shard, int64 [n]."""
+
+
+class Writer:
+    """Writes batches to the shards and waits until they are acknowledged. It can be pickled.
+
+    Args:
+        shards: the actors.
+        first: the shard to begin with; writers that begin elsewhere keep out of each other's way.
+        timeout_s: how long to wait for a shard before another is tried, in seconds.
+    """
+
+    def __init__(self, shards: list[Any], *, first: int = 0, timeout_s: float = 30.0) -> None:
+        self._shards = shards
+        self._next = first % len(shards)
+        self._timeout_s = timeout_s
+        self._avoid: dict[int, float] = {}
+
+    def extend(
+        self, transitions: TensorDictBase, priority: Any = None, *, key: int | None = None
+    ) -> Receipt:
+        """Write transitions to one shard; when this returns, it has acknowledged them.
+
+        A shard that is lost or late is passed over, and the next one gets them. It may have written
+        them before it failed: a batch is in the buffer at least once.
+
+        Args:
+            transitions: TensorDict [n].
+            priority: raw priorities [n], finite and not negative; None: the largest of the shard.
+            key: names the shard, by its remainder; None takes one after the other.
+
+        Raises:
+            SchemaError, PriorityError: as for the local buffer; nothing has been written.
+            ShardError: no shard acknowledged.
+        """
+        packed = wire.pack(checked(transitions))
+        given = _priority(priority, transitions.batch_size[0])
+        # Shipped once, also where several shards are tried
+        message = ray.put(packed) if wire.nbytes(packed) > 2**16 else packed
+        shards = self._order(key)
+        for shard in shards:
+            try:
+                answer = self._shards[shard].extend.remote(message, given)
+                _, index = ray.get(answer, timeout=self._timeout_s)
+            except (RayActorError, GetTimeoutError):
+                self._avoid[shard] = time.monotonic() + _AVOID_S
+            except RayTaskError as error:
+                raise told_by(error) from None
+            else:
+                self._avoid.pop(shard, None)
+                return Receipt(shard, torch.from_numpy(index.copy()))
+        raise ShardError(
+            f"expected one of {len(shards)} shards to acknowledge within {self._timeout_s:g} s"
+            " each, got no answer"
+        )
+
+    def add(self, transition: TensorDictBase, priority: Any = None) -> Receipt:
+        """Write one transition, a TensorDict []; see `extend`. Batches cost less."""
+        given = None if priority is None else torch.as_tensor(priority).reshape(1)
+        return self.extend(transition.unsqueeze(0), given)
+
+    def _order(self, key: int | None) -> list[int]:
+        """The shards to be tried: the one whose turn it is, those after it; failed ones last."""
+        if key is None:
+            first = self._next
+            self._next = (first + 1) % len(self._shards)
+        else:
+            first = key % len(self._shards)
+        order = [(first + k) % len(self._shards) for k in range(len(self._shards))]
+        now = time.monotonic()
+        return sorted(order, key=lambda shard: self._avoid.get(shard, 0.0) > now)
+
+
+def checked(transitions: TensorDictBase) -> Leaves:
+    """The leaves of a TensorDict [n], n > 0, if a shard can store them.
+
+    Raises:
+        SchemaError: it cannot.
+    """
+    if not isinstance(transitions, TensorDictBase):
+        raise SchemaError(f"expected a TensorDict, got {type(transitions).__name__}")
+    if not transitions.batch_dims:
+        raise SchemaError("expected a TensorDict of batch size [n], got batch size []: use add()")
+    leaves = leaves_of(transitions)
+    if ("shard",) in leaves:
+        raise SchemaError("'shard' is a reserved key: sampling adds it; expected others")
+    return leaves
+
+
+def _priority(priority: Any, n: int) -> Any:
+    if priority is None:
+        return None
+    values = validation.as_values("priority", priority, torch.empty(n, dtype=torch.int64)).cpu()
+    validation.require_finite("priority", values, low=0.0)
+    return wire.array(values)
+
+
+def told_by(error: RayTaskError) -> Exception:
+    """What the shard raised, without Ray's traceback where it is one of per_td's errors."""
+    cause = error.cause
+    return cause if isinstance(cause, PerTdError) else error

@@ -1,0 +1,271 @@
+import math
+
+import pytest
+import torch
+from scipy.stats import chi2_contingency, chisquare
+from tensordict import TensorDict
+
+from per_td import PrioritizedReplayBuffer
+from per_td.errors import (
+    ConfigurationError,
+    EmptyBufferError,
+    IndexRangeError,
+    PriorityError,
+    SchemaError,
+)
+
+ray = pytest.importorskip("ray")
+BATCH = 20_000
+
+
+@pytest.fixture(scope="module")
+def pair(cluster, request):
+    """Three unequal shards, and one local buffer with the same transitions and priorities."""
+    from per_td.ray import ShardedReplayBuffer
+
+    rules = {"alpha": 0.8, "beta": 1.0, "weight_normalization": "buffer", "eps": 0.0}
+    sharded = ShardedReplayBuffer(
+        3,
+        64,
+        generator=torch.Generator().manual_seed(1),
+        actor_options={"num_cpus": 0},
+        refresh_s=1e9,
+        **rules,
+    )
+    local = PrioritizedReplayBuffer(64, generator=torch.Generator().manual_seed(2), **rules)
+    priority = torch.rand(30, generator=torch.Generator().manual_seed(3)) ** 3 + 0.05
+    priority[4] = 0.0
+    number = torch.arange(30)
+    data = TensorDict({"id": number, "f": torch.sin(number.float())}, [30])
+    for key, part in enumerate((slice(0, 20), slice(20, 28), slice(28, 30))):
+        sharded.writer().extend(data[part], priority[part], key=key)
+    local.extend(data, priority)
+    yield sharded, local
+    sharded.close()
+
+
+def test_transitions_are_drawn_as_from_one_buffer(pair):
+    sharded, local = pair
+    ours = sharded.sample(BATCH)["id"].bincount(minlength=30)
+    theirs = local.sample(BATCH)["id"].bincount(minlength=30)
+    mass = local.priority.double() ** 0.8
+    there = mass > 0
+    assert not ours[~there].any()
+    expected = mass[there] / mass.sum() * BATCH
+    assert chisquare(ours[there].numpy(), expected.numpy()).pvalue > 1e-3
+    assert chi2_contingency(torch.stack([ours, theirs])[:, there].numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("normalization", ["none", "batch", "buffer"])
+def test_weights_are_those_of_one_buffer(normalization, pair, monkeypatch):
+    sharded, local = pair
+    monkeypatch.setattr(sharded._batches, "_normalization", normalization)
+    sharded.beta = 0.7
+    batch = sharded.sample(2000)
+    sharded.beta = 1.0
+    mass = (local.priority.double() ** 0.8)[batch["id"]]
+    total = (local.priority.double() ** 0.8).sum()
+    weight = (30 * mass / total) ** -0.7
+    least = (local.priority[local.priority > 0].double() ** 0.8).min()
+    largest = {"none": 1.0, "batch": weight.max(), "buffer": (30 * least / total) ** -0.7}
+    torch.testing.assert_close(
+        batch["priority_weight"].double(), weight / largest[normalization], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_weighted_means_stay_unbiased_while_totals_move_unseen(pair, monkeypatch):
+    """What another learner's update would do: this one's totals are wrong by a factor of 20."""
+    sharded, local = pair
+    monkeypatch.setattr(sharded._batches, "_normalization", "none")
+    before = ray.get(sharded._shards[0].priority.remote())
+    index = torch.arange(20).numpy()
+    ray.get(sharded._shards[0].update.remote(index, before * 20 + 0.5))
+    told = sharded._ledger.total[0].item()
+    now = sharded._shards[0].report.remote()
+    estimates = []
+    f = local.transitions["f"]
+    request = sharded._batches.request
+    for _ in range(40):
+        sharded._ledger.total[0] = told  # forget what the last answer said
+        batch = sharded._batches.collect(request(500), 1.0)
+        estimates.append((batch["priority_weight"] * batch["f"]).mean())
+    assert ray.get(now).total > 5 * told
+    estimates = torch.stack(estimates)
+    error = estimates.std() / math.sqrt(len(estimates))
+    assert abs(float(estimates.mean() - f.mean())) < 4 * float(error)
+    assert float(error) < 0.02
+    ray.get(sharded._shards[0].update.remote(index, before))
+    sharded._ledger.total[0] = told
+
+
+def test_stratified_batches_spread_over_the_shards_by_their_totals(pair, monkeypatch):
+    sharded, _ = pair
+    monkeypatch.setattr(sharded._batches, "_draw", "stratified")
+    counts = sharded.sample(1000)["shard"].bincount(minlength=3)
+    totals = torch.tensor([report.total for report in sharded.reports()])
+    assert (counts - 1000 * totals / totals.sum()).abs().max() <= 2
+
+
+def test_counters_and_priorities_of_all_shards_are_read_through_one_object(pair):
+    sharded, local = pair
+    assert len(sharded) == 30
+    assert sharded.capacity == 192
+    assert sharded.stats()["written"] == 30
+    assert sharded.stats()["shards_living"] == 3
+    torch.testing.assert_close(sharded.priority, local.priority)
+    assert [report.size for report in sharded.reports()] == [20, 8, 2]
+    assert "3 shards" in repr(sharded)
+
+
+def test_a_batch_has_what_an_update_needs_and_updates_arrive(sharded, numbered):
+    buffer = sharded(2, 64, 16, alpha=1.0, eps=0.25)
+    for start in (0, 20):
+        buffer.extend(numbered(start, 20))
+    batch = buffer.sample()
+    for key in ("index", "generation", "shard"):
+        assert batch[key].shape == (16,)
+        assert batch[key].dtype == torch.int64
+    assert batch["priority_weight"].dtype == torch.float32
+    assert batch["x"].shape == (16, 3)
+    assert torch.equal(batch["id"] - 20 * batch["shard"], batch["index"])
+    batch["x"].add_(1)  # memory of its own
+    batch["td_error"] = -(batch["id"] + 1.0)
+    buffer.update_tensordict_priority(batch)
+    buffer.flush()
+    expected = torch.ones(40)
+    expected[batch["id"]] = batch["id"] + 1.25
+    torch.testing.assert_close(buffer.priority, expected)
+
+    # overwritten meanwhile: dropped by the shard, counted here
+    for key in (0, 1):
+        buffer.writer().extend(numbered(100, 64), key=key)
+    buffer.update_tensordict_priority(batch)
+    buffer.flush()
+    assert buffer.stats()["stale_updates"] == 16
+
+    with pytest.raises(SchemaError, match="'td_error'"):
+        buffer.update_tensordict_priority(batch.exclude("td_error"))
+    with pytest.raises(PriorityError, match="nan"):
+        buffer.update_priority([0], [math.nan], shard=[0])
+    buffer.update_priority([64], [1.0], shard=[0])  # only the shard can know
+    with pytest.raises(IndexRangeError, match="expected 0 <= index < 64"):
+        buffer.flush()
+
+    buffer.alpha = 0.0
+    counts = buffer.sample(4000)["shard"].bincount()
+    assert chisquare(counts.numpy()).pvalue > 1e-3
+    buffer.beta = 0.9
+    buffer.beta, buffer.eps = 0.5, 0.125
+    assert (buffer.alpha, buffer.beta, buffer.eps) == (0.0, 0.5, 0.125)
+    buffer.update_priority([3], [1.0], shard=[1])
+    buffer.flush()
+    assert buffer.priority[67] == 1.125
+
+
+def test_prefetched_batches_come_in_the_size_asked_for(sharded, numbered):
+    buffer = sharded(2, 64, prefetch=2, draw="stratified", beta_increment=0.25)
+    with pytest.raises(EmptyBufferError):
+        buffer.sample(4)
+    with pytest.raises(ConfigurationError, match="batch_size"):
+        buffer.sample()
+    buffer.add(numbered(0, 1)[0], 0.5)
+    buffer.extend(numbered(1, 9))
+    for n in (4, 4, 7, 7, 4):
+        assert buffer.sample(n).batch_size == (n,)
+    buffer.increase_beta()
+    assert buffer.beta == pytest.approx(0.65)
+
+
+def test_what_shards_would_refuse_is_refused_where_it_comes_from(sharded, numbered):
+    buffer = sharded(1, 64, example=numbered(0, 1)[0])
+    writer = buffer.writer()
+    with pytest.raises(SchemaError, match="int64"):
+        writer.extend(numbered(0, 4).apply(lambda leaf: leaf.double()))
+    with pytest.raises(SchemaError, match="reserved"):
+        writer.extend(numbered(0, 4).set("shard", torch.zeros(4)))
+    with pytest.raises(SchemaError, match="add"):
+        writer.extend(numbered(0, 4)[0])
+    with pytest.raises(PriorityError, match="at least 0"):
+        writer.extend(numbered(0, 2), [1.0, -1.0])
+    assert len(buffer) == 0
+
+
+def test_kinds_that_differ_between_shards_are_recognised():
+    from per_td.ray.batches import _leaves
+    from per_td.ray.shard import Shard
+
+    parts = []
+    for number, leaf in enumerate((torch.zeros(4), torch.zeros(4), torch.zeros(4).double())):
+        shard = Shard({"capacity": 8}, seed=0)
+        shard.extend([(("x",), str(leaf.dtype)[6:], leaf.numpy())])
+        parts.append((number, shard.sample(3)))
+    assert _leaves(parts[:2])["x",].shape == (6,)
+    with pytest.raises(SchemaError, match=r"one kind in all shards, got .*float32.* and .*float64"):
+        _leaves(parts)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"num_shards": 0}, "num_shards"),
+        ({"capacity_per_shard": 0}, "capacity_per_shard"),
+        ({"draw": "without_replacement"}, "draw: expected one of independent, stratified"),
+        ({"prefetch": -1}, "prefetch"),
+        ({"beta": 2.0}, "beta"),
+        ({"new_priority": "?"}, "new_priority"),
+        ({"timeout_s": -1.0}, "timeout_s"),
+        ({"checkpoint_every": 0}, "checkpoint_every"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_an_actor_starts(options, match):
+    from per_td.ray import ShardedReplayBuffer
+
+    with pytest.raises(ConfigurationError, match=match):
+        ShardedReplayBuffer(**{"num_shards": 2, "capacity_per_shard": 8} | options)
+
+
+def test_a_saved_buffer_comes_back(sharded, numbered, tmp_path):
+    from per_td.errors import CheckpointError
+    from per_td.ray import ShardedReplayBuffer
+
+    buffer = sharded(1, 64, 16, beta=0.6)
+    for start in (0, 20):
+        buffer.extend(numbered(start, 20), torch.rand(20))
+    buffer.beta, buffer.alpha = 0.7, 0.3
+    buffer.save(tmp_path)
+    again = ShardedReplayBuffer.load(tmp_path, actor_options={"num_cpus": 0})
+    try:
+        assert (again.alpha, again.beta, again.batch_size) == (0.3, 0.7, 16)
+        torch.testing.assert_close(again.priority, buffer.priority)
+        assert set(again.sample(200)["id"].tolist()) <= set(range(40))
+    finally:
+        again.close()
+    (tmp_path / "learner.pt").unlink()
+    from per_td import checkpoint
+
+    checkpoint.write(tmp_path / "learner.pt", {"format": "?"})
+    with pytest.raises(CheckpointError, match="expected a saved ShardedReplayBuffer"):
+        ShardedReplayBuffer.load(tmp_path)
+
+
+def test_actors_write_without_passing_through_the_learner(sharded, numbered):
+    buffer = sharded(2, 256)
+
+    @ray.remote(num_cpus=0)
+    def act(writer, start):
+        return [writer.extend(numbered(start + k, 1)).shard for k in range(6)]
+
+    shards = ray.get([act.remote(buffer.writer(k), 10 * k) for k in range(2)])
+    assert shards == [[0, 1] * 3, [1, 0] * 3]
+    assert len(buffer) == 12
+    assert set(buffer.sample(500)["id"].tolist()) == {
+        10 * a + k for a in range(2) for k in range(6)
+    }
+
+
+def test_shards_with_a_name_outlive_their_learner(sharded, numbered):
+    first = sharded(1, 64, name="outlives")
+    first.extend(numbered(0, 10))
+    again = sharded(1, 64, name="outlives", alpha=0.0)
+    assert len(again) == 10
+    assert again.sample(8)["id"].max() < 10

@@ -1,0 +1,27 @@
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray")
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "apex_ray.py"
+
+
+def test_apex_ray_runs_and_draws_its_picture(cluster, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("apex_ray", EXAMPLE)
+    apex = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(apex)
+    arguments = ["--total-steps", "600", "--learning-starts", "200", "--chunk", "50"]
+    arguments += ["--eval-episodes", "1", "--out", str(tmp_path), "--batch-size", "16"]
+    summary = apex.main(apex.parse_args(arguments))
+    assert summary["gradient_steps"] > 10
+    assert summary["episodes"] > 3
+    assert Path(summary["picture"]).read_bytes().startswith(b"\x89PNG")
+    assert "samples per second" in capsys.readouterr().out
+
+
+def test_the_code_in_the_docs_runs_as_printed(cluster):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "ray.md").read_text(), re.DOTALL)
+    exec(compile(block, "docs/ray.md", "exec"), {"__name__": "docs"})

@@ -1,0 +1,175 @@
+import os
+
+import numpy as np
+import pytest
+
+from per_td.errors import CheckpointError
+from per_td.ray import log
+from per_td.ray.log import Journal, Record
+
+
+@pytest.fixture
+def opened():
+    """Opens journals, and closes them after the test."""
+    made = []
+
+    def make(folder, **options):
+        made.append(Journal(folder, **options))
+        return made[-1]
+
+    yield make
+    for journal in made:
+        journal.close()
+
+
+def record(number, n=3):
+    arrays = [(("next", "x"), "float32", np.full((n, 2), number, np.float32))]
+    return Record("extend", {"number": number}, arrays)
+
+
+def numbers(journal):
+    return [r.values["number"] for r in journal.replay()]
+
+
+def written(folder, *records):
+    journal = Journal(folder)
+    assert numbers(journal) == []
+    for each in records:
+        journal.append(each)
+    journal.close()
+    return folder / "000000.log"
+
+
+def test_what_is_appended_is_replayed_in_order_and_to_the_bit(opened, tmp_path):
+    written(tmp_path, record(1), record(2, n=0), record(3, n=1000))
+    found = list(opened(tmp_path).replay())
+    assert [r.values for r in found] == [{"number": 1}, {"number": 2}, {"number": 3}]
+    for back, n in zip(found, (3, 0, 1000), strict=True):
+        ((key, dtype, values),) = back.arrays
+        assert (key, dtype, values.shape) == (("next", "x"), "float32", (n, 2))
+        assert (values == back.values["number"]).all()
+
+
+@pytest.mark.parametrize("fsync", [False, True])
+def test_a_journal_goes_on_where_the_last_one_ended(opened, fsync, tmp_path):
+    for number in range(3):
+        journal = opened(tmp_path, fsync=fsync)
+        assert numbers(journal) == list(range(number))
+        journal.append(record(number))
+        journal.close()
+
+
+def test_a_record_torn_anywhere_is_dropped_and_those_before_it_remain(opened, tmp_path):
+    path = written(tmp_path, record(1))
+    first = path.stat().st_size
+    journal = opened(tmp_path)
+    assert numbers(journal) == [1]
+    journal.append(record(2))
+    journal.close()
+    whole = path.read_bytes()
+    for cut in range(first, len(whole)):
+        path.write_bytes(whole[:cut])
+        torn = opened(tmp_path)
+        assert numbers(torn) == [1]
+        assert path.stat().st_size == first
+        torn.append(record(9))  # goes where the torn one was
+        torn.close()
+        again = opened(tmp_path)
+        assert numbers(again) == [1, 9]
+        again.close()
+
+
+def test_zeros_that_a_file_system_left_at_the_end_are_a_torn_record(opened, tmp_path):
+    path = written(tmp_path, record(1))
+    with path.open("ab") as file:
+        file.write(bytes(500))
+    assert numbers(opened(tmp_path)) == [1]
+
+
+def test_a_wrong_byte_in_the_last_record_is_a_torn_record(opened, tmp_path):
+    path = written(tmp_path, record(1), record(2))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert numbers(opened(tmp_path)) == [1]
+
+
+@pytest.mark.parametrize("where", ["head", "payload"])
+def test_damage_before_the_end_raises_since_what_follows_was_acknowledged(opened, where, tmp_path):
+    path = written(tmp_path, record(1), record(2))
+    content = bytearray(path.read_bytes())
+    content[0 if where == "head" else 30] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="expected a whole record at byte 0"):
+        numbers(opened(tmp_path))
+
+
+def test_a_checkpoint_empties_the_log(opened, tmp_path):
+    journal = opened(tmp_path)
+    assert numbers(journal) == []
+    journal.append(record(1))
+    journal.rotate(lambda path: path.write_text("state"))
+    assert journal.bytes_since_checkpoint == 0
+    journal.append(record(2))
+    journal.close()
+    again = opened(tmp_path)
+    assert again.checkpoint.read_text() == "state"
+    assert numbers(again) == [2]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000001.log", "000001.pt", "lock"]
+
+
+def test_a_crash_anywhere_in_a_checkpoint_loses_and_doubles_nothing(opened, tmp_path):
+    class CrashError(Exception):
+        pass
+
+    def crash(path):
+        raise CrashError
+
+    journal = opened(tmp_path)
+    assert numbers(journal) == []
+    journal.append(record(1))
+    with pytest.raises(CrashError):
+        journal.rotate(crash)  # after the new log, before the checkpoint
+    journal.close()
+    again = opened(tmp_path)
+    assert numbers(again) == [1]
+    again.append(record(2))
+    again.close()
+
+    (tmp_path / "000002.log").touch()  # after the checkpoint, before the old files went
+    (tmp_path / "000002.pt").write_text("state with 1 and 2")
+    last = opened(tmp_path)
+    assert last.checkpoint.name == "000002.pt"
+    assert numbers(last) == []
+
+
+def test_a_failed_append_leaves_the_log_whole(opened, tmp_path, monkeypatch):
+    journal = opened(tmp_path)
+    assert numbers(journal) == []
+    journal.append(record(1))
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    journal.fsync = True
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        journal.append(record(2))
+    journal.fsync = False
+    journal.append(record(3))
+    journal.close()
+    assert numbers(opened(tmp_path)) == [1, 3]
+
+
+def test_a_folder_belongs_to_one_journal(opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(log, "_LOCK_WAIT_S", 0.1)
+    first = opened(tmp_path)
+    with pytest.raises(CheckpointError, match="in use"):
+        opened(tmp_path)
+    first.close()
+    opened(tmp_path).close()
+
+
+def test_appending_before_replaying_is_refused(opened, tmp_path):
+    with pytest.raises(CheckpointError, match="replay"):
+        opened(tmp_path).append(record(1))

@@ -1,0 +1,152 @@
+"""Shards without Ray: what they restore, and what they refuse."""
+
+import numpy as np
+import pytest
+import torch
+
+from per_td.errors import CheckpointError, IndexRangeError, PriorityError, SchemaError
+from per_td.ray import wire
+from per_td.ray.shard import Drawn, Shard
+
+SETTINGS = {"capacity": 37, "alpha": 0.7, "eps": 0.01}
+
+
+def packed(numbers):
+    numbers = torch.as_tensor(numbers)
+    return wire.pack({("id",): numbers, ("next", "x"): numbers.double().reshape(-1, 1)})
+
+
+@pytest.fixture
+def shard():
+    """Makes shards, and closes their journals after the test."""
+    made = []
+
+    def make(folder=None, settings=SETTINGS, **options):
+        path = None if folder is None else str(folder)
+        made.append(Shard(settings, seed=3, folder=path, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        end(each)
+
+
+def end(shard):
+    """What the end of a process does."""
+    if shard._journal is not None:
+        shard._journal.close()
+
+
+def same(a, b):
+    """Whether two buffers hold the same, to the bit, but for the state of their generators."""
+    one, two = a._buffer.state_dict(), b._buffer.state_dict()
+    return repr({k: v for k, v in one.items() if k != "generator"}) == repr(
+        {k: v for k, v in two.items() if k != "generator"}
+    ) and torch.equal(a._buffer._priorities.masses.leaves, b._buffer._priorities.masses.leaves)
+
+
+def act(shard, rng, step):
+    """One random message."""
+    choice = rng.integers(10)
+    if choice < 5 or not shard.report().size:
+        n = int(rng.integers(1, 50))
+        priority = rng.random(n, dtype=np.float32) if choice % 2 else None
+        shard.extend(packed(np.arange(n) + 1000 * step), priority)
+    elif choice < 9:
+        drawn = shard.sample(8)
+        shard.update(drawn.slot, rng.normal(size=8).astype(np.float32), drawn.generation)
+    else:
+        shard.configure(alpha=float(rng.random()), eps=float(rng.random()))
+
+
+@pytest.mark.parametrize("every", [1, 40, 10_000])
+def test_a_shard_that_starts_again_is_the_same_to_the_bit(every, shard, tmp_path):
+    rng = np.random.default_rng(every)
+    one = shard(tmp_path, checkpoint_every=every)
+    for step in range(60):
+        act(one, rng, step)
+        if step % 10 == 9:
+            end(one)
+            two = shard(tmp_path, checkpoint_every=every)
+            assert same(one, two)
+            assert one.report()._replace(epoch=0, serial=0) == two.report()._replace(
+                epoch=0, serial=0
+            )
+            one = two
+    assert torch.equal(one._buffer.transitions["id"], wire.unpack(one.transitions())["id",])
+
+
+def test_a_write_that_is_refused_is_not_in_the_log(shard, tmp_path):
+    one = shard(tmp_path)
+    one.extend(packed([1, 2]))
+    before = one._journal.bytes_since_checkpoint
+    with pytest.raises(SchemaError):
+        one.extend(wire.pack({("other",): torch.zeros(2)}))
+    with pytest.raises(PriorityError):
+        one.extend(packed([3]), np.array([-1.0], np.float32))
+    with pytest.raises(IndexRangeError):
+        one.update(np.array([30]), np.array([1.0], np.float32))
+    assert one._journal.bytes_since_checkpoint == before
+    end(one)
+    assert shard(tmp_path).report().written == 2
+
+
+def test_updates_for_what_another_start_drew_are_stale(shard):
+    drawn_from, now = shard(), shard()
+    drawn_from.extend(packed(range(30)))
+    now.extend(packed(range(2)))
+    drawn = drawn_from.sample(16)
+    before = now.priority()
+    report = now.update(drawn.slot, np.ones(16, np.float32), drawn.generation)
+    assert report.stale == 16
+    assert (now.priority() == before).all()
+
+
+def test_updates_for_what_has_been_overwritten_are_stale(shard):
+    one = shard()
+    one.extend(packed(range(37)))
+    drawn = one.sample(16)
+    one.extend(packed(range(37)))
+    assert one.update(drawn.slot, np.ones(16, np.float32), drawn.generation).stale == 16
+
+
+def test_a_shard_with_nothing_to_draw_says_so(shard):
+    one = shard()
+    assert not isinstance(one.sample(3), Drawn)
+    one.extend(packed([1, 2]), np.zeros(2, np.float32))
+    assert one.sample(3).size == 2
+
+
+def test_what_is_drawn_comes_with_its_masses_and_the_total_of_that_moment(shard):
+    one = shard()
+    one.extend(packed(range(10)), np.arange(10, dtype=np.float32))
+    drawn = one.sample(64)
+    assert drawn.mass == pytest.approx(drawn.slot.astype(float) ** 0.7, rel=1e-6)
+    assert drawn.report.total == pytest.approx(sum(k**0.7 for k in range(10)), rel=1e-6)
+    leaves = wire.unpack(drawn.packed)
+    assert leaves["id",].tolist() == drawn.slot.tolist()
+    assert leaves["next", "x"][:, 0].tolist() == drawn.slot.tolist()
+
+
+def test_the_smallest_mass_is_told_where_weights_need_it(shard):
+    one = shard(settings=SETTINGS | {"weight_normalization": "buffer"})
+    one.extend(packed([1, 2]), np.array([0.5, 2.0], np.float32))
+    assert one.report().smallest == pytest.approx(0.5**0.7)
+    assert shard().report().smallest == np.inf
+
+
+def test_a_checkpoint_needs_a_folder(shard):
+    with pytest.raises(CheckpointError, match="checkpoint_dir"):
+        shard().checkpoint()
+
+
+def test_a_loaded_state_is_what_a_later_start_finds(shard, tmp_path):
+    source = shard()
+    source.extend(packed(range(50)))
+    source.save(str(tmp_path / "saved.pt"))
+    one = shard(tmp_path / "journal")
+    one.extend(packed([7]))
+    one.load(str(tmp_path / "saved.pt"))
+    one.extend(packed([8]))
+    end(one)
+    assert same(one, shard(tmp_path / "journal"))
