@@ -38,11 +38,16 @@ def end(shard):
 
 
 def same(a, b):
-    """Whether two buffers hold the same, to the bit, but for the state of their generators."""
+    """Whether two buffers hold the same, to the bit, but for what draws change, which is not logged.
+
+    That is the state of the generator, and which transitions were replayed.
+    """
     one, two = a._buffer.state_dict(), b._buffer.state_dict()
-    return repr({k: v for k, v in one.items() if k != "generator"}) == repr(
-        {k: v for k, v in two.items() if k != "generator"}
-    ) and torch.equal(a._buffer._priorities.masses.leaves, b._buffer._priorities.masses.leaves)
+    for state in (one, two):
+        del state["generator"], state["replayed"]
+    return repr(one) == repr(two) and torch.equal(
+        a._buffer._priorities.masses.leaves, b._buffer._priorities.masses.leaves
+    )
 
 
 def act(shard, rng, step):
