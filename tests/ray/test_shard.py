@@ -38,9 +38,9 @@ def end(shard):
 
 
 def same(a, b):
-    """Whether two buffers hold the same, to the bit, but for what draws change, which is not logged.
+    """Whether two buffers hold the same, to the bit, but for what draws change: that is not logged.
 
-    That is the state of the generator, and which transitions were replayed.
+    It is the state of the generator, and which transitions were replayed.
     """
     one, two = a._buffer.state_dict(), b._buffer.state_dict()
     for state in (one, two):
