@@ -85,7 +85,7 @@ ABLATION = {
 VARIANTS = {
     "course": Variant(
         "lr 1e-3, a gradient step each step, soft target (the course's settings)",
-        replace(COURSE, steps=70_000),
+        replace(COURSE, steps=130_000),
         (*EARLY, (15_000, 20_000), (30_000, 40_000), (55_000, 68_000)),
         ((1, 100), (90, 110), (380, 400)),
     ),
