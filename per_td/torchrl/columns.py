@@ -184,8 +184,8 @@ class Columns:
         kernel = self._kernels
         if kernel is None:
             return self._copy(rows, start, n, generation)
-        rows[self._index] = index = torch.empty(n, dtype=torch.int64)
-        device = generation.device
+        device = generation.device  # which need not be torch's default
+        rows[self._index] = index = torch.empty(n, dtype=torch.int64, device=device)
         row_copies.scatter(
             kernel,
             self._columns,
