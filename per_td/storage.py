@@ -218,10 +218,12 @@ class RingStorage:
         self.check_leaves(leaves)
 
     def restore(self, leaves: Leaves, moves: list[Move]) -> None:
-        """Take over what `filled` gave, which may be nothing, as the one move of them tells."""
+        """Take over what `filled` gave, which may be nothing, as the one move of them tells.
+
+        The leaves are such as `check_state` lets through.
+        """
         (move,) = moves
         if leaves:
-            self.check_leaves(leaves)
             self._count(0)
             step = max(1, _PIECE // max(1, sum(map(_row_bytes, leaves.values()))))
             for part in move.parts:
