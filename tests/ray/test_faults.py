@@ -11,16 +11,18 @@ from scipy.stats import chisquare
 
 ray = pytest.importorskip("ray")
 OPTIONS = {"num_cpus": 0}
-RECOVERY_S = 180.0  # for machines with much else to do
+RECOVERY_S = 120.0  # for machines with much else to do
+TIMEOUT_S = 1.0
+KILLS = 3
 
 
 @ray.remote(num_cpus=0)
-def act(writer, numbered, start, until):
-    """Write small batches until told otherwise; the numbers that were acknowledged."""
+def act(writer, numbered, start, stop):
+    """Write small batches until the file `stop` is there; the numbers that were acknowledged."""
     from per_td.ray import ShardError
 
     acknowledged = []
-    while time.time() < until:
+    while not stop.exists():
         try:
             writer.extend(numbered(start, 5))
         except ShardError:  # all were lost at once: not acknowledged
@@ -60,10 +62,7 @@ def all_back(buffer):
     return time.monotonic() - start
 
 
-@pytest.mark.parametrize("prefetch", [2])
-def test_killing_shards_under_load_loses_nothing_acknowledged(
-    prefetch, sharded, numbered, tmp_path
-):
+def test_killing_shards_under_load_loses_nothing_acknowledged(sharded, numbered, tmp_path):
     from per_td.ray import ShardError
 
     buffer = sharded(
@@ -72,62 +71,71 @@ def test_killing_shards_under_load_loses_nothing_acknowledged(
         32,
         checkpoint_dir=tmp_path,
         checkpoint_every=500,
-        timeout_s=2.0,
+        timeout_s=TIMEOUT_S,
         refresh_s=0.1,
-        prefetch=prefetch,
+        prefetch=2,
     )
     for key in (0, 1):  # no shard is ever empty
         buffer.writer().extend(numbered(10**9 + 50 * key, 50), key=key)
-    until = time.time() + 14.0
+    stop = tmp_path / "stop"
     writers = [
-        act.remote(buffer.writer(k, timeout_s=2.0), numbered, 10**6 * k, until) for k in range(2)
+        act.remote(buffer.writer(k, timeout_s=TIMEOUT_S), numbered, 10**6 * k, stop)
+        for k in range(2)
     ]
-    killed, batches, longest = 0, 0, 0.0
-    while time.time() < until:
-        if all(buffer._ledger.living) and time.time() < until - 2.0 and batches % 20 == 19:
+    killed, waits, away, meanwhile = 0, [], [], 0
+    begin = time.monotonic()
+    while len(away) < KILLS:
+        assert time.monotonic() - begin < KILLS * RECOVERY_S, "shards did not come back"
+        if killed == len(away) and len(waits) >= 20 * (killed + 1) + meanwhile:
             kill(buffer, killed % 2)
+            lost, noticed = time.monotonic(), False
             killed += 1
-        begin = time.monotonic()
+        before = time.monotonic()
         try:
             batch = buffer.sample()
-        except ShardError:  # all were lost or late at once
+        except ShardError:  # the other one was late just then
             continue
-        longest = max(longest, time.monotonic() - begin)
-        batches += 1
+        waits.append(time.monotonic() - before)
+        if killed > len(away):
+            living = all(buffer._ledger.living)
+            noticed = noticed or not living
+            meanwhile += not living
+            if noticed and living:
+                away.append(time.monotonic() - lost)
         assert batch.batch_size == (32,)
         assert torch.isfinite(batch["priority_weight"]).all()
         batch["td_error"] = torch.rand(32)
         buffer.update_tensordict_priority(batch)
-    acknowledged = [number for part in ray.get(writers) for number in part]
-    waited = all_back(buffer)
+    stop.touch()
+    parts = ray.get(writers)
     held = [number for part in held_by(buffer) for number in part]
-    assert killed >= 1
-    assert len(acknowledged) > 20
-    assert set(acknowledged) <= set(held)
-    stats = buffer.stats()
+    assert all(parts)
+    for part in parts:
+        assert set(part) <= set(held)
+    assert meanwhile > KILLS  # the learner went on with the other shard
+    assert buffer.stats()["shards_lost"] >= KILLS
     figures = {
-        "killed": killed,
-        "acknowledged": len(acknowledged),
+        "acknowledged": sum(map(len, parts)),
         "twice": len(held) - len(set(held)),
-        "batches": batches,
-        "longest_batch_s": longest,
-        "all_back_after_s": waited,
+        "batches": len(waits),
+        "while_one_was_away": meanwhile,
+        "longest_batch_s": round(max(waits), 2),
+        "away_s": [round(seconds, 1) for seconds in away],
     }
     print(figures)  # for docs/ray.md
-    assert stats["shards_lost"] >= killed
 
 
 def test_a_lost_shard_counts_nothing_until_it_is_back_empty(sharded, numbered):
-    buffer = sharded(2, 64, timeout_s=2.0, refresh_s=0.1, beta=1.0, weight_normalization="none")
+    buffer = sharded(
+        2, 64, timeout_s=TIMEOUT_S, refresh_s=0.1, beta=1.0, weight_normalization="none"
+    )
     for key, (start, n) in enumerate(((0, 40), (100, 10))):
         buffer.writer().extend(numbered(start, n), key=key)
     assert len(buffer) == 50
     before = buffer.sample(64)
     assert torch.allclose(before["priority_weight"], torch.ones(64))
     kill(buffer, 0)
-    begin = time.monotonic()
     batch = buffer.sample(200)
-    assert time.monotonic() - begin < 20.0
     assert (batch["id"] >= 100).all()
     assert torch.allclose(batch["priority_weight"], torch.ones(200))  # N = 10, all equal
     all_back(buffer)
@@ -146,7 +154,9 @@ def test_a_lost_shard_counts_nothing_until_it_is_back_empty(sharded, numbered):
 
 
 def test_a_slow_shard_does_not_stop_the_batch_and_a_write_goes_elsewhere(sharded, numbered):
-    buffer = sharded(2, 64, timeout_s=2.0, refresh_s=0.1, beta=1.0, weight_normalization="none")
+    buffer = sharded(
+        2, 64, timeout_s=TIMEOUT_S, refresh_s=0.1, beta=1.0, weight_normalization="none"
+    )
     for key, (start, n) in enumerate(((0, 40), (100, 10))):
         buffer.writer().extend(numbered(start, n), key=key)
     assert len(buffer) == 50
@@ -155,14 +165,15 @@ def test_a_slow_shard_does_not_stop_the_batch_and_a_write_goes_elsewhere(sharded
     try:
         begin = time.monotonic()
         batch = buffer.sample(64)
-        assert 1.9 < time.monotonic() - begin < 2 * 2.0 + 4.0  # rounds of timeout_s, and load
+        # A round of waiting for it, none for its part; and as much again for a busy machine
+        assert 0.95 * TIMEOUT_S < time.monotonic() - begin < 3 * TIMEOUT_S
         assert (batch["id"] >= 100).all()
         assert torch.allclose(batch["priority_weight"], torch.ones(64))
         begin = time.monotonic()
         for _ in range(5):
             buffer.sample(64)
-        assert time.monotonic() - begin < 5 * 2.0 - 1.0  # known to be slow: not waited for again
-        writer = buffer.writer(timeout_s=2.0)
+        assert time.monotonic() - begin < 3 * TIMEOUT_S  # known to be slow: not waited for again
+        writer = buffer.writer(timeout_s=TIMEOUT_S)
         assert writer.extend(numbered(200, 5), key=0).shard == 1
     finally:
         os.kill(pid, signal.SIGCONT)
