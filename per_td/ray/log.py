@@ -90,10 +90,8 @@ class Journal:
             crc = zlib.crc32(part, crc)
         start = self._file.tell()
         try:
-            self._file.write(_HEAD.pack(_MAGIC, crc, length))
-            for part in parts:
-                self._file.write(part)
-            self._file.flush()
+            for part in (_HEAD.pack(_MAGIC, crc, length), *parts):
+                _write(self._file, part)
             if self.fsync:
                 os.fsync(self._file.fileno())
         except OSError:
@@ -152,14 +150,24 @@ def _locked(path: Path) -> BinaryIO:
             return file
 
 
-def _encoded(record: Record) -> list[bytes]:
+def _write(file: BinaryIO, part: bytes | memoryview) -> None:
+    """Write all of it: an unbuffered file may take less at a time, as where the disk is full."""
+    left = memoryview(part)
+    while left:
+        left = left[file.write(left) :]
+
+
+def _encoded(record: Record) -> list[bytes | memoryview]:
     arrays = [
         {"key": key, "dtype": dtype, "numpy": values.dtype.str, "shape": values.shape}
         for key, dtype, values in record.arrays
     ]
     head = {"kind": record.kind, "values": record.values, "arrays": arrays}
     text = json.dumps(head).encode()
-    content = [np.ascontiguousarray(values).tobytes() for _, _, values in record.arrays]
+    content = [
+        np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+        for _, _, values in record.arrays
+    ]
     return [_LENGTH.pack(len(text)), text, *content]
 
 

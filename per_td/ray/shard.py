@@ -82,6 +82,7 @@ class Shard:
         self._begin_epoch()
         self._every = checkpoint_every or self._buffer.capacity
         self._journal: Journal | None = None
+        self._log_is_behind = False
         if folder is not None:
             journal = Journal(folder, fsync=fsync)
             if journal.checkpoint is not None:
@@ -193,6 +194,7 @@ class Shard:
         if self._journal is None:
             raise CheckpointError("expected a buffer with a checkpoint_dir, got one without")
         self._journal.rotate(self._buffer.save)
+        self._log_is_behind = False
         self._due = self._buffer.write_count + self._every
 
     def save(self, path: str) -> None:
@@ -213,8 +215,15 @@ class Shard:
         self._buffer.load_state_dict(checkpoint.read(path))
 
     def _log(self, kind: str, values: dict[str, Any], arrays: Packed) -> None:
-        if self._journal is not None:
-            self._journal.append(Record(kind, values, arrays))
+        """Write down what was done. After a failure only a checkpoint makes the log true again."""
+        if self._journal is None:
+            return
+        if self._log_is_behind:
+            self.checkpoint()
+            return
+        self._log_is_behind = True
+        self._journal.append(Record(kind, values, arrays))
+        self._log_is_behind = False
 
     def _apply(self, record: Record) -> None:
         """Do again what was logged."""

@@ -161,6 +161,27 @@ def test_a_failed_append_leaves_the_log_whole(opened, tmp_path, monkeypatch):
     assert numbers(opened(tmp_path)) == [1, 3]
 
 
+def test_a_file_that_takes_a_few_bytes_at_a_time_gets_them_all(opened, tmp_path):
+    journal = opened(tmp_path)
+    assert numbers(journal) == []
+
+    class Slow:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            return self.file.write(data[:3])
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    journal._file = Slow(journal._file)
+    journal.append(record(1))
+    journal.append(record(2))
+    journal.close()
+    assert numbers(opened(tmp_path)) == [1, 2]
+
+
 def test_a_folder_belongs_to_one_journal(opened, tmp_path, monkeypatch):
     monkeypatch.setattr(log, "_LOCK_WAIT_S", 0.1)
     first = opened(tmp_path)

@@ -78,6 +78,31 @@ def test_a_shard_that_starts_again_is_the_same_to_the_bit(every, shard, tmp_path
                 epoch=0, serial=0
             )
             one = two
+
+
+@pytest.mark.parametrize(
+    "unlogged",
+    [
+        lambda shard: shard.extend(packed(range(100, 103))),
+        lambda shard: shard.update(np.array([3]), np.array([9.0], np.float32)),
+        lambda shard: shard.configure(alpha=0.1, eps=1.0),
+    ],
+)
+def test_what_comes_after_a_log_that_failed_is_restored_too(unlogged, shard, tmp_path, monkeypatch):
+    one = shard(tmp_path)
+    one.extend(packed(range(20)), np.ones(20, np.float32))
+
+    def full(record):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one._journal, "append", full)
+        with pytest.raises(OSError, match="No space"):
+            unlogged(one)
+    one.extend(packed(range(200, 205)), np.full(5, 2.0, np.float32))
+    one.update(np.array([4, 24]), np.array([5.0, 6.0], np.float32))
+    end(one)
+    assert same(one, shard(tmp_path))
     assert torch.equal(one._buffer.transitions["id"], wire.unpack(one.transitions())["id",])
 
 
