@@ -38,8 +38,8 @@ class Args:
     batch: int = field(default=256, metadata={"help": "transitions in a batch"})
     small: int = field(default=20_000, metadata={"help": "CartPole-like transitions, 41 bytes"})
     frames: int = field(default=3_000, metadata={"help": "Atari-like transitions, 28 kB"})
-    calls: int = field(default=40, metadata={"help": "calls in a round"})
-    rounds: int = field(default=3, metadata={"help": "rounds of each measurement"})
+    calls: int = field(default=20, metadata={"help": "calls in a round"})
+    rounds: int = field(default=9, metadata={"help": "rounds of each measurement"})
     torchrl: int = field(default=1, metadata={"help": "0 leaves out TorchRL's buffers"})
     out: str = field(default=str(RESULTS / "ray"), metadata={"help": "files, without suffix"})
 
