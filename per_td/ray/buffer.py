@@ -378,11 +378,16 @@ class ShardedReplayBuffer:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the state of all shards and of this object to a folder that all of them reach.
 
+        Until everything is written, the folder holds what was saved there before.
+
         Raises:
             ShardError: a shard is lost.
         """
+        token = saving.new_token()
         Path(folder).mkdir(parents=True, exist_ok=True)
-        self._get([s.save.remote(saving.file_of(folder, k)) for k, s in enumerate(self._shards)])
+        files = [saving.file_of(folder, k, token) for k in range(self.num_shards)]
+        pairs = zip(self._shards, files, strict=True)
+        self._get([shard.save.remote(file) for shard, file in pairs])
         settings = {key: value for key, value in self._settings.items() if key != "device"}
         state = {
             "num_shards": self.num_shards,
@@ -392,7 +397,7 @@ class ShardedReplayBuffer:
             "beta_increment": self._rules.beta_increment,
             "generator": None if self.generator is None else self.generator.get_state(),
         }
-        saving.write(folder, state)
+        saving.write(folder, state, token)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], **options: Any) -> "ShardedReplayBuffer":
@@ -419,8 +424,14 @@ class ShardedReplayBuffer:
         )
         if generator is not None and state["generator"] is not None:
             generator.set_state(state["generator"])
-        shards = enumerate(buffer._shards)
-        answers = [shard.load.remote(saving.file_of(folder, k)) for k, shard in shards]
-        for k, report in enumerate(buffer._get(answers)):
-            buffer._replies.note(k, report)
+        files = [saving.file_of(folder, k, state["token"]) for k in range(buffer.num_shards)]
+        pairs = zip(buffer._shards, files, strict=True)
+        answers = [shard.load.remote(file) for shard, file in pairs]
+        try:
+            reports = buffer._get(answers)
+        except BaseException:
+            buffer.close()
+            raise
+        for shard, report in enumerate(reports):
+            buffer._replies.note(shard, report)
         return buffer

@@ -1,25 +1,38 @@
-"""A whole sharded buffer in a folder: a file per shard, and one of the learner."""
+"""A whole sharded buffer in a folder: a file per shard, and one of the learner that names them.
+
+Every save has files of its own. That of the learner is replaced last: until then the folder holds
+the save before, whole.
+"""
 
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
 from per_td import checkpoint
 from per_td.errors import CheckpointError
 
-__all__ = ["FORMAT", "file_of", "read", "write"]
+__all__ = ["FORMAT", "file_of", "new_token", "read", "write"]
 
 FORMAT = "per_td.ray.ShardedReplayBuffer"
 
 
-def file_of(folder: str | os.PathLike[str], shard: int) -> str:
-    """The file of a shard."""
-    return os.fspath(Path(folder).absolute() / f"shard-{shard:05d}.pt")
+def new_token() -> str:
+    """What tells the files of one save from those of all others."""
+    return uuid.uuid4().hex[:12]
 
 
-def write(folder: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write the learner's file, last: a folder without it is not a saved buffer."""
-    checkpoint.write(Path(folder) / "learner.pt", {"format": FORMAT} | state)
+def file_of(folder: str | os.PathLike[str], shard: int, token: str) -> str:
+    """The file of a shard, for every process."""
+    return os.fspath(Path(folder).absolute() / f"shard-{shard:05d}-{token}.pt")
+
+
+def write(folder: str | os.PathLike[str], state: dict[str, Any], token: str) -> None:
+    """Make the shards' files of this token the save in the folder, and remove older ones."""
+    checkpoint.write(Path(folder) / "learner.pt", {"format": FORMAT, "token": token} | state)
+    for path in Path(folder).glob("shard-*-*.pt"):
+        if not path.stem.endswith(token):
+            path.unlink(missing_ok=True)
 
 
 def read(folder: str | os.PathLike[str]) -> dict[str, Any]:

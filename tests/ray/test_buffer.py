@@ -248,6 +248,27 @@ def test_a_saved_buffer_comes_back(sharded, numbered, tmp_path):
         ShardedReplayBuffer.load(tmp_path)
 
 
+def test_a_save_that_fails_leaves_the_one_before(sharded, numbered, tmp_path):
+    from per_td.ray import ShardedReplayBuffer, saving
+
+    buffer = sharded(2, 64)
+    buffer.writer().extend(numbered(0, 10), key=0)
+    buffer.save(tmp_path)
+    buffer.writer().extend(numbered(10, 10), key=1)
+    with pytest.MonkeyPatch.context() as patch:
+        file_of = saving.file_of
+        elsewhere = {0: tmp_path, 1: tmp_path / "no such folder"}
+        patch.setattr(saving, "file_of", lambda _, k, token: file_of(elsewhere[k], k, token))
+        with pytest.raises(ray.exceptions.RayTaskError, match="No such file"):
+            buffer.save(tmp_path)
+    with ShardedReplayBuffer.load(tmp_path, actor_options={"num_cpus": 0}) as again:
+        assert len(again) == 10
+    buffer.save(tmp_path)
+    with ShardedReplayBuffer.load(tmp_path, actor_options={"num_cpus": 0}) as again:
+        assert len(again) == 20
+    assert len(list(tmp_path.iterdir())) == 3  # nothing of the others is left
+
+
 def test_actors_write_without_passing_through_the_learner(sharded, numbered):
     buffer = sharded(2, 256)
 
@@ -269,3 +290,24 @@ def test_shards_with_a_name_outlive_their_learner(sharded, numbered):
     again = sharded(1, 64, name="outlives", alpha=0.0)
     assert len(again) == 10
     assert again.sample(8)["id"].max() < 10
+
+
+def test_what_a_dead_learner_was_told_is_there_for_the_next(sharded, numbered):
+    @ray.remote(num_cpus=0)
+    class Learner:
+        def write(self):
+            from per_td.ray import ShardedReplayBuffer
+
+            options = {"actor_options": {"num_cpus": 0}, "name": "of the dead"}
+            self.buffer = ShardedReplayBuffer(2, 64, **options)
+            self.buffer.extend(numbered(0, 10), torch.full((10,), 3.0))
+            self.buffer.extend(numbered(10, 20), torch.full((20,), 5.0))
+            return True
+
+    learner = Learner.remote()
+    assert ray.get(learner.write.remote())
+    ray.kill(learner)
+    again = sharded(2, 64, name="of the dead")
+    assert len(again) == 30
+    assert again.priority.tolist() == [3.0] * 10 + [5.0] * 20
+    assert set(again.sample(2000)["id"].tolist()) == set(range(30))

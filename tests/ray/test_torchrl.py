@@ -7,11 +7,6 @@ import torch
 from tensordict import TensorDict
 
 ray = pytest.importorskip("ray")
-pytestmark = [
-    # torchrl's own, when it meets Ray
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
 
 
 def drop_in():
@@ -60,6 +55,8 @@ def random_actions(environment):
     return RandomPolicy(environment.action_spec)
 
 
+@pytest.mark.filterwarnings("ignore:The policy is not an nn.Module:UserWarning")
+@pytest.mark.filterwarnings("ignore:RayCollector iteration started before weight:UserWarning")
 def test_a_ray_collector_fills_the_drop_in(remote_buffer):
     from torchrl.collectors.distributed import RayCollector
     from torchrl.envs import GymEnv
