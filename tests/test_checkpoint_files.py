@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -14,7 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from per_td import CheckpointError, PrioritizedReplayBuffer, TransitionReplayBuffer, checkpoint
+from per_td import (
+    CheckpointError,
+    PrioritizedReplayBuffer,
+    TransitionReplayBuffer,
+    atomic,
+    checkpoint,
+)
 from tests.oracle import data
 from tests.test_checkpoint import draws, same, used
 
@@ -265,6 +272,31 @@ def test_what_another_process_is_writing_is_not_taken_for_a_leftover(tmp_path):
         PrioritizedReplayBuffer.load(path)
     assert path.read_bytes() == b"slow"
     assert sorted(tmp_path.iterdir()) == [tmp_path / ".y.0123456789ab.partial", path]
+
+
+@needs_posix
+@pytest.mark.parametrize("removed", [False, True])
+def test_another_process_may_look_for_leftovers_before_a_new_file_is_locked(
+    removed, tmp_path, monkeypatch
+):
+    lock, threads = atomic._lock, []
+
+    def late(file, *, wait):
+        if not threads:  # the other process has the lock now, and lets go some time later
+            other = Path(file.name).open("rb")
+            lock(other, wait=False)
+            if removed:
+                os.unlink(file.name)
+            threads.append(threading.Timer(0.2, other.close))
+            threads[0].start()
+        lock(file, wait=wait)
+
+    monkeypatch.setattr(atomic, "_lock", late)
+    with atomic.replacing(tmp_path / "x") as file:
+        file.write(b"whole")
+    threads[0].join()
+    assert (tmp_path / "x").read_bytes() == b"whole"
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
 
 
 @needs_posix

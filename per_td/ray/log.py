@@ -65,11 +65,6 @@ class Journal:
         """The newest checkpoint, if there is one."""
         return max(self.folder.glob("*.pt"), default=None)
 
-    @property
-    def bytes_since_checkpoint(self) -> int:
-        """Length of the log that is being written."""
-        return self._file.tell() if self._file is not None else 0
-
     def replay(self) -> Iterator[Record]:
         """All records since the newest checkpoint; then the journal is ready for `append`."""
         first = 0 if self.checkpoint is None else int(self.checkpoint.stem)
@@ -100,12 +95,11 @@ class Journal:
             raise
 
     def rotate(self, save: Callable[[Path], None]) -> None:
-        """Take a checkpoint with `save`, which writes a file whole or not at all."""
+        """Take a checkpoint with `save`, which brings a whole file to the disk or does nothing."""
         old = [*self.folder.glob("*.pt"), *self.folder.glob("*.log")]
         number = 1 + max((int(path.stem) for path in old), default=0)
         self._open(self.folder / f"{number:06d}.log")
         save(self.folder / f"{number:06d}.pt")
-        self._sync_names()
         for path in old:
             path.unlink()
 
@@ -113,7 +107,6 @@ class Journal:
         """Close the files, and let others use the folder."""
         if self._file is not None:
             self._file.close()
-            self._file = None
         self._lock.close()
 
     def _open(self, path: Path) -> None:

@@ -1,4 +1,6 @@
 import os
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,7 +111,7 @@ def test_a_checkpoint_empties_the_log(opened, tmp_path):
     assert numbers(journal) == []
     journal.append(record(1))
     journal.rotate(lambda path: path.write_text("state"))
-    assert journal.bytes_since_checkpoint == 0
+    assert (tmp_path / "000001.log").read_bytes() == b""
     journal.append(record(2))
     journal.close()
     again = opened(tmp_path)
@@ -130,14 +132,18 @@ def test_a_crash_anywhere_in_a_checkpoint_loses_and_doubles_nothing(opened, tmp_
     journal.append(record(1))
     with pytest.raises(CrashError):
         journal.rotate(crash)  # after the new log, before the checkpoint
+    journal.append(record(2))
     journal.close()
     again = opened(tmp_path)
-    assert numbers(again) == [1]
-    again.append(record(2))
+    assert numbers(again) == [1, 2]
+    again.append(record(3))
     again.close()
+    last = opened(tmp_path)
+    assert numbers(last) == [1, 2, 3]
+    last.close()
 
     (tmp_path / "000002.log").touch()  # after the checkpoint, before the old files went
-    (tmp_path / "000002.pt").write_text("state with 1 and 2")
+    (tmp_path / "000002.pt").write_text("state with 1, 2 and 3")
     last = opened(tmp_path)
     assert last.checkpoint.name == "000002.pt"
     assert numbers(last) == []
@@ -153,8 +159,9 @@ def test_a_failed_append_leaves_the_log_whole(opened, tmp_path, monkeypatch):
 
     journal.fsync = True
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        journal.append(record(2))
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space"):
+            journal.append(record(2))
     journal.fsync = False
     journal.append(record(3))
     journal.close()
@@ -182,12 +189,33 @@ def test_a_file_that_takes_a_few_bytes_at_a_time_gets_them_all(opened, tmp_path)
     assert numbers(opened(tmp_path)) == [1, 2]
 
 
+def test_with_fsync_the_disk_has_a_log_by_name_before_it_acknowledges(
+    opened, tmp_path, monkeypatch
+):
+    journal = opened(tmp_path, fsync=True)
+    fsync, synced = os.fsync, []
+
+    def noted(descriptor):
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    assert numbers(journal) == []
+    journal.append(record(1))
+    journal.rotate(lambda path: path.write_text("state"))
+    journal.append(record(2))
+    assert synced == [tmp_path.name, "000000.log", tmp_path.name, "000001.log"]
+
+
 def test_a_folder_belongs_to_one_journal(opened, tmp_path, monkeypatch):
     monkeypatch.setattr(log, "_LOCK_WAIT_S", 0.1)
     first = opened(tmp_path)
     with pytest.raises(CheckpointError, match="in use"):
         opened(tmp_path)
     first.close()
+    second = opened(tmp_path)
+    monkeypatch.undo()
+    threading.Timer(0.2, second.close).start()  # its process takes a moment to be gone
     opened(tmp_path).close()
 
 
