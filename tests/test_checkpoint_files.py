@@ -283,7 +283,7 @@ def test_another_process_may_look_for_leftovers_before_a_new_file_is_locked(
 
     def late(file, *, wait):
         if not threads:  # the other process has the lock now, and lets go some time later
-            other = Path(file.name).open("rb")
+            other = Path(file.name).open("rb")  # noqa: SIM115
             lock(other, wait=False)
             if removed:
                 os.unlink(file.name)
