@@ -192,12 +192,12 @@ def test_a_failed_save_leaves_the_last_whole_file(tmp_path, monkeypatch):
 
 
 def test_a_save_reaches_the_disk_before_and_after_it_is_renamed(tmp_path, monkeypatch):
-    events, sizes, fsync, replace = [], [], os.fsync, Path.replace
+    events, contents, fsync, replace = [], [], os.fsync, Path.replace
 
     def synced(file):
-        name = os.readlink(f"/proc/self/fd/{file}")
-        events.append("folder" if Path(name) == tmp_path else "file")
-        sizes.append(os.fstat(file).st_size)
+        path = Path(f"/proc/self/fd/{file}").readlink()
+        events.append("folder" if path == tmp_path else "file")
+        contents.append(None if path == tmp_path else path.read_bytes())
         fsync(file)
 
     def renamed(self, target):
@@ -209,7 +209,7 @@ def test_a_save_reaches_the_disk_before_and_after_it_is_renamed(tmp_path, monkey
     opened = os.listdir("/proc/self/fd")
     used().save(tmp_path / "x")
     assert events == ["file", "rename", "folder"]
-    assert sizes[0] == (tmp_path / "x").stat().st_size  # nothing of it was still in the process
+    assert contents[0] == (tmp_path / "x").read_bytes()  # nothing was still in the process
     assert os.listdir("/proc/self/fd") == opened
 
 
