@@ -5,9 +5,9 @@ checkpoint is taken in an order that a crash may cut anywhere: a new, empty log;
 whole or not at all; then the old files go. Restoring reads the newest checkpoint and every log from
 its number on.
 
-A record is a head (magic, CRC-32 and length of the rest), a JSON description and the raw bytes of
-arrays; nothing in it is executed. A record that the file's end cuts off was never acknowledged: it
-is dropped. Damage elsewhere raises, since what comes after it was acknowledged.
+A record is a head (magic, CRC-32 and length of the rest, CRC-32 of the head), a JSON description
+and the raw bytes of arrays; nothing in it is executed. A record that the file's end cuts off was
+never acknowledged: it is dropped. Damage elsewhere raises, since what comes after was acknowledged.
 """
 
 import fcntl
@@ -27,7 +27,7 @@ from per_td.ray.wire import Packed
 
 __all__ = ["Journal", "Record"]
 
-_HEAD = struct.Struct("<4sIQ")
+_HEAD = struct.Struct("<4sIQI")
 _LENGTH = struct.Struct("<I")
 _MAGIC = b"PTDL"
 _LOCK_WAIT_S = 10.0
@@ -85,7 +85,8 @@ class Journal:
             crc = zlib.crc32(part, crc)
         start = self._file.tell()
         try:
-            for part in (_HEAD.pack(_MAGIC, crc, length), *parts):
+            head = _HEAD.pack(_MAGIC, crc, length, 0)[:-4]
+            for part in (head, zlib.crc32(head).to_bytes(4, "little"), *parts):
                 _write(self._file, part)
             if self.fsync:
                 os.fsync(self._file.fileno())
@@ -184,25 +185,26 @@ def _records(file: BinaryIO) -> Iterator[Record]:
     Raises:
         CheckpointError: what is damaged is not the last record.
     """
-    size = os.fstat(file.fileno()).st_size
-    at = 0
+    at, size = 0, os.fstat(file.fileno()).st_size
+    damage = f"{file.name}: expected a whole record at byte {{}}"
     while at < size:
-        file.seek(at)
         head = file.read(_HEAD.size)
-        whole = len(head) == _HEAD.size and head[:4] == _MAGIC
-        end = size
-        if whole:
-            _, crc, length = _HEAD.unpack(head)
-            end = at + _HEAD.size + length
-            if end <= size:
-                payload = file.read(length)
-                if zlib.crc32(payload) == crc:
-                    yield _decoded(payload)
-                    at = end
-                    continue
-        elif head.strip(b"\0") and len(head) == _HEAD.size:
-            end = 0  # neither a record nor the zeros that a file system may leave
-        if end < size:
-            raise CheckpointError(f"{file.name}: expected a whole record at byte {at}")
-        file.truncate(at)
-        return
+        if len(head) < _HEAD.size:
+            break
+        magic, crc, length, crc_of_head = _HEAD.unpack(head)
+        if (magic, crc_of_head) != (_MAGIC, zlib.crc32(head[:-4])):
+            if not (head + file.read()).strip(b"\0"):
+                break  # a file system may leave zeros
+            raise CheckpointError(damage.format(at))
+        end = at + _HEAD.size + length
+        if end > size:
+            break
+        payload = file.read(length)
+        if zlib.crc32(payload) == crc:
+            yield _decoded(payload)
+        elif end < size:
+            raise CheckpointError(damage.format(at))
+        else:
+            break
+        at = end
+    file.truncate(at)
