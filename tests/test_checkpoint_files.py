@@ -67,6 +67,16 @@ def test_every_dtype_layout_and_shape_comes_back(tmp_path):
     compare(state, found)
 
 
+def test_views_that_nearly_fill_a_memory_are_written_as_that_memory():
+    base = torch.arange(4 * 24, dtype=torch.uint8).view(4, 24)
+    fields = {"a": base[:, :8].view(torch.int64), "b": base[:, 8:9], "c": base[:, 9:24]}
+    assert [block.bytes for block in checkpoint._Writer(fields).blocks] == [4 * 24]
+    complex_views = {"conjugate": torch.ones(4, dtype=torch.complex64)[::2].conj()}
+    assert [block.bytes for block in checkpoint._Writer(complex_views).blocks] == [2 * 8]
+    few = {"a": base[:, :1], "b": base[:, 23:24]}
+    assert [block.bytes for block in checkpoint._Writer(few).blocks] == [4, 4]
+
+
 def test_every_changed_byte_is_noticed(tmp_path):
     path = tmp_path / "x"
     base = torch.rand(6, 4)

@@ -181,3 +181,28 @@ def test_a_loaded_state_is_what_a_later_start_finds(shard, tmp_path):
     one.extend(packed([8]))
     end(one)
     assert same(one, shard(tmp_path / "journal"))
+
+
+def test_checkpoints_are_taken_every_so_many_transitions(shard, tmp_path):
+    one = shard(tmp_path, checkpoint_every=10)
+    found = []
+    for n in (9, 1, 9, 2, 8, 25, 9):
+        one.extend(packed(range(n)))
+        found.append(sorted(int(path.stem) for path in tmp_path.glob("*.pt")))
+    assert found == [[], [1], [1], [2], [2], [3], [3]]
+
+
+def test_shards_with_another_seed_draw_otherwise_and_with_the_same_alike(shard):
+    def slots(seed):
+        one = Shard(SETTINGS, seed=seed)
+        one.extend(packed(range(37)))
+        return one.sample(64).slot.tolist()
+
+    assert slots(1) == slots(1)
+    assert slots(1) != slots(2)
+
+
+def test_reports_are_numbered_within_a_start(shard):
+    one, two = shard(), shard()
+    assert [one.report().serial for _ in range(3)] == [1, 2, 3]
+    assert one.report().epoch != two.report().epoch
