@@ -100,7 +100,9 @@ def test_what_comes_after_a_log_that_failed_is_restored_too(unlogged, shard, tmp
         with pytest.raises(OSError, match="No space"):
             unlogged(one)
     one.extend(packed(range(200, 205)), np.full(5, 2.0, np.float32))
+    checkpoints = list(tmp_path.glob("*.pt"))
     one.update(np.array([4, 24]), np.array([5.0, 6.0], np.float32))
+    assert list(tmp_path.glob("*.pt")) == checkpoints  # one is enough: this was logged
     end(one)
     assert same(one, shard(tmp_path))
     assert torch.equal(one._buffer.transitions["id"], wire.unpack(one.transitions())["id",])
@@ -175,12 +177,29 @@ def test_a_loaded_state_is_what_a_later_start_finds(shard, tmp_path):
     source = shard()
     source.extend(packed(range(50)))
     source.save(str(tmp_path / "saved.pt"))
-    one = shard(tmp_path / "journal")
+    one = shard(tmp_path / "journal", checkpoint_every=1000)
     one.extend(packed([7]))
+    drawn = one.sample(4)
     one.load(str(tmp_path / "saved.pt"))
+    assert same(one, source)
     one.extend(packed([8]))
     end(one)
-    assert same(one, shard(tmp_path / "journal"))
+    again = shard(tmp_path / "journal")
+    assert same(one, again)
+    assert again.report().written == 51
+    ones = np.ones(4, np.float32)
+    assert one.update(drawn.slot, ones, drawn.generation).stale == 4  # slots hold others now
+
+
+def test_the_next_checkpoint_after_a_load_is_counted_from_it(shard, tmp_path):
+    source = shard()
+    source.extend(packed(range(50)))
+    source.save(str(tmp_path / "saved.pt"))
+    one = shard(tmp_path / "journal", checkpoint_every=10)
+    one.load(str(tmp_path / "saved.pt"))
+    (first,) = (tmp_path / "journal").glob("*.pt")
+    one.extend(packed(range(9)))
+    assert list((tmp_path / "journal").glob("*.pt")) == [first]
 
 
 def test_checkpoints_are_taken_every_so_many_transitions(shard, tmp_path):
