@@ -24,6 +24,11 @@ DRAWS = [("independent", "tree"), ("stratified", "tree"), ("independent", "multi
 DRAWS += [("without_replacement", method) for method in ("auto", "tree", "multinomial")]
 
 
+def as_it_is(batch):
+    """A collate function that can be pickled, and sends the drop-in buffer TorchRL's way."""
+    return batch
+
+
 def check_drawn(index, mass, point, *, stratified=False) -> None:
     """These are the slots at the points in [0, 1) of the cumulative mass; numpy [B], [N], [B]."""
     n, reached = len(index), np.concatenate([[0.0], np.cumsum(mass)])

@@ -29,6 +29,7 @@ from tests.machines import (
     TD_ERROR,
     UNIT,
     Kernels,
+    as_it_is,
     check_drawn,
     run,
     soak,
@@ -126,7 +127,7 @@ class DropInMachine(Kernels):
         return {
             "reduction": data.draw(CAN_BE(sorted(REDUCE)), "reduction"),
             "sync": data.draw(CAN_BE([True, True, False]), "sync"),
-            "collate_fn": data.draw(CAN_BE([None, None, lambda batch: batch]), "collate_fn"),
+            "collate_fn": data.draw(CAN_BE([None, None, as_it_is]), "collate_fn"),
         }
 
     def make(self, given):
@@ -379,7 +380,7 @@ class DropInMachine(Kernels):
 
     @rule(kind=CAN_BE(sorted(COPIES)), odd=st.booleans())
     def go_on_with_a_copy(self, kind, odd):
-        self.odd = odd
+        self.odd = odd and self.storage is LazyTensorStorage  # TorchRL's files take up no entries
         old, self.buffer = self.buffer, COPIES[kind](self)
         if self.buffer is old:
             return
@@ -410,6 +411,8 @@ class DropInMachine(Kernels):
         assert buffer.writer._cursor == ring.cursor
         assert (buffer.sampler.alpha, buffer.sampler._eps) == (ring.alpha, ring.eps)
         assert buffer.sampler.beta == pytest.approx(self.beta, abs=1e-12)
+        if self.given["td_error_unit"] == "squared":
+            self.agree_on_roots()
         assert buffer.sampler.priority.tolist() == ring.priority.tolist()
         np.testing.assert_allclose(table.masses[:].numpy(), ring.mass, rtol=1e-6)
         assert table.masses.total.item() == pytest.approx(math.fsum(ring.mass), rel=1e-6)
@@ -425,6 +428,15 @@ class DropInMachine(Kernels):
             assert held["index"].tolist() == list(range(n))
             assert buffer[n - 1]["action"] == ring.item[n - 1]
         self.agree_on_late_updates()
+
+    def agree_on_roots(self):
+        """torch and numpy may round a root's last bit otherwise: the model takes up torch's."""
+        ring, priority, most = self.ring, self.buffer.sampler.priority, self.table.ever_max
+        np.testing.assert_allclose(priority.numpy(), ring.priority, rtol=3e-7, atol=0)
+        assert most.item() == pytest.approx(ring.ever_max, rel=3e-7, abs=0)
+        for slot in np.flatnonzero(priority.numpy() != ring.priority):
+            ring.set(slot, priority.numpy()[slot])
+        ring.ever_max = np.float32(most.item())
 
     def agree_on_late_updates(self):
         stats = self.buffer.stats()
@@ -501,7 +513,7 @@ REFUSED = {
 
 
 class SamplerMachine(DropInMachine):
-    """PrioritizedSampler in TorchRL's own TensorDictReplayBuffer, which knows of no late updates."""
+    """PrioritizedSampler in TorchRL's own TensorDictReplayBuffer, which knows no late updates."""
 
     several_are_stored = False  # TorchRL raises, after it has written the data
 
@@ -537,7 +549,10 @@ class SamplerMachine(DropInMachine):
         assert [slot] == self.wrote([td["action"].item()], td_error)
         if td_error is None:
             eps = np.float32(self.ring.eps)
-            self.ring.update([slot], [max(self.ring.for_new() - eps, np.float32(0))])
+            new = max(self.ring.for_new() - eps, np.float32(0))
+            squared = self.given["td_error_unit"] == "squared"
+            new = np.sqrt(np.float32(np.float64(new) ** 2)) if squared else new
+            self.ring.update([slot], [new])
 
     def updated(self, index, magnitude, generation):
         live = [j for j, i in enumerate(index) if i < len(self.ring)]
@@ -554,7 +569,7 @@ class SamplerMachine(DropInMachine):
         assert self.table.refused == 0
 
 
-MACHINES = {DropInMachine: 60, SamplerMachine: 40}
+MACHINES = {DropInMachine: 100, SamplerMachine: 60}
 """With how many examples each."""
 
 
