@@ -4,10 +4,7 @@ The examples are always the same. `PER_TD_SOAK=600 pytest -m soak -s tests/torch
 so many seconds each, and tells how many.
 """
 
-import copy
 import math
-import pickle
-import tempfile
 
 import numpy as np
 import pytest
@@ -18,24 +15,20 @@ from tensordict import TensorDict
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.data.replay_buffers.scheduler import LinearScheduler
 
-from per_td import CheckpointError, EmptyBufferError, IndexRangeError, PriorityError, kernels
+from per_td import EmptyBufferError, kernels
 from per_td.torchrl import PrioritizedSampler, TensorDictPrioritizedReplayBuffer
+from tests.drop_in_model import CONFIGURATION, REDUCE, BesideTheModel
+from tests.drop_in_steps import COPIES, REFUSED, refuse_by_index
 from tests.machines import (
     ALPHA,
     CAN_BE,
     DRAWS,
-    EPS,
     SOAK,
-    TD_ERROR,
     UNIT,
-    Kernels,
-    as_it_is,
     check_drawn,
     run,
     soak,
 )
-from tests.model import EmptiableRing
-from tests.oracle import data
 
 # a cursor longer than the storage is no surprise here, nor is a state for a storage without data
 pytestmark = [
@@ -43,61 +36,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Loading the storage on an uninitialized:UserWarning"),
 ]
 
-REDUCE = {
-    "max": lambda rows: rows.max(1),
-    "min": lambda rows: rows.min(1),
-    "mean": lambda rows: rows.mean(1),
-    "median": lambda rows: rows.min(1),  # the lower one of two
-    "sum": lambda rows: rows.sum(1),
-    "r2d2": lambda rows: np.float32(0.9) * rows.max(1) + np.float32(0.1) * rows.mean(1),
-}
-CONFIGURATION = st.fixed_dictionaries(
-    {
-        "capacity": CAN_BE([1, 7, 50, 257]),
-        "alpha": ALPHA,
-        "beta": UNIT,
-        "eps": EPS,
-        "weight_normalization": CAN_BE(["batch", "buffer", "none"]),
-        "max_priority_within_buffer": st.booleans(),
-        "td_error_unit": CAN_BE(["abs", "squared"]),
-    }
-)
 
-
-def state_into_another(machine):
-    other = machine.another()
-    other.load_state_dict(machine.buffer.state_dict())
-    return other
-
-
-def dumped_and_loaded(machine):
-    with tempfile.TemporaryDirectory() as folder:
-        if not machine.buffer.storage.initialized:
-            with pytest.raises(RuntimeError, match="non-initialized"):  # TorchRL's
-                machine.buffer.dumps(folder)
-            return machine.buffer
-        machine.buffer.dumps(folder)
-        other = machine.another()
-        other.loads(folder)
-        return other
-
-
-def pickled(machine):
-    if isinstance(machine.buffer.storage, LazyMemmapStorage):
-        return machine.buffer  # TorchRL's storage cannot be pickled once it has a file
-    return pickle.loads(pickle.dumps(machine.buffer))
-
-
-COPIES = {
-    "deepcopy": lambda machine: copy.deepcopy(machine.buffer),
-    "pickle": pickled,
-    "dumps and loads": dumped_and_loaded,
-    "state_dict": state_into_another,
-}
-"""How a buffer can be had from a buffer. One more is one more entry."""
-
-
-class DropInMachine(Kernels):
+class DropInMachine(BesideTheModel):
     """TensorDictPrioritizedReplayBuffer."""
 
     batches = Bundle("batches")
@@ -110,25 +50,7 @@ class DropInMachine(Kernels):
         choice=CAN_BE(kernels.CHOICES),
     )
     def begin(self, data, given, draw, storage, choice):
-        self.choose(choice)
-        self.given = given | {"draw": draw[0], "method": draw[1]} | self.settings(data)
-        self.storage, self.beta, self.next = storage, given["beta"], 0
-        self.buffer = self.make(self.given)
-        self.ring = EmptiableRing(
-            given["capacity"],
-            alpha=given["alpha"],
-            eps=given["eps"],
-            new_priority="buffer_max" if given["max_priority_within_buffer"] else "ever_max",
-        )
-        self.unseen, self.odd = 0, False  # writes that the priorities do not know of: sync=False
-
-    def settings(self, data):
-        """Those that TorchRL's own buffer with our sampler does not have, or not all of."""
-        return {
-            "reduction": data.draw(CAN_BE(sorted(REDUCE)), "reduction"),
-            "sync": data.draw(CAN_BE([True, True, False]), "sync"),
-            "collate_fn": data.draw(CAN_BE([None, None, as_it_is]), "collate_fn"),
-        }
+        self.start(data, given, draw, storage, choice)
 
     def make(self, given):
         given = dict(given)
@@ -144,50 +66,6 @@ class DropInMachine(Kernels):
             other.update_priority(0, 77.0)
         return other
 
-    # --- TD errors and priorities -----------------------------------------------------------------
-
-    def numbered(self, n, td_error=None):
-        """Transitions [n], which all differ, with TD errors, [n, k], if there are any."""
-        self.next += n
-        td = data(self.next - n, n)
-        return td if td_error is None else td.set("td_error", torch.from_numpy(td_error))
-
-    def td_errors(self, data, n, *, several):
-        """[n, 1], or [n, 2] if `several`, float32."""
-        some = np.float32(data.draw(st.lists(TD_ERROR, min_size=1, max_size=5), "TD errors"))
-        random = np.random.default_rng(data.draw(st.integers(0, 99), "seed"))
-        values = random.choice(some, (n, 1))
-        if several and abs(some).max() < 1e30:  # else a sum is infinite
-            values = np.concatenate([values, np.float32(0.5) * values], 1)
-        return values
-
-    def storable(self, td_error):
-        """TorchRL's files take up no new entries, and no storage other shapes."""
-        storage = self.buffer.storage
-        if not storage.initialized:
-            return True
-        column = storage._storage.get("td_error", None)
-        if column is None:
-            return self.storage is not LazyMemmapStorage
-        return column.shape[1:] == td_error.shape[1:]
-
-    def root(self, values):
-        return np.sqrt(values) if self.given["td_error_unit"] == "squared" else values
-
-    def reduced(self, values):
-        """[n, k] as [n]."""
-        return values[:, 0] if values.shape[1] == 1 else REDUCE[self.given["reduction"]](values)
-
-    def magnitude(self, values):
-        """What a loss wrote, [n, k], as |delta| [n]."""
-        return self.reduced(self.root(np.abs(values)))
-
-    def catch_up(self):
-        ring, new = self.ring, self.ring.for_new()
-        for k in range(min(self.unseen, ring.capacity)):
-            ring.set((ring.cursor - 1 - k) % ring.capacity, new)
-        self.unseen = 0
-
     # --- writing ----------------------------------------------------------------------------------
 
     def wrote(self, items, td_error, *, supply=True):
@@ -200,7 +78,7 @@ class DropInMachine(Kernels):
             priority = self.magnitude(td_error) + np.float32(self.ring.eps)
         return self.ring.extend(items, priority)
 
-    several_are_stored = True
+    several_are_stored = stamped = True
 
     @rule(
         data=st.data(),
@@ -276,7 +154,7 @@ class DropInMachine(Kernels):
         assert batch["action"].tolist() == items
         assert batch["observation"].tolist() == [[k] * 3 for k in items]
         assert batch["next", "reward"].view(-1).tolist() == items
-        if "index_generation" in batch or type(self) is DropInMachine:
+        if self.stamped:
             assert batch["index_generation"].tolist() == [ring.generation[i] for i in index]
         expected = ring.weights(index, self.beta, self.given["weight_normalization"])
         expected = [w if w < 3.4e38 else math.inf for w in expected]
@@ -395,127 +273,18 @@ class DropInMachine(Kernels):
         assert torch.equal(old.sampler.priority, before)
         self.wrote(items, None)
 
-    # --- what always holds ------------------------------------------------------------------------
-
-    @property
-    def table(self):
-        return self.buffer.sampler._table
-
     @invariant()
-    def agree(self):
-        if not hasattr(self, "ring"):
-            return
-        type(self).steps += 1
-        buffer, ring, table, n = self.buffer, self.ring, self.table, len(self.ring)
-        assert (len(buffer), buffer.write_count) == (n, ring.written)
-        assert buffer.writer._cursor == ring.cursor
-        assert (buffer.sampler.alpha, buffer.sampler._eps) == (ring.alpha, ring.eps)
-        assert buffer.sampler.beta == pytest.approx(self.beta, abs=1e-12)
-        if self.given["td_error_unit"] == "squared":
-            self.agree_on_roots()
-        assert buffer.sampler.priority.tolist() == ring.priority.tolist()
-        np.testing.assert_allclose(table.masses[:].numpy(), ring.mass, rtol=1e-6)
-        assert table.masses.total.item() == pytest.approx(math.fsum(ring.mass), rel=1e-6)
-        assert table.for_new().item() == ring.for_new()
-        assert table.ever_max.item() == ring.ever_max
-        if table._smallest is not None and ring.drawable():
-            least = ring.mass[ring.mass > 0].min()
-            assert table._smallest.value.item() == pytest.approx(least, rel=1e-6)
-        if n:
-            held = buffer[:]
-            assert held["action"].tolist() == buffer["action"].tolist() == ring.item[:n]
-            assert held["next", "reward"].view(-1).tolist() == ring.item[:n]
-            assert held["index"].tolist() == list(range(n))
-            assert buffer[n - 1]["action"] == ring.item[n - 1]
-        self.agree_on_late_updates()
-
-    def agree_on_roots(self):
-        """torch and numpy may round a root's last bit otherwise: the model takes up torch's."""
-        ring, priority, most = self.ring, self.buffer.sampler.priority, self.table.ever_max
-        np.testing.assert_allclose(priority.numpy(), ring.priority, rtol=3e-7, atol=0)
-        assert most.item() == pytest.approx(ring.ever_max, rel=3e-7, abs=0)
-        for slot in np.flatnonzero(priority.numpy() != ring.priority):
-            ring.set(slot, priority.numpy()[slot])
-        ring.ever_max = np.float32(most.item())
-
-    def agree_on_late_updates(self):
-        stats = self.buffer.stats()
-        assert (stats["stale_updates"], stats["refused_priorities"]) == (self.ring.stale, 0)
-        slots = torch.arange(self.ring.capacity)
-        assert self.buffer.writer.generations_of(slots).tolist() == self.ring.generation
-
-
-def refuse_update(machine, error, change):
-    """An update of two, the first of which may be stale."""
-    batch = TensorDict(
-        {
-            "index": torch.zeros(2, dtype=torch.int64),
-            "index_generation": torch.tensor([-5, machine.ring.generation[0]]),
-            "td_error": torch.ones(2),
-        },
-        [2],
-    )
-    change(batch)
-    with pytest.raises(error):
-        machine.buffer.update_tensordict_priority(batch)
-
-
-def refuse_write(machine):
-    td_error = np.float32([[1.0], [math.nan]])
-    if machine.given["sync"] and machine.storable(td_error):
-        with pytest.raises(PriorityError, match="nothing was written"):
-            machine.buffer.extend(machine.numbered(2, td_error))
-
-
-def refuse_state(machine):
-    """Of another capacity."""
-    other = machine.make(machine.given | {"capacity": machine.given["capacity"] + 1})
-    other.extend(machine.numbered(3))
-    with pytest.raises(CheckpointError):
-        machine.buffer.load_state_dict(other.state_dict())
-    with tempfile.TemporaryDirectory() as folder:
-        other.dumps(folder)
-        with pytest.raises(CheckpointError):
-            machine.buffer.loads(folder)
-
-
-def refuse_by_index(machine):
-    for index, priority, error in (
-        (machine.ring.capacity, 1.0, IndexRangeError),
-        ([0, machine.ring.capacity], [1.0, 1.0], IndexRangeError),
-        ([0, 0], [1.0, math.nan], PriorityError),
-    ):
-        with pytest.raises(error):
-            machine.buffer.update_priority(index, priority)
-
-
-def changed(key, value):
-    return lambda batch: batch[key].__setitem__(-1, value)
-
-
-REFUSED = {
-    "index": lambda m: (
-        refuse_update(m, IndexRangeError, changed("index", m.ring.capacity)),
-        refuse_update(m, IndexRangeError, changed("index", -1)),
-        refuse_by_index(m),
-    ),
-    "nan": lambda m: refuse_update(m, PriorityError, changed("td_error", math.nan)),
-    "inf": lambda m: refuse_update(m, PriorityError, changed("td_error", math.inf)),
-    "count": lambda m: refuse_update(
-        m, PriorityError, lambda batch: batch._tensordict.update(td_error=torch.ones(3))
-    ),
-    "td_error": lambda m: refuse_update(m, PriorityError, lambda batch: batch.pop("td_error")),
-    "no index": lambda m: refuse_update(m, PriorityError, lambda batch: batch.pop("index")),
-    "extend": refuse_write,
-    "state": refuse_state,
-}
-"""What is wrong, and has to change nothing. One more is one more entry."""
+    def agreed(self):
+        if hasattr(self, "ring"):
+            type(self).steps += 1
+            self.agree()
 
 
 class SamplerMachine(DropInMachine):
     """PrioritizedSampler in TorchRL's own TensorDictReplayBuffer, which knows no late updates."""
 
     several_are_stored = False  # TorchRL raises, after it has written the data
+    stamped = False
 
     def settings(self, data):
         return {"reduction": data.draw(CAN_BE(sorted(set(REDUCE) - {"r2d2"})), "reduction")}
