@@ -53,7 +53,7 @@ class BesideTheModel(Kernels):
         """Those that TorchRL's own buffer with our sampler does not have, or not all of."""
         return {
             "reduction": data.draw(CAN_BE(sorted(REDUCE)), "reduction"),
-            "sync": data.draw(CAN_BE([True, True, False]), "sync"),
+            "sync": data.draw(CAN_BE([True, False]), "sync"),
             "collate_fn": data.draw(CAN_BE([None, None, as_it_is]), "collate_fn"),
         }
 

@@ -101,6 +101,18 @@ def test_writes_are_taken_up_before_the_next_draw_with_sync_false():
         buffer.extend(data(1), update_priority=True)
 
 
+@pytest.mark.parametrize("count", [True, False])
+def test_with_sync_false_only_what_came_after_emptying_is_taken_up(count):
+    buffer = make(10, sync=False, batch_size=200)
+    buffer.extend(data(5))
+    if count:
+        buffer.sample()
+    buffer.empty(empty_write_count=count)
+    buffer.extend(data(7, 20))
+    assert set(buffer.sample()["x"].tolist()) == set(range(20, 27))
+    assert buffer.sampler.priority.tolist() == [1.0] * 7 + [0.0] * 3
+
+
 def test_a_state_moves_to_another_buffer_however_it_is_carried(tmp_path):
     for sync in (True, False):
         buffer = make(sync=sync)
