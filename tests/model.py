@@ -44,17 +44,26 @@ class Ring:
 
     def extend(self, items, priority=None) -> list[int]:
         """Write items; the slots of all, also of those that others overwrite at once."""
-        new, slots = self.for_new(), []
-        for item in items:
-            slot = self.written % self.capacity
-            self.item[slot], self.replayed[slot] = item, False
-            self.generation[slot] = self.written // self.capacity
-            self.written += 1
-            slots.append(slot)
+        new, slots = self.for_new(), self.write(items)
         for j in range(max(0, len(slots) - self.capacity), len(slots)):
             self.set(slots[j], new if priority is None else np.float32(priority[j]))
         self.changed(min(len(slots), self.capacity))
         return slots
+
+    def write(self, items) -> list[int]:
+        """`extend`, but for the priorities."""
+        slots = []
+        for item in items:
+            slots.append(slot := self.take())
+            self.item[slot], self.replayed[slot] = item, False
+        return slots
+
+    def take(self) -> int:
+        """The slot that is written next."""
+        slot = self.written % self.capacity
+        self.generation[slot] = self.written // self.capacity
+        self.written += 1
+        return slot
 
     def update(self, index, td_error, generation=None) -> None:
         live = []
@@ -118,3 +127,27 @@ class Ring:
             "none": 0.0,
         }[normalization]
         return [math.exp(log[i] - largest) for i in index]
+
+
+class EmptiableRing(Ring):
+    """TorchRL's: a slot counts how often it was written, or emptied after that."""
+
+    cursor = size = 0
+
+    def __len__(self):
+        return self.size
+
+    def take(self) -> int:
+        slot, self.cursor = self.cursor, (self.cursor + 1) % self.capacity
+        self.size = min(self.size + 1, self.capacity)
+        self.generation[slot] += 1
+        self.written += 1
+        return slot
+
+    def empty(self, *, count=True) -> None:
+        """Forget everything, and how much was written if `count`."""
+        self.cursor = self.size = 0
+        self.priority[:], self.mass[:], self.ever_max = 0, 0, np.float32(0)
+        self.generation = [g + 1 if g >= 0 else g for g in self.generation]
+        if count:
+            self.written = 0

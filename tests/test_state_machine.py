@@ -6,26 +6,15 @@ runs others, for so many seconds each, and tells how many.
 
 import copy
 import math
-import os
 import pickle
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    Bundle,
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import Bundle, initialize, invariant, precondition, rule
 
 from per_td import (
     EmptyBufferError,
@@ -37,19 +26,24 @@ from per_td import (
     TransitionReplayBuffer,
     kernels,
 )
+from tests.machines import (
+    ALPHA,
+    CAN_BE,
+    DRAWS,
+    EPS,
+    PRIORITY,
+    SOAK,
+    TD_ERROR,
+    UNIT,
+    Kernels,
+    check_drawn,
+    run,
+    soak,
+)
 from tests.model import Ring
 from tests.oracle import data
 
 CAPACITIES = (1, 7, 50, 255, 256, 257)
-SOAK = float(os.environ.get("PER_TD_SOAK", "0"))
-CAN_BE = st.sampled_from
-EXTREME = CAN_BE([0.0, 1e-45, 1e-38, 3.4e38])
-PRIORITY = st.floats(0, 1e4, width=32) | CAN_BE([0.5, 1.0, 2.0]) | EXTREME
-TD_ERROR = st.floats(-1e4, 1e4, width=32) | CAN_BE([-1.0, 1.0, 2.0]) | EXTREME
-ALPHA = CAN_BE([0.0, 0.37, 0.6, 1.0, 2.0])
-EPS = CAN_BE([0.0, 1e-6, 0.01])
-UNIT = st.floats(0, 1)
-
 CONFIGURATION = st.fixed_dictionaries(
     {
         "capacity": CAN_BE(CAPACITIES),
@@ -62,19 +56,6 @@ CONFIGURATION = st.fixed_dictionaries(
         "layout": CAN_BE(["columns", "records", "auto"]),
     }
 )
-DRAWS = [("independent", "tree"), ("stratified", "tree"), ("independent", "multinomial")]
-DRAWS += [("without_replacement", method) for method in ("auto", "tree", "multinomial")]
-
-
-def check_drawn(index, mass, point, *, stratified=False) -> None:
-    """These are the slots at the points in [0, 1) of the cumulative mass; numpy [B], [N], [B]."""
-    n, reached = len(index), np.concatenate([[0.0], np.cumsum(mass)])
-    if stratified:
-        point = (np.arange(n) + point) / n
-    target, slack = point * reached[-1], 1e-9 * reached[-1]
-    assert (reached[index] - slack <= target).all()
-    assert (target <= reached[index + 1] + slack).all()
-    assert (mass[index] > 0).all()
 
 
 def saved_and_loaded(machine) -> PrioritizedReplayBuffer:
@@ -98,21 +79,6 @@ COPIES = {
     "state_dict": state_into_another,
 }
 """How a buffer can be had from a buffer. One more is one more entry."""
-
-
-class Kernels(RuleBasedStateMachine):
-    """With the CPU's kernels, or without."""
-
-    cases = steps = 0
-
-    def choose(self, choice: str) -> None:
-        type(self).cases += 1
-        self.patch = pytest.MonkeyPatch()
-        self.patch.setenv(kernels.VARIABLE, choice)
-
-    def teardown(self) -> None:
-        if hasattr(self, "patch"):
-            self.patch.undo()
 
 
 class BufferMachine(Kernels):
@@ -572,21 +538,6 @@ MACHINES = {
 """With how many examples each."""
 
 
-def run(machine, examples, **given) -> None:
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=25,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-            print_blob=True,
-            **given,
-        ),
-    )
-
-
 @pytest.mark.parametrize("machine", MACHINES)
 def test_no_order_of_operations_leads_away_from_the_model(machine):
     run(machine, MACHINES[machine], derandomize=True)
@@ -597,8 +548,4 @@ def test_no_order_of_operations_leads_away_from_the_model(machine):
 @pytest.mark.skipif(not SOAK, reason="PER_TD_SOAK says for how many seconds")
 @pytest.mark.parametrize("machine", MACHINES)
 def test_for_a_long_time_no_order_of_operations_leads_away_from_the_model(machine):
-    start, cases, steps = time.monotonic(), machine.cases, machine.steps
-    while time.monotonic() - start < SOAK:
-        run(machine, 50, derandomize=False)
-    done = f"{machine.cases - cases} cases, {machine.steps - steps} states compared"
-    print(f"\n{machine.__name__}: {done}, {time.monotonic() - start:.0f} s")
+    soak(machine)

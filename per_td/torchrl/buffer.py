@@ -232,7 +232,13 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
         return dict(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state."""
+        """Take over a state.
+
+        Raises:
+            CheckpointError: its priorities are of another kind, or of another capacity; nothing is
+                changed then.
+        """
+        self.prioritized_sampler.check_state(state_dict["_sampler"])
         super().load_state_dict(state_dict)
         self._seen_writes = int(self.write_count)
 
@@ -242,7 +248,13 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
         super().dumps(path)
 
     def loads(self, path: str | Path) -> None:
-        """Take over what `dumps` wrote into the folder `path`."""
+        """Take over what `dumps` wrote into the folder `path`.
+
+        Raises:
+            CheckpointError: as `load_state_dict`.
+        """
+        sampler = self.prioritized_sampler
+        sampler.check_state(sampler.saved(Path(path) / "sampler"))
         super().loads(path)
         self._seen_writes = int(self.write_count)
 

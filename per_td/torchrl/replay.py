@@ -278,8 +278,9 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
             flat = validation.to_device(flat, sampler.device)
             if live is not None:
                 live = live.to(flat.device)
-                self._stale = self._stale.to(flat.device) + (~live).sum()
             sampler._table.update(flat, values, sampler._max_capacity, live)
+            if live is not None:  # counted once nothing has been refused
+                self._stale = self._stale.to(flat.device) + (~live).sum()
 
     def _settle(self, td_error: Tensor, index: Tensor, generation: Tensor | None) -> bool:
         """Set priorities by compiled kernels; False, and nothing is done, where that cannot be."""

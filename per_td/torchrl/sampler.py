@@ -163,11 +163,14 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
 
     @property
     def default_priority(self) -> float | Tensor:
-        """What new elements get, to be handed to `update_priority`, which adds eps.
+        """What new elements get, to be handed to `update_priority`: in its unit, and without eps.
 
         A float, or a 0-dim tensor where a float would need a host sync.
         """
         priority = (self._table.for_new() - self._eps).clamp(min=0)
+        if self.td_error_unit == "squared":
+            largest = torch.finfo(torch.float32).max
+            priority = priority.double().square().clamp(max=largest).float()
         return priority.item() if validation.can_raise(priority) else priority
 
     def _follow(self, storage: Storage | None) -> None:
@@ -234,10 +237,13 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
     def update_priority(self, index: Any, priority: Any, *, storage: Storage | None = None) -> None:
         """Set priorities; of equal indices the last one holds, and negative ones are skipped.
 
+        So are slots beyond those that `storage` has filled: what lived there has been emptied.
+
         Args:
             index: int, [B], or [B, ndim] for a storage of several dimensions.
             priority: what the loss wrote, in the `td_error_unit`, [B], or one number for all.
-            storage: tells the shape where the index has several dimensions.
+            storage: tells which slots are filled, and the shape where the index has several
+                dimensions.
 
         Raises:
             IndexRangeError: an index is not below `max_capacity`.
@@ -258,6 +264,8 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         if self.td_error_unit == "squared":
             priority = priority.abs().sqrt()
         kept = index >= 0  # MaxValueWriter marks with -1 what it did not write
+        if storage is not None and len(storage) < self._max_capacity:
+            kept &= (index < len(storage)) | (index >= self._max_capacity)  # these are refused
         if validation.can_raise(index):
             index, priority, kept = index[kept], priority[kept], None
         self._table.update(index, priority, self._max_capacity, kept)
@@ -274,8 +282,8 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             "ever_max": self._table.ever_max.clone(),
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state of a sampler of the same capacity.
+    def check_state(self, state_dict: dict[str, Any]) -> None:
+        """Refuse what `load_state_dict` would, before a buffer takes over anything else.
 
         Raises:
             CheckpointError: it is another kind of state, or of another capacity.
@@ -289,6 +297,14 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
                 f"expected a state of max_capacity {self._max_capacity},"
                 f" got {state_dict['max_capacity']}"
             )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state of a sampler of the same capacity.
+
+        Raises:
+            CheckpointError: it is another kind of state, or of another capacity.
+        """
+        self.check_state(state_dict)
         self.alpha, self.beta = state_dict["alpha"], state_dict["beta"]
         self._table.eps = state_dict["eps"]
         self._table.fill(state_dict["priority"].to(self.device))
@@ -302,4 +318,10 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
 
     def loads(self, path: str | Path) -> None:
         """Take over what `dumps` wrote into the folder `path`."""
-        self.load_state_dict(checkpoint.read(Path(path).absolute() / "sampler.pt"))
+        self.load_state_dict(self.saved(path))
+
+    @staticmethod
+    def saved(path: str | Path) -> dict[str, Any]:
+        """The state that `dumps` wrote into the folder `path`."""
+        state: dict[str, Any] = checkpoint.read(Path(path).absolute() / "sampler.pt")
+        return state

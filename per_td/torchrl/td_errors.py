@@ -35,13 +35,13 @@ def magnitudes(td_error: Tensor, rows: int, *, unit: str, reduction: str, key: A
     Raises:
         PriorityError: their number is not a multiple of the number of elements.
     """
-    if not td_error.numel() or td_error.numel() % rows:
+    if td_error.numel() == rows:
+        return magnitude(td_error.reshape(rows), unit)
+    if not td_error.numel() or not rows or td_error.numel() % rows:
         raise PriorityError(
             f"{key}: expected one or several values for each of {rows} elements,"
             f" got shape {list(td_error.shape)}"
         )
-    if td_error.numel() == rows:
-        return magnitude(td_error.reshape(rows), unit)
     return reduce_priority(magnitude(td_error.reshape(rows, -1), unit), reduction)
 
 

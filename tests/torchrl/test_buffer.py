@@ -16,7 +16,7 @@ from torchrl.data import TensorDictReplayBuffer as TorchRLUniform
 from torchrl.data.replay_buffers.scheduler import LinearScheduler
 from torchrl.envs import RenameTransform
 
-from per_td import ConfigurationError, EmptyBufferError
+from per_td import CheckpointError, ConfigurationError, EmptyBufferError
 from per_td.torchrl import PrioritizedSampler, TensorDictPrioritizedReplayBuffer
 from tests.replay import ALPHA, BETA, data, learn, make
 
@@ -101,6 +101,18 @@ def test_writes_are_taken_up_before_the_next_draw_with_sync_false():
         buffer.extend(data(1), update_priority=True)
 
 
+@pytest.mark.parametrize("count", [True, False])
+def test_with_sync_false_only_what_came_after_emptying_is_taken_up(count):
+    buffer = make(10, sync=False, batch_size=200)
+    buffer.extend(data(5))
+    if count:
+        buffer.sample()
+    buffer.empty(empty_write_count=count)
+    buffer.extend(data(7, 20))
+    assert set(buffer.sample()["x"].tolist()) == set(range(20, 27))
+    assert buffer.sampler.priority.tolist() == [1.0] * 7 + [0.0] * 3
+
+
 def test_a_state_moves_to_another_buffer_however_it_is_carried(tmp_path):
     for sync in (True, False):
         buffer = make(sync=sync)
@@ -124,6 +136,21 @@ def test_a_state_moves_to_another_buffer_however_it_is_carried(tmp_path):
             learn(other, other.sample())
             assert other.write_count == 28
         assert buffer.write_count == 25
+
+
+def test_a_state_of_another_capacity_is_refused_before_any_of_it_is_taken_over(tmp_path):
+    buffer, other = make(20), make(21)
+    buffer.extend(data(15))
+    other.extend(data(21, 100))
+    other.dumps(tmp_path / "saved")
+    before = buffer.sampler.priority
+    with pytest.raises(CheckpointError, match="max_capacity 20, got 21"):
+        buffer.load_state_dict(other.state_dict())
+    with pytest.raises(CheckpointError, match="max_capacity 20, got 21"):
+        buffer.loads(tmp_path / "saved")
+    assert buffer["x"].tolist() == list(range(15))
+    assert torch.equal(buffer.sampler.priority, before)
+    assert (buffer.write_count, buffer.writer._cursor) == (15, 15)
 
 
 def test_save_dump_and_load_are_the_same_as_dumps_and_loads(tmp_path):

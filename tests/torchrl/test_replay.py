@@ -4,7 +4,7 @@ from tensordict import TensorDict
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ListStorage
 from torchrl.data.replay_buffers import Sequence
 
-from per_td import PriorityError
+from per_td import IndexRangeError, PriorityError
 from tests.oracle import assert_drawn_from
 from tests.replay import ALPHA, BETA, data, learn, make
 
@@ -168,6 +168,42 @@ def test_updates_from_before_emptying_are_dropped(keep):
     if keep:
         buffer.update_tensordict_priority(batch)
         assert (buffer.sampler.priority == 1).all()
+
+
+@pytest.mark.parametrize("unit", ["abs", "squared"])
+def test_updates_that_are_refused_are_not_counted_as_late(unit):
+    buffer = make(10, td_error_unit=unit)
+    buffer.extend(data(10))
+    batch = buffer.sample()
+    buffer.extend(data(9, 10))
+    batch["td_error"] = torch.full((32,), float("nan"))
+    with pytest.raises(PriorityError, match="finite"):
+        buffer.update_tensordict_priority(batch)
+    assert buffer.stats()["stale_updates"] == 0
+    batch["td_error"] = torch.ones(32)
+    buffer.update_tensordict_priority(batch)
+    assert buffer.stats()["stale_updates"] == int((batch["index"] < 9).sum()) > 0
+
+
+def test_an_update_by_index_after_emptying_does_not_bring_back_what_was_emptied():
+    buffer = make(10)
+    buffer.extend(data(10))
+    index = buffer.sample()["index"]
+    buffer.empty()
+    buffer.update_priority(index, 50.0)
+    assert buffer.sampler.priority.sum() == 0
+    buffer.extend(data(1, 100))
+    assert set(buffer.sample()["x"].tolist()) == {100}
+    with pytest.raises(IndexRangeError, match="got 10"):
+        buffer.update_priority(10, 1.0)
+
+
+@pytest.mark.parametrize("way", [None, lambda batch: batch])
+def test_nothing_may_be_written_with_td_errors_too(way):
+    buffer = make(10, collate_fn=way)
+    buffer.extend(data(3, td_error=torch.full((3,), 4.0)))
+    assert buffer.extend(data(0, td_error=torch.ones(0))).tolist() == []
+    assert (len(buffer), buffer.write_count) == (3, 3)
 
 
 def test_a_write_to_a_given_slot_makes_updates_late():

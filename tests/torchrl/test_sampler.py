@@ -178,6 +178,19 @@ def test_the_priority_of_new_elements_does_not_grow_by_being_handed_back():
     assert sampler.priority.tolist() == [3.5, 3.5, 3.5, 3.5]
 
 
+def test_the_priority_of_new_elements_is_handed_back_in_the_unit_of_td_errors():
+    """TorchRL's buffer does that when a single element comes without a TD error."""
+    sampler = PrioritizedSampler(4, ALPHA, BETA, eps=0.0, td_error_unit="squared")
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(4), sampler=sampler)
+    buffer.extend(data(1))
+    buffer.update_priority(0, 81.0)
+    buffer.add(data(1, 1)[0])
+    assert sampler.priority.tolist() == [9, 9, 0, 0]
+    assert sampler.default_priority == 81
+    buffer.update_priority(0, 3.4e38)
+    assert sampler.default_priority == pytest.approx(3.4e38)
+
+
 def test_td_errors_that_were_squared_can_be_declared_so():
     sampler = PrioritizedSampler(2, ALPHA, BETA, eps=0.0, td_error_unit="squared")
     sampler.update_priority(torch.tensor([0, 1]), torch.tensor([9.0, 4.0]))
