@@ -18,6 +18,7 @@ from torchrl.data.replay_buffers.storages import (
     _collate_id,
 )
 
+from per_td import priority_kernels
 from per_td.errors import EmptyBufferError
 from per_td.torchrl.columns import Columns
 from per_td.torchrl.sampler import PrioritizedSampler
@@ -180,7 +181,8 @@ def settle(
         and _packed(index, n, torch.int64)
         and _packed(generation, n, torch.int64)
         and _packed(td_error, n, torch.float32)
-        and sampler._table.update_stamped(
+        and priority_kernels.settle(
+            sampler._table,
             index,
             td_error,
             sampler._max_capacity,
