@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from per_td import checkpoint, diagnostics, states, validation
+from per_td import checkpoint, diagnostics, priority_draws, states, validation
 from per_td.errors import ConfigurationError, EmptyBufferError, PriorityError, SchemaError
 from per_td.leaves import Leaves, count
 from per_td.memory import Place
@@ -377,8 +377,13 @@ class PrioritizedReplayBuffer:
                 f"expected batch_size <= {len(self)}, the transitions in the buffer, to draw"
                 f" without replacement, got {n}"
             )
-        return self._priorities.sample_weighted(
-            n, len(self), self.generator, beta=self._beta, filled=self._storage.size
+        return priority_draws.sample_weighted(
+            self._priorities,
+            n,
+            len(self),
+            self.generator,
+            beta=self._beta,
+            filled=self._storage.size,
         )
 
     def update_priority(

@@ -1,4 +1,4 @@
-"""PriorityTable: the raw priority of every slot, and everything that follows from it."""
+"""PriorityTable: the raw priority of every slot, and the masses and extrema that follow from it."""
 
 from typing import Any
 
@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from per_td import draws, priority_kernels, validation
-from per_td.errors import EmptyBufferError
 from per_td.memory import zeros
 from per_td.ranks import DEFAULT_ALPHA, RankMasses
 from per_td.ring import generation_of
 from per_td.tree import ExtremumTree, SumTree, reference
-from per_td.weights import NORMALIZATIONS, importance_weights, mass_of, priority_of
+from per_td.weights import NORMALIZATIONS, mass_of, priority_of
 
 __all__ = ["NEW_PRIORITIES", "PriorityTable"]
 
@@ -19,7 +18,9 @@ NEW_PRIORITIES = ("buffer_max", "ever_max")
 
 
 class PriorityTable:
-    """Priorities p, masses p^alpha, draws in proportion to them, importance-sampling weights.
+    """Priorities p, masses p^alpha, and the settings of draws in proportion to them.
+
+    Writing is here; what draws is in `per_td.priority_draws`.
 
     Raw priorities are the truth, and masses follow from them, so alpha may change at any time and
     nothing is lost, not even at alpha = 0. Slots beyond those filled have priority 0. Rank-based,
@@ -27,16 +28,9 @@ class PriorityTable:
 
     Args:
         capacity: number of slots.
-        alpha: exponent of the priorities, at least 0; None takes 0.6, rank-based 0.7.
-        eps: added to |TD error|, at least 0.
-        draw: "independent", "stratified" or "without_replacement".
-        method: "auto", "multinomial" or "tree".
-        weight_normalization: "batch", "buffer" or "none".
-        new_priority: what new transitions get: the largest priority in the buffer ("buffer_max"),
-            or the largest it ever held ("ever_max").
+        alpha, eps, draw, method, weight_normalization, new_priority, prioritization, sort_interval:
+            as for `PrioritizedReplayBuffer`.
         device: where priorities live.
-        prioritization: "proportional" or "rank".
-        sort_interval: see `RankMasses`; for "rank" only.
         masses: the tree to keep the masses in; None makes one.
 
     Raises:
@@ -135,6 +129,20 @@ class PriorityTable:
         elif self._smallest is None:
             self._smallest = ExtremumTree(self.masses.leaves, self.masses.layout, "min")
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What makes another table like this one, of any capacity, on any device."""
+        return {
+            "alpha": self.alpha,
+            "eps": self.eps,
+            "draw": self.draw,
+            "method": self.method,
+            "weight_normalization": self.weight_normalization,
+            "new_priority": self.new_priority,
+            "prioritization": self.prioritization,
+            "sort_interval": self.sort_interval,
+        }
+
     def for_new(self) -> Tensor:
         """Priority of transitions that nobody gave one: 0-dim (section 3.3, algorithm 1 line 6).
 
@@ -160,15 +168,15 @@ class PriorityTable:
             index: slots, int64 [n], without repetitions.
             priority: from `check_initial`, [n]; None, and -1, stand for that of `for_new`.
         """
-        if self.ranks is not None:
-            self.ranks.grow(len(index))
-        kernel = self.masses.kernels
-        if kernel is None or (
-            priority_kernels.assign(kernel, self, index, priority, self.capacity, eps=0.0, new=True)
-            is None
-        ):
+        kernel, done = self.masses.kernels, None
+        if kernel is not None:
+            done = priority_kernels.assign(
+                kernel, self, index, priority, self.capacity, eps=0.0, new=True
+            )
+        if done is None:
             self._write_new_in_torch(index, priority)
-        self._count_changes(len(index))
+        if self.ranks is not None:
+            self._count_changes(self.ranks, len(index), new=True)
 
     def _write_new_in_torch(self, index: Tensor, priority: Tensor | None) -> None:
         self.replayed.index_fill_(0, index, False)
@@ -189,8 +197,7 @@ class PriorityTable:
         elif n:
             priority_kernels.renew(kernel, self, start, n)
             if self.ranks is not None:
-                self.ranks.grow(n)
-                self._count_changes(n)
+                self._count_changes(self.ranks, n, new=True)
 
     @property
     def _launches(self) -> Any:
@@ -257,7 +264,7 @@ class PriorityTable:
                 live = generation == generation_of(index, written, self.capacity)
             dropped = self._update_in_torch(index, td_error, size, live)
         if self.ranks is not None:
-            self._count_changes(len(index))
+            self._count_changes(self.ranks, len(index))
         return dropped
 
     def _update_in_torch(
@@ -294,18 +301,7 @@ class PriorityTable:
 
     def moved(self, capacity: int, device: torch.device) -> "PriorityTable":
         """A table with the same settings and priorities, of this capacity, on this device."""
-        table = PriorityTable(
-            capacity,
-            alpha=self.alpha,
-            eps=self.eps,
-            draw=self.draw,
-            method=self.method,
-            weight_normalization=self.weight_normalization,
-            new_priority=self.new_priority,
-            device=device,
-            prioritization=self.prioritization,
-            sort_interval=self.sort_interval,
-        )
+        table = PriorityTable(capacity, device=device, **self.arguments)
         table.fill(self.raw[:capacity].to(device))
         kept = min(capacity, self.capacity)
         table.replayed[:kept] = self.replayed[:kept].to(device)
@@ -339,20 +335,12 @@ class PriorityTable:
         if self.ranks is not None:
             self._refill()
 
-    def _count_changes(self, changes: int) -> None:
-        """So many priorities have changed: `sort`, if that makes it time to."""
-        if self.ranks is not None and self.ranks.due(changes):
+    def _count_changes(self, ranks: RankMasses, changes: int, *, new: bool = False) -> None:
+        """So many priorities have changed, or are new: `sort`, if that makes it time to."""
+        if new:
+            ranks.grow(changes)
+        if ranks.due(changes):
             self.sort()
-
-    def rank_state(self) -> dict[str, Any] | None:
-        """What the masses depend on beside the priorities: see `RankMasses.state`."""
-        ranks = self.ranks
-        return None if ranks is None else ranks.state(self.masses[: ranks.filled])
-
-    def load_rank_state(self, state: dict[str, Any] | None) -> None:
-        """Take over a `rank_state`, after `fill`; without one, the ranks are exact."""
-        if self.ranks is not None and state is not None:
-            self._refill(self.ranks.load(state))
 
     def restore(self, priority: Tensor, ever_max: Tensor, mass: Tensor | None = None) -> None:
         """`fill`, and take over the largest priority that there ever was, 0-dim.
@@ -370,84 +358,3 @@ class PriorityTable:
         self.masses.fill(mass_of(self.raw, self._alpha) if mass is None else mass)
         if self._smallest is not None:
             self._smallest.refresh_all()
-
-    def sample(self, n: int, size: int, generator: torch.Generator | None) -> Tensor:
-        """Draw slots in proportion to p^alpha.
-
-        Args:
-            n: how many.
-            size: number of filled slots.
-            generator: source of the random numbers, on the table's device.
-
-        Returns:
-            int64 [n].
-
-        Raises:
-            EmptyBufferError: nothing, or not enough, can be drawn.
-        """
-        return self._sample_with_mass(n, size, generator)[0]
-
-    def sample_weighted(
-        self,
-        n: int,
-        size: int,
-        generator: torch.Generator | None,
-        *,
-        beta: Tensor | float,
-        filled: Tensor | int,
-    ) -> tuple[Tensor, Tensor]:
-        """`sample`, and the `weights` of the slots drawn.
-
-        Args:
-            n, size, generator: as for `sample`.
-            beta: as for `weights`.
-            filled: `size`, on the device.
-
-        Returns:
-            int64 [n] and float32 [n].
-        """
-        kernel = self.masses.kernels
-        if kernel is None or self._method != "tree" or self.draw == "without_replacement":
-            index, mass = self._sample_with_mass(n, size, generator)
-            return index, self._weights_of(mass, beta, filled)
-        if self._points.shape[0] != n:
-            self._points = torch.empty(n, dtype=torch.float64, device=self.device)
-        point = draws.uniform_like(self._points, generator)
-        return priority_kernels.draw(kernel, self, point, size, float(beta))
-
-    def _sample_with_mass(
-        self, n: int, size: int, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
-        index, mass = self._draw(n, size, generator)
-        self.replayed.index_fill_(0, index, True)
-        return index, mass
-
-    def _draw(self, n: int, size: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        if self._method == "tree":
-            return self.masses.sample_with_mass(n, generator, self.draw)
-        if validation.can_raise(self._raw) and not self.masses.total > 0:
-            raise EmptyBufferError(f"expected a positive priority, got 0 for all {size}")
-        index = draws.multinomial(self.masses[:size], n, self.draw, generator)
-        return index, self.masses.leaves.index_select(0, index)
-
-    def weights(self, index: Tensor, beta: Tensor | float, size: Tensor | int) -> Tensor:
-        """Importance-sampling weights of the slots drawn, float32 [B]."""
-        return self._weights_of(self.masses[index], beta, size)
-
-    def _weights_of(self, mass: Tensor, beta: Tensor | float, size: Tensor | int) -> Tensor:
-        smallest = None if self._smallest is None else self._smallest.value
-        kernels = self.masses.launches
-        if kernels is not None:
-            if self._weight_normalization == "none":
-                weight: Tensor = kernels.weigh(mass, beta, self.masses.total, size)
-            else:
-                weight = kernels.weigh(mass, beta, mass.amin() if smallest is None else smallest)
-            return weight
-        return importance_weights(
-            mass,
-            beta,
-            total=self.masses.total,
-            size=size,
-            smallest=smallest,
-            normalization=self._weight_normalization,
-        )

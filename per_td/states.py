@@ -105,15 +105,8 @@ def state_of(buffer: "PrioritizedReplayBuffer", *, copy: bool) -> dict[str, Any]
         "settings": {
             "capacity": buffer.capacity,
             "batch_size": buffer.batch_size,
-            "alpha": buffer.alpha,
-            "eps": buffer.eps,
             "beta_increment": buffer.beta_increment,
-            "draw": buffer.draw,
-            "method": table.method,
-            "weight_normalization": table.weight_normalization,
-            "new_priority": table.new_priority,
-            "prioritization": table.prioritization,
-            "sort_interval": table.sort_interval,
+            **table.arguments,
             "num_buffers": buffer.num_buffers,
         },
         "beta": buffer._beta.clone(),
@@ -126,7 +119,7 @@ def state_of(buffer: "PrioritizedReplayBuffer", *, copy: bool) -> dict[str, Any]
         "priority": buffer.priority,
         "mass": None if table.ranks is not None else table.masses[:][..., slots].clone(),
         "replayed": table.replayed[: len(buffer)].clone(),
-        "ranks": table.rank_state(),
+        "ranks": None if table.ranks is None else table.ranks.state(table.masses[slots]),
         "transitions": nested(transitions.items()),
         "generator": None if buffer.generator is None else buffer.generator.get_state(),
     }
@@ -186,12 +179,13 @@ def _restore_priorities(
             values = _moved(values, moves, buffer.capacity)
         return values.to(buffer.device)
 
-    mass = None
-    if state.get("mass") is not None and table.ranks is None:
-        mass = placed(state["mass"])
+    mass = None  # then what follows from the priorities, in their exact order
+    if table.ranks is None:
+        if state.get("mass") is not None:
+            mass = placed(state["mass"])
+    elif state.get("ranks") is not None and not moved:
+        mass = table.ranks.load(state["ranks"])
     table.restore(placed(state["priority"]), state["ever_max"], mass)
-    if not moved:  # else the ranks are exact
-        table.load_rank_state(state.get("ranks"))
     if "replayed" in state and buffer.num_buffers is None:
         replayed = placed(state["replayed"])
         table.replayed[: len(replayed)] = replayed
