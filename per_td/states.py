@@ -12,7 +12,7 @@ from per_td.leaves import flattened, nested
 from per_td.state_values import check_values
 
 if TYPE_CHECKING:
-    from per_td.buffer import PrioritizedReplayBuffer
+    from per_td.replay_state import ReplayState
 
 __all__ = ["FORMAT", "Move", "check", "restore", "state_of"]
 
@@ -92,7 +92,7 @@ def _moved(values: Tensor, moves: list[Move], capacity: int) -> Tensor:
     return out
 
 
-def state_of(buffer: "PrioritizedReplayBuffer", *, copy: bool) -> dict[str, Any]:
+def state_of(buffer: "ReplayState", *, copy: bool) -> dict[str, Any]:
     """The whole state; without `copy`, the transitions are those in the buffer's memory."""
     table, storage = buffer._priorities, buffer._storage
     filled = storage.filled()
@@ -125,7 +125,7 @@ def state_of(buffer: "PrioritizedReplayBuffer", *, copy: bool) -> dict[str, Any]
     }
 
 
-def _moves(buffer: "PrioritizedReplayBuffer", state: dict[str, Any]) -> list[Move]:
+def _moves(buffer: "ReplayState", state: dict[str, Any]) -> list[Move]:
     """How the transitions of each ring move into the buffer's capacity.
 
     Raises:
@@ -143,7 +143,7 @@ def _moves(buffer: "PrioritizedReplayBuffer", state: dict[str, Any]) -> list[Mov
 
 
 @torch.no_grad()
-def restore(buffer: "PrioritizedReplayBuffer", state: Any) -> None:
+def restore(buffer: "ReplayState", state: Any) -> None:
     """Take over a state; see `PrioritizedReplayBuffer.load_state_dict`."""
     settings = check(state)["settings"]
     moves = _moves(buffer, state)
@@ -169,9 +169,7 @@ def restore(buffer: "PrioritizedReplayBuffer", state: Any) -> None:
     table.refused.copy_(state["refused_priorities"])
 
 
-def _restore_priorities(
-    buffer: "PrioritizedReplayBuffer", state: dict[str, Any], moves: list[Move]
-) -> None:
+def _restore_priorities(buffer: "ReplayState", state: dict[str, Any], moves: list[Move]) -> None:
     table, moved = buffer._priorities, any(move.moved for move in moves)
 
     def placed(values: Tensor) -> Tensor:
