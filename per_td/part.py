@@ -37,6 +37,7 @@ def draw(buffer: PrioritizedReplayBuffer, n: int) -> Draw:
     storage = buffer._storage
     values, generation = storage.gather(slot)
     leaves = dict(zip(storage._columns, values, strict=True))
+    generation = generation + storage.epoch if storage.epoch else generation
     return Draw(slot, leaves, generation, buffer._priorities.masses[slot])
 
 
