@@ -271,21 +271,17 @@ class PrioritizedReplayBuffer(ReplayState):
 
     def _draw(self, batch_size: int | None) -> tuple[Tensor, Tensor]:
         """Slots and their weights."""
-        n = self._batch_size(batch_size)
-        if not len(self):
+        n, size = self._batch_size(batch_size), len(self)
+        if not size:
             raise EmptyBufferError("expected transitions to sample from, got an empty buffer")
-        if self.draw == "without_replacement" and n > len(self):
+        if self.draw == "without_replacement" and n > size:
             raise EmptyBufferError(
-                f"expected batch_size <= {len(self)}, the transitions in the buffer, to draw"
+                f"expected batch_size <= {size}, the transitions in the buffer, to draw"
                 f" without replacement, got {n}"
             )
+        table, filled = self._priorities, self._storage.size
         return priority_draws.sample_weighted(
-            self._priorities,
-            n,
-            len(self),
-            self.generator,
-            beta=self._beta,
-            filled=self._storage.size,
+            table, n, size, self.generator, beta=self._beta, filled=filled
         )
 
     def _batch_size(self, batch_size: int | None) -> int:
