@@ -15,7 +15,7 @@ from benchmarks.case import Case
 from benchmarks.contestants.own import PerTd
 from benchmarks.race import Entry, Part, race
 from benchmarks.workload import BETA, Point, Pool
-from per_td import batch, draws, validation
+from per_td import batch, draws, priority_draws, priority_kernels, validation
 from per_td.storage import nested
 
 __all__ = ["measure"]
@@ -31,8 +31,8 @@ def _sample_parts(own: PerTd, at: dict) -> Parts:
     tree = table.masses
 
     def draw() -> None:
-        at["index"], at["weight"] = table.sample_weighted(
-            n, own.point.capacity, None, beta=own.buffer._beta, filled=storage.size
+        at["index"], at["weight"] = priority_draws.sample_weighted(
+            table, n, own.point.capacity, None, beta=own.buffer._beta, filled=storage.size
         )
 
     def gather() -> None:
@@ -69,7 +69,9 @@ def _update_parts(own: PerTd, at: dict) -> Parts:
         "checks of the indices": checks,
         "priority table": lambda: update(table.update),
         f"{NESTED}raw priorities, masses, sums, extrema": lambda: update(
-            functools.partial(table._assign, eps=own.buffer.eps)
+            functools.partial(
+                priority_kernels.assign, table.masses.kernels, table, eps=own.buffer.eps
+            )
         ),
         WHOLE: lambda: own.buffer.update_priority(at["index"], at["td_error"], at["generation"]),
     }

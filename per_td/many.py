@@ -11,7 +11,6 @@ from per_td.buffer import PrioritizedReplayBuffer
 from per_td.errors import ConfigurationError, PriorityError, SchemaError
 from per_td.leaves import Leaves
 from per_td.many_priorities import ManyPriorities
-from per_td.memory import Place
 from per_td.rings import Rings, as_mask
 from per_td.tree.forest import as_index_each
 
@@ -57,22 +56,15 @@ class ManyBuffers(PrioritizedReplayBuffer):
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, num_buffers={self.num_buffers})"
 
-    def _make(
-        self,
-        capacity: int,
-        num_buffers: int | None,
-        layout: str,
-        place: Place,
-        **settings: Any,
-    ) -> None:
+    def _make(self, num_buffers: int | None, ring: dict[str, Any], table: dict[str, Any]) -> None:
         n = validation.positive_int("num_buffers", num_buffers)
-        if settings["prioritization"] != "proportional":
+        if table["prioritization"] != "proportional":
             raise ConfigurationError(
                 f"prioritization: expected 'proportional' with num_buffers={n},"
-                f" got {settings['prioritization']!r}: ranks are kept for one buffer"
+                f" got {table['prioritization']!r}: ranks are kept for one buffer"
             )
-        self._storage = Rings(n, capacity, self.device, layout, place)
-        self._priorities = ManyPriorities(n, capacity, device=self.device, **settings)
+        self._storage = Rings(n, **ring)
+        self._priorities = ManyPriorities(n, **table)
 
     @property
     def num_buffers(self) -> int:
@@ -158,12 +150,7 @@ class ManyBuffers(PrioritizedReplayBuffer):
 
     def _draw(self, batch_size: int | None) -> tuple[Tensor, Tensor]:
         """Slots and their weights, [S, B]."""
-        n = self.batch_size if batch_size is None else batch_size
-        if n is None:
-            raise ConfigurationError(
-                "batch_size: expected one in sample() or in the constructor, got none"
-            )
-        n = validation.positive_int("batch_size", n)
+        n = self._batch_size(batch_size)
         lengths = self._storage.lengths
         return self._priorities.sample_each(n, lengths, self.generator, beta=self._beta)
 
@@ -208,11 +195,7 @@ class ManyBuffers(PrioritizedReplayBuffer):
         index = as_index_each("index", index, self.num_buffers, self.device)
         if generation is not None:
             generation = as_index_each("generation", generation, self.num_buffers, self.device)
-            if generation.shape != index.shape:
-                raise PriorityError(
-                    f"generation: expected shape {list(index.shape)}, one per index,"
-                    f" got {list(generation.shape)}"
-                )
+            validation.require_same_shape("generation", generation, index)
         stale = self._priorities.update_each(
             index,
             td_error,

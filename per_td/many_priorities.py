@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from per_td import validation
+from per_td import priority_kernels, validation
 from per_td.errors import EmptyBufferError, IndexRangeError
 from per_td.priorities import PriorityTable
 from per_td.ring import generation_of
@@ -102,11 +102,21 @@ class ManyPriorities(PriorityTable):
         leaf, priority = validation.route(
             leaf, priority.expand_as(plan.kept).flatten(), kept, self.masses.layout.spare
         )
-        if self.masses.launches is not None:  # it would count the spare leaf as refused
-            self._launch(torch.where(kept, leaf, 0), priority, live=kept)
-        elif self._assign(leaf, priority, self.masses.layout.leaf_slots, eps=0.0) is None:
-            self._write(leaf, priority)
+        self._write_leaves(leaf, priority, kept)
         self._note_largest()
+
+    def _write_leaves(self, leaf: Tensor, priority: Tensor, kept: Tensor) -> None:
+        """Write priorities of leaves [n]; what is not `kept` is for the spare one."""
+        kernel, launches = self.masses.kernels, self.masses.launches
+        if launches is not None:  # it would count the spare leaf as refused
+            leaf = torch.where(kept, leaf, 0)
+            priority_kernels.launch(launches, self, leaf, priority, live=kept)
+            return
+        done, size = None, self.masses.layout.leaf_slots
+        if kernel is not None:
+            done = priority_kernels.assign(kernel, self, leaf, priority, size, eps=0.0)
+        if done is None:
+            self._write(leaf, priority)
 
     def _note_largest(self) -> None:
         torch.maximum(self.ever_max_each, self.largest_each, out=self.ever_max_each)
@@ -155,8 +165,9 @@ class ManyPriorities(PriorityTable):
         mask: Tensor | None,
         written: Tensor,
     ) -> int | None:
-        """`update_each` with kernels; None, and nothing is written, as for `_assign`."""
-        if self.masses.kernels is None:
+        """`update_each` with kernels; None, and nothing is written, without or if they refuse."""
+        kernel = self.masses.kernels
+        if kernel is None:
             return None
         index, td_error = index.contiguous(), td_error.contiguous()
         generation = None if generation is None else generation.contiguous()
@@ -179,7 +190,7 @@ class ManyPriorities(PriorityTable):
         )
         if n < 0:
             return None
-        self._assign(flat[:n], kept[:n], self.capacity, eps=self._eps)
+        priority_kernels.assign(kernel, self, flat[:n], kept[:n], self.capacity, eps=self._eps)
         return int(dropped)
 
     def _update_plain(

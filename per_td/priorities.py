@@ -1,17 +1,16 @@
-"""PriorityTable: the raw priority of every slot, and everything that follows from it."""
+"""PriorityTable: the raw priority of every slot, and the masses and extrema that follow from it."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from per_td import draws, validation
-from per_td.errors import EmptyBufferError
+from per_td import draws, priority_kernels, validation
 from per_td.memory import zeros
 from per_td.ranks import DEFAULT_ALPHA, RankMasses
 from per_td.ring import generation_of
 from per_td.tree import ExtremumTree, SumTree, reference
-from per_td.weights import NORMALIZATIONS, importance_weights, mass_of, priority_of
+from per_td.weights import NORMALIZATIONS, mass_of, priority_of
 
 __all__ = ["NEW_PRIORITIES", "PriorityTable"]
 
@@ -19,7 +18,9 @@ NEW_PRIORITIES = ("buffer_max", "ever_max")
 
 
 class PriorityTable:
-    """Priorities p, masses p^alpha, draws in proportion to them, importance-sampling weights.
+    """Priorities p, masses p^alpha, and the settings of draws in proportion to them.
+
+    Writing is here; what draws is in `per_td.priority_draws`.
 
     Raw priorities are the truth, and masses follow from them, so alpha may change at any time and
     nothing is lost, not even at alpha = 0. Slots beyond those filled have priority 0. Rank-based,
@@ -27,16 +28,9 @@ class PriorityTable:
 
     Args:
         capacity: number of slots.
-        alpha: exponent of the priorities, at least 0; None takes 0.6, rank-based 0.7.
-        eps: added to |TD error|, at least 0.
-        draw: "independent", "stratified" or "without_replacement".
-        method: "auto", "multinomial" or "tree".
-        weight_normalization: "batch", "buffer" or "none".
-        new_priority: what new transitions get: the largest priority in the buffer ("buffer_max"),
-            or the largest it ever held ("ever_max").
+        alpha, eps, draw, method, weight_normalization, new_priority, prioritization, sort_interval:
+            as for `PrioritizedReplayBuffer`.
         device: where priorities live.
-        prioritization: "proportional" or "rank".
-        sort_interval: see `RankMasses`; for "rank" only.
         masses: the tree to keep the masses in; None makes one.
 
     Raises:
@@ -135,6 +129,20 @@ class PriorityTable:
         elif self._smallest is None:
             self._smallest = ExtremumTree(self.masses.leaves, self.masses.layout, "min")
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What makes another table like this one, of any capacity, on any device."""
+        return {
+            "alpha": self.alpha,
+            "eps": self.eps,
+            "draw": self.draw,
+            "method": self.method,
+            "weight_normalization": self.weight_normalization,
+            "new_priority": self.new_priority,
+            "prioritization": self.prioritization,
+            "sort_interval": self.sort_interval,
+        }
+
     def for_new(self) -> Tensor:
         """Priority of transitions that nobody gave one: 0-dim (section 3.3, algorithm 1 line 6).
 
@@ -160,10 +168,17 @@ class PriorityTable:
             index: slots, int64 [n], without repetitions.
             priority: from `check_initial`, [n]; None, and -1, stand for that of `for_new`.
         """
+        kernel, done = self.masses.kernels, None
+        if kernel is not None:
+            done = priority_kernels.assign(
+                kernel, self, index, priority, self.capacity, eps=0.0, new=True
+            )
+        if done is None:
+            self._write_new_in_torch(index, priority)
         if self.ranks is not None:
-            self.ranks.grow(len(index))
-        if self._assign(index, priority, self.capacity, eps=0.0, new=True) is not None:
-            return
+            self._count_changes(self.ranks, len(index), new=True)
+
+    def _write_new_in_torch(self, index: Tensor, priority: Tensor | None) -> None:
         self.replayed.index_fill_(0, index, False)
         if priority is None:
             priority = self.for_new().expand(index.shape)
@@ -180,40 +195,14 @@ class PriorityTable:
             index = torch.arange(start, start + n, device=self.device).remainder_(self.capacity)
             self.write_new(index, None)
         elif n:
-            ranks = self.ranks
-            kernel.renew(
-                *self._memory,
-                start,
-                n,
-                self.capacity,
-                self._alpha if ranks is None else -self._alpha,
-                self._known,
-                self.ever_max.data_ptr(),
-                self.replayed.data_ptr(),
-                0 if ranks is None else ranks.snapshot.data_ptr(),
-            )
-            if ranks is not None:
-                ranks.grow(n)
-                self._sort_after(n)
+            priority_kernels.renew(kernel, self, start, n)
+            if self.ranks is not None:
+                self._count_changes(self.ranks, n, new=True)
 
     @property
     def _launches(self) -> Any:
         """The changes of priorities in Triton, which know no ranks."""
         return None if self.ranks is not None else self.masses.launches
-
-    @property
-    def _memory(self) -> tuple[int, ...]:
-        """Addresses of priorities, masses, sums, maxima, minima and levels; number of levels."""
-        leaves, sums, levels, depth = self.masses.memory
-        smallest = 0 if self._smallest is None else self._smallest.nodes.data_ptr()
-        maxima = self._largest.nodes.data_ptr()
-        return self._raw.data_ptr(), leaves, sums, maxima, smallest, levels, depth
-
-    @property
-    def _known(self) -> int:
-        """Address of the priority that new transitions get, unless it is 0."""
-        own = self.new_priority == "buffer_max"
-        return self._largest.root if own else self.ever_max.data_ptr()
 
     def update(
         self,
@@ -245,8 +234,11 @@ class PriorityTable:
                 On CUDA such updates are refused and counted instead.
         """
         td_error = validation.as_values("td_error", td_error, index)
-        if self._launches is not None:
-            return self._launch(
+        kernel, launches = self.masses.kernels, self._launches
+        if launches is not None:
+            return priority_kernels.launch(
+                launches,
+                self,
                 index,
                 td_error,
                 eps=self._settings[1],
@@ -255,141 +247,45 @@ class PriorityTable:
                 generation=generation,
                 written=written,
             )
-        if live is None:
-            dropped = self._assign(
-                index, td_error, size, eps=self._eps, generation=generation, written=written
+        dropped: Tensor | int | None = None
+        if kernel is not None and live is None:
+            dropped = priority_kernels.assign(
+                kernel,
+                self,
+                index,
+                td_error,
+                size,
+                eps=self._eps,
+                generation=generation,
+                written=written,
             )
-            if dropped is not None:
-                return dropped
+        if dropped is None:
+            if generation is not None:
+                live = generation == generation_of(index, written, self.capacity)
+            dropped = self._update_in_torch(index, td_error, size, live)
+        if self.ranks is not None:
+            self._count_changes(self.ranks, len(index))
+        return dropped
+
+    def _update_in_torch(
+        self, index: Tensor, td_error: Tensor, size: Tensor | int, live: Tensor | None
+    ) -> Tensor | int:
         priority = priority_of(td_error, self._eps)
         valid = validation.require_in_range(index, size)
         valid = valid & validation.require_finite("td_error", priority)
         if not validation.can_raise(valid):
             self.refused += (~valid).sum()
-        if generation is not None:
-            live = generation == generation_of(index, written, self.capacity)
         if live is not None:
             valid = valid & live
         index, priority = validation.route(index, priority, valid, self.masses.layout.spare)
         self._write(*reference.keep_last(index, priority))
         return 0 if live is None else (~live).sum()
 
-    def update_stamped(
-        self,
-        index: Tensor,
-        td_error: Tensor,
-        size: int,
-        *,
-        drawn: Tensor,
-        generation: Tensor,
-        squared: bool,
-    ) -> bool:
-        """`update`, compiled, where the generations of all slots are kept, for batches all live.
-
-        Not of ranks.
-
-        Args:
-            index: slots, int64 [B], contiguous.
-            td_error: float32, as many, contiguous.
-            size: number of slots that may be named.
-            drawn: generations of the transitions meant, int64, as many, contiguous.
-            generation: generations of the slots, int64 [size].
-            squared: whether `td_error` is delta^2.
-
-        Returns:
-            False, and nothing is written, where there is no kernel, or it finds something wrong or
-            overwritten: `update` will see to it.
-        """
-        kernel = self.masses.kernels
-        if kernel is None or self.ranks is not None:
-            return False
-        done: bool = kernel.settle(
-            *self._memory,
-            index.data_ptr(),
-            td_error.data_ptr(),
-            index.numel(),
-            size,
-            drawn.data_ptr(),
-            generation.data_ptr(),
-            squared,
-            self._eps,
-            self._alpha,
-            self.ever_max.data_ptr(),
-        )
-        return done
-
-    def _assign(
-        self,
-        index: Tensor,
-        value: Tensor | None,
-        size: Tensor | int,
-        *,
-        eps: float,
-        generation: Tensor | None = None,
-        written: Tensor | int = 0,
-        new: bool = False,
-    ) -> int | None:
-        """Write |value| + eps, compiled; a value of None stands for the priority of `for_new`.
-
-        What is `new` has not been replayed.
-
-        How many were dropped; None, and nothing is written, where there is no kernel or it
-        refuses: plain torch then does the work, or finds the words for what is wrong.
-        """
-        kernel = self.masses.kernels
-        if kernel is None:
-            return None
-        ranks = self.ranks
-        index = index.contiguous()
-        value = None if value is None else value.contiguous()
-        generation = None if generation is None else generation.contiguous()
-        dropped: int = kernel.assign(
-            *self._memory,
-            index.data_ptr(),
-            0 if value is None else value.data_ptr(),
-            index.numel(),
-            int(size),
-            0 if generation is None else generation.data_ptr(),
-            int(written),
-            self.capacity,
-            eps,
-            self._alpha if ranks is None else -self._alpha,
-            self._known,
-            self.ever_max.data_ptr(),
-            self.replayed.data_ptr() if new else 0,
-            0 if ranks is None else ranks.snapshot.data_ptr(),
-        )
-        if dropped < 0:
-            return None
-        if ranks is not None:
-            self._sort_after(len(index))
-        return dropped
-
-    def _launch(self, index: Tensor, value: Tensor, **given: Any) -> Tensor | int:
-        """Write priorities in Triton; how many were dropped. See `cuda_update.assign`."""
-        kernels: Any = self.masses.launches
-        smallest = self._smallest
-        trees = kernels.Trees(
-            self.masses.layout,
-            (self.masses.leaves, self.masses.nodes),
-            (self._raw, self._largest.nodes),
-            None if smallest is None else (smallest.leaves, smallest.nodes),
-        )
-        dropped: Tensor | int = kernels.assign(
-            trees,
-            self._raw,
-            index,
-            value,
-            alpha=self._settings[0],
-            ever_max=self.ever_max,
-            refused=self.refused,
-            **given,
-        )
-        return dropped
-
     def _write(self, index: Tensor, priority: Tensor) -> None:
-        if self._launches is not None:
-            self._launch(index, priority)
+        """Write valid priorities, and all that follows from them."""
+        launches = self._launches
+        if launches is not None:
+            priority_kernels.launch(launches, self, index, priority)
             return
         self._raw[index] = priority
         if self.ranks is None:
@@ -402,22 +298,10 @@ class PriorityTable:
             self._smallest.refresh(index)
         if priority.numel():
             torch.maximum(self.ever_max, priority.amax(), out=self.ever_max)
-        self._sort_after(len(index))
 
     def moved(self, capacity: int, device: torch.device) -> "PriorityTable":
         """A table with the same settings and priorities, of this capacity, on this device."""
-        table = PriorityTable(
-            capacity,
-            alpha=self.alpha,
-            eps=self.eps,
-            draw=self.draw,
-            method=self.method,
-            weight_normalization=self.weight_normalization,
-            new_priority=self.new_priority,
-            device=device,
-            prioritization=self.prioritization,
-            sort_interval=self.sort_interval,
-        )
+        table = PriorityTable(capacity, device=device, **self.arguments)
         table.fill(self.raw[:capacity].to(device))
         kept = min(capacity, self.capacity)
         table.replayed[:kept] = self.replayed[:kept].to(device)
@@ -451,20 +335,12 @@ class PriorityTable:
         if self.ranks is not None:
             self._refill()
 
-    def _sort_after(self, changes: int) -> None:
-        """`sort`, if so many more changes make it time to."""
-        if self.ranks is not None and self.ranks.due(changes):
+    def _count_changes(self, ranks: RankMasses, changes: int, *, new: bool = False) -> None:
+        """So many priorities have changed, or are new: `sort`, if that makes it time to."""
+        if new:
+            ranks.grow(changes)
+        if ranks.due(changes):
             self.sort()
-
-    def rank_state(self) -> dict[str, Any] | None:
-        """What the masses depend on beside the priorities: see `RankMasses.state`."""
-        ranks = self.ranks
-        return None if ranks is None else ranks.state(self.masses[: ranks.filled])
-
-    def load_rank_state(self, state: dict[str, Any] | None) -> None:
-        """Take over a `rank_state`, after `fill`; without one, the ranks are exact."""
-        if self.ranks is not None and state is not None:
-            self._refill(self.ranks.load(state))
 
     def restore(self, priority: Tensor, ever_max: Tensor, mass: Tensor | None = None) -> None:
         """`fill`, and take over the largest priority that there ever was, 0-dim.
@@ -482,100 +358,3 @@ class PriorityTable:
         self.masses.fill(mass_of(self.raw, self._alpha) if mass is None else mass)
         if self._smallest is not None:
             self._smallest.refresh_all()
-
-    def sample(self, n: int, size: int, generator: torch.Generator | None) -> Tensor:
-        """Draw slots in proportion to p^alpha.
-
-        Args:
-            n: how many.
-            size: number of filled slots.
-            generator: source of the random numbers, on the table's device.
-
-        Returns:
-            int64 [n].
-
-        Raises:
-            EmptyBufferError: nothing, or not enough, can be drawn.
-        """
-        return self._sample_with_mass(n, size, generator)[0]
-
-    def sample_weighted(
-        self,
-        n: int,
-        size: int,
-        generator: torch.Generator | None,
-        *,
-        beta: Tensor | float,
-        filled: Tensor | int,
-    ) -> tuple[Tensor, Tensor]:
-        """`sample`, and the `weights` of the slots drawn.
-
-        Args:
-            n, size, generator: as for `sample`.
-            beta: as for `weights`.
-            filled: `size`, on the device.
-
-        Returns:
-            int64 [n] and float32 [n].
-        """
-        kernel = self.masses.kernels
-        if kernel is None or self._method != "tree" or self.draw == "without_replacement":
-            index, mass = self._sample_with_mass(n, size, generator)
-            return index, self._weights_of(mass, beta, filled)
-        if self._points.shape[0] != n:
-            self._points = torch.empty(n, dtype=torch.float64, device=self.device)
-        point = draws.uniform_like(self._points, generator)
-        index = torch.empty_like(point, dtype=torch.int64)
-        weight = torch.empty_like(point, dtype=torch.float32)
-        total = kernel.sample(
-            *self.masses.memory,
-            point.data_ptr(),
-            n,
-            self.draw == "stratified",
-            index.data_ptr(),
-            float(beta),
-            0 if self._smallest is None else self._smallest.root,
-            size if self._weight_normalization == "none" else 0,
-            weight.data_ptr(),
-            self.replayed.data_ptr(),
-        )
-        if not total > 0:
-            raise EmptyBufferError("expected a positive mass to draw from, got only masses of 0")
-        return index, weight
-
-    def _sample_with_mass(
-        self, n: int, size: int, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor]:
-        index, mass = self._draw(n, size, generator)
-        self.replayed.index_fill_(0, index, True)
-        return index, mass
-
-    def _draw(self, n: int, size: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        if self._method == "tree":
-            return self.masses.sample_with_mass(n, generator, self.draw)
-        if validation.can_raise(self._raw) and not self.masses.total > 0:
-            raise EmptyBufferError(f"expected a positive priority, got 0 for all {size}")
-        index = draws.multinomial(self.masses[:size], n, self.draw, generator)
-        return index, self.masses.leaves.index_select(0, index)
-
-    def weights(self, index: Tensor, beta: Tensor | float, size: Tensor | int) -> Tensor:
-        """Importance-sampling weights of the slots drawn, float32 [B]."""
-        return self._weights_of(self.masses[index], beta, size)
-
-    def _weights_of(self, mass: Tensor, beta: Tensor | float, size: Tensor | int) -> Tensor:
-        smallest = None if self._smallest is None else self._smallest.value
-        kernels = self.masses.launches
-        if kernels is not None:
-            if self._weight_normalization == "none":
-                weight: Tensor = kernels.weigh(mass, beta, self.masses.total, size)
-            else:
-                weight = kernels.weigh(mass, beta, mass.amin() if smallest is None else smallest)
-            return weight
-        return importance_weights(
-            mass,
-            beta,
-            total=self.masses.total,
-            size=size,
-            smallest=smallest,
-            normalization=self._weight_normalization,
-        )

@@ -90,6 +90,14 @@ def likes(columns: Iterable[Tensor], *n: int) -> list[Tensor]:
     ]
 
 
+def _copies(
+    columns: Iterable[Tensor], like: Sequence[Tensor]
+) -> tuple[list[Tensor], "array[int]", "array[int]"]:
+    """Tensors for copies of rows; addresses of the columns, and of these."""
+    out = list(map(torch.empty_like, like))
+    return out, _addresses(columns), _addresses(out)
+
+
 def scatter(
     kernel: ModuleType,
     columns: Iterable[Tensor],
@@ -150,8 +158,7 @@ def gather(
     Returns:
         Contiguous tensors [B, ...].
     """
-    out = list(map(torch.empty_like, like))
-    first, to = _addresses(columns), _addresses(out)
+    out, first, to = _copies(columns, like)
     kernel.gather(
         first.buffer_info()[0],
         sizes.data_ptr(),
@@ -203,9 +210,8 @@ def gather_each(
     Returns:
         Contiguous tensors [S, B, ...], and generations, int64 [S, B].
     """
-    out = list(map(torch.empty_like, like))
+    out, first, to = _copies(columns, like)
     generation = torch.empty_like(index)
-    first, to = _addresses(columns), _addresses(out)
     kernel.gather(
         first.buffer_info()[0],
         sizes.data_ptr(),

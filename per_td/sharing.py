@@ -11,7 +11,6 @@ from torch import Tensor
 from per_td import states
 from per_td.errors import CheckpointError, ConfigurationError, PerTdError, PriorityError
 from per_td.leaves import Leaves, count
-from per_td.memory import Place
 from per_td.mutex import RobustMutex
 from per_td.priorities import PriorityTable
 from per_td.storage import RingStorage
@@ -233,29 +232,22 @@ class SharedReplayBuffer(LockedReplayBuffer):
     _storage: SharedRing
     _priorities: SharedTable
 
-    def _make(
-        self,
-        capacity: int,
-        num_buffers: int | None,
-        layout: str,
-        place: Place,
-        **settings: Any,
-    ) -> None:
-        if place.storage != "memory":
-            raise ConfigurationError(f"shared: expected storage='memory', got {place.storage!r}")
+    def _make(self, num_buffers: int | None, ring: dict[str, Any], table: dict[str, Any]) -> None:
+        storage = ring["place"].storage
+        if storage != "memory":
+            raise ConfigurationError(f"shared: expected storage='memory', got {storage!r}")
         if num_buffers is not None:
             raise ConfigurationError(f"shared: expected num_buffers=None, got {num_buffers!r}")
-        if settings["prioritization"] != "proportional":
+        if table["prioritization"] != "proportional":
             raise ConfigurationError(
-                "shared: expected prioritization='proportional',"
-                f" got {settings['prioritization']!r}"
+                f"shared: expected prioritization='proportional', got {table['prioritization']!r}"
             )
         if self.device.type != "cpu":
             raise ConfigurationError(f"shared: expected the device 'cpu', got '{self.device}'")
         _share(self._beta, self._stale)
         self._journal = Journal()
-        self._storage = SharedRing(capacity, self.device, layout, self._journal)
-        self._priorities = SharedTable(capacity, device=self.device, **settings)
+        self._storage = SharedRing(ring["capacity"], self.device, ring["layout"], self._journal)
+        self._priorities = SharedTable(**table)
 
     def _arrange(self, **wanted: Any) -> None:
         super()._arrange(**wanted | {"shared": False})

@@ -12,7 +12,7 @@ from per_td.leaves import flattened, nested
 from per_td.state_values import check_values
 
 if TYPE_CHECKING:
-    from per_td.buffer import PrioritizedReplayBuffer
+    from per_td.replay_state import ReplayState
 
 __all__ = ["FORMAT", "Move", "check", "restore", "state_of"]
 
@@ -92,7 +92,7 @@ def _moved(values: Tensor, moves: list[Move], capacity: int) -> Tensor:
     return out
 
 
-def state_of(buffer: "PrioritizedReplayBuffer", *, copy: bool) -> dict[str, Any]:
+def state_of(buffer: "ReplayState", *, copy: bool) -> dict[str, Any]:
     """The whole state; without `copy`, the transitions are those in the buffer's memory."""
     table, storage = buffer._priorities, buffer._storage
     filled = storage.filled()
@@ -105,15 +105,8 @@ def state_of(buffer: "PrioritizedReplayBuffer", *, copy: bool) -> dict[str, Any]
         "settings": {
             "capacity": buffer.capacity,
             "batch_size": buffer.batch_size,
-            "alpha": buffer.alpha,
-            "eps": buffer.eps,
             "beta_increment": buffer.beta_increment,
-            "draw": buffer.draw,
-            "method": table.method,
-            "weight_normalization": table.weight_normalization,
-            "new_priority": table.new_priority,
-            "prioritization": table.prioritization,
-            "sort_interval": table.sort_interval,
+            **table.arguments,
             "num_buffers": buffer.num_buffers,
         },
         "beta": buffer._beta.clone(),
@@ -126,13 +119,13 @@ def state_of(buffer: "PrioritizedReplayBuffer", *, copy: bool) -> dict[str, Any]
         "priority": buffer.priority,
         "mass": None if table.ranks is not None else table.masses[:][..., slots].clone(),
         "replayed": table.replayed[: len(buffer)].clone(),
-        "ranks": table.rank_state(),
+        "ranks": None if table.ranks is None else table.ranks.state(table.masses[slots]),
         "transitions": nested(transitions.items()),
         "generator": None if buffer.generator is None else buffer.generator.get_state(),
     }
 
 
-def _moves(buffer: "PrioritizedReplayBuffer", state: dict[str, Any]) -> list[Move]:
+def _moves(buffer: "ReplayState", state: dict[str, Any]) -> list[Move]:
     """How the transitions of each ring move into the buffer's capacity.
 
     Raises:
@@ -150,7 +143,7 @@ def _moves(buffer: "PrioritizedReplayBuffer", state: dict[str, Any]) -> list[Mov
 
 
 @torch.no_grad()
-def restore(buffer: "PrioritizedReplayBuffer", state: Any) -> None:
+def restore(buffer: "ReplayState", state: Any) -> None:
     """Take over a state; see `PrioritizedReplayBuffer.load_state_dict`."""
     settings = check(state)["settings"]
     moves = _moves(buffer, state)
@@ -176,9 +169,7 @@ def restore(buffer: "PrioritizedReplayBuffer", state: Any) -> None:
     table.refused.copy_(state["refused_priorities"])
 
 
-def _restore_priorities(
-    buffer: "PrioritizedReplayBuffer", state: dict[str, Any], moves: list[Move]
-) -> None:
+def _restore_priorities(buffer: "ReplayState", state: dict[str, Any], moves: list[Move]) -> None:
     table, moved = buffer._priorities, any(move.moved for move in moves)
 
     def placed(values: Tensor) -> Tensor:
@@ -186,12 +177,13 @@ def _restore_priorities(
             values = _moved(values, moves, buffer.capacity)
         return values.to(buffer.device)
 
-    mass = None
-    if state.get("mass") is not None and table.ranks is None:
-        mass = placed(state["mass"])
+    mass = None  # then what follows from the priorities, in their exact order
+    if table.ranks is None:
+        if state.get("mass") is not None:
+            mass = placed(state["mass"])
+    elif state.get("ranks") is not None and not moved:
+        mass = table.ranks.load(state["ranks"])
     table.restore(placed(state["priority"]), state["ever_max"], mass)
-    if not moved:  # else the ranks are exact
-        table.load_rank_state(state.get("ranks"))
     if "replayed" in state and buffer.num_buffers is None:
         replayed = placed(state["replayed"])
         table.replayed[: len(replayed)] = replayed

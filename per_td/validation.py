@@ -17,6 +17,7 @@ from torch import Tensor
 from per_td.errors import ConfigurationError, IndexRangeError, PerTdError, PriorityError
 
 __all__ = [
+    "as_generator",
     "as_index",
     "as_tensor",
     "as_values",
@@ -27,6 +28,7 @@ __all__ = [
     "require_finite",
     "require_in_range",
     "require_plain",
+    "require_same_shape",
     "resolve_device",
     "route",
     "to_device",
@@ -61,6 +63,23 @@ def resolve_device(device: torch.device | str | int | None) -> torch.device:
     if found.type == "meta":
         raise ConfigurationError("device: expected one that holds values, got meta")
     return found
+
+
+def as_generator(generator: torch.Generator | None, device: torch.device) -> torch.Generator | None:
+    """`generator` if it is one for draws on `device`, or None, which stands for torch's own.
+
+    Raises:
+        ConfigurationError: it is something else, or on another kind of device.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ConfigurationError(
+            f"generator: expected a torch.Generator, got {type(generator).__name__}"
+        )
+    if generator is not None and generator.device.type != device.type:
+        raise ConfigurationError(
+            f"generator: expected one on {device}, got one on {generator.device}"
+        )
+    return generator
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -168,6 +187,14 @@ def as_index(index: Any, device: torch.device, name: str = "index") -> Tensor:
     if index.ndim > 1:
         raise IndexRangeError(f"{name}: expected shape [B], got {list(index.shape)}")
     return to_device(index.reshape(-1), device).long()
+
+
+def require_same_shape(name: str, values: Tensor, index: Tensor) -> None:
+    """Refuse with a PriorityError `values` that are not one per index."""
+    if values.shape != index.shape:
+        raise PriorityError(
+            f"{name}: expected shape {list(index.shape)}, one per index, got {list(values.shape)}"
+        )
 
 
 def as_values(name: str, values: Any, index: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from per_td import PrioritizedReplayBuffer
+from per_td import PrioritizedReplayBuffer, priority_draws
 from tests.oracle import assert_drawn_from, data
 
 DRAWS = ("independent", "stratified", "without_replacement")
@@ -37,7 +37,7 @@ def test_sampling_is_one_graph_and_batches_are_what_they_are_without(draw, norma
     expected = data(0, 40)[index]
     for key in ("observation", "action", ("next", "reward")):
         assert torch.equal(batch[key], expected[key])
-    weight = buffer._priorities.weights(index, buffer.beta, 40)
+    weight = priority_draws.weights(buffer._priorities, index, buffer.beta, 40)
     torch.testing.assert_close(batch["priority_weight"], weight)
     assert batch["generation"].tolist() == [0] * 16
     assert (buffer.priority[index] > 0).all()
@@ -96,7 +96,7 @@ def test_what_changes_between_two_calls_is_not_compiled_in():
     batch = sample(16)
     assert set(batch["index"].tolist()) == {49}
     assert buffer.stats()["stale_updates"] == 1
-    weight = buffer._priorities.weights(batch["index"], 1.0, 50)
+    weight = priority_draws.weights(buffer._priorities, batch["index"], 1.0, 50)
     torch.testing.assert_close(batch["priority_weight"], weight)
 
 

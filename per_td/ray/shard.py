@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from tensordict import TensorDict
 
-from per_td import checkpoint
+from per_td import checkpoint, part
 from per_td.buffer import PrioritizedReplayBuffer
 from per_td.errors import CheckpointError
 from per_td.ray import wire
@@ -107,11 +107,10 @@ class Shard:
     def report(self) -> Report:
         """How the shard stands."""
         self._serial += 1
-        table, stats = self._buffer._priorities, self._buffer.stats()
-        smallest = torch.inf if table._smallest is None else float(table._smallest.value)
+        stats = self._buffer.stats()
         return Report(
-            float(table.masses.total),
-            smallest,
+            part.total_mass(self._buffer),
+            part.smallest_mass(self._buffer),
             len(self._buffer),
             stats["written"],
             stats["stale_updates"],
@@ -139,15 +138,12 @@ class Shard:
 
     def sample(self, n: int) -> Drawn | Report:
         """Draw `n` transitions; only a report where there is nothing to draw."""
-        buffer = self._buffer
-        if not buffer._priorities.masses.total > 0:
+        if not part.total_mass(self._buffer) > 0:
             return self.report()
-        index, _ = buffer._draw(n)
-        values, generation = buffer._storage.gather(index)
-        mass = buffer._priorities.masses[index]
-        packed = wire.pack(dict(zip(buffer._storage._columns, values, strict=True)))
-        told = wire.array(generation) + (self._epoch << _EPOCH_BITS)
-        return Drawn(self.report(), packed, wire.array(index), told, wire.array(mass))
+        drawn = part.draw(self._buffer, n)
+        packed = wire.pack(drawn.leaves)
+        told = wire.array(drawn.generation) + (self._epoch << _EPOCH_BITS)
+        return Drawn(self.report(), packed, wire.array(drawn.slot), told, wire.array(drawn.mass))
 
     def update(self, index: Array, td_error: Array, generation: Array | None = None) -> Report:
         """Set priorities to |td_error| + eps; what is stale is dropped and counted.
@@ -158,7 +154,7 @@ class Shard:
         if generation is not None:
             # Of another epoch, an index may lie beyond what the shard holds now: so here, not below
             live = (generation >> _EPOCH_BITS) == self._epoch
-            self._buffer._stale += int((~live).sum())
+            part.count_stale(self._buffer, int((~live).sum()))
             index, td_error = index[live], td_error[live]
             generation = generation[live] & ((1 << _EPOCH_BITS) - 1)
         if len(index):
@@ -183,7 +179,7 @@ class Shard:
 
     def transitions(self) -> Packed:
         """All transitions, [size], in the order of their slots."""
-        return wire.pack(self._buffer._storage.filled())
+        return wire.pack(part.transitions(self._buffer))
 
     def checkpoint(self) -> None:
         """Write the whole state to the folder, and begin a new log.

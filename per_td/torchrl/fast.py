@@ -18,6 +18,7 @@ from torchrl.data.replay_buffers.storages import (
     _collate_id,
 )
 
+from per_td import priority_draws, priority_kernels
 from per_td.errors import EmptyBufferError
 from per_td.torchrl.columns import Columns
 from per_td.torchrl.sampler import PrioritizedSampler
@@ -150,8 +151,8 @@ def read(buffer: ReplayBuffer, columns: Columns, n: int) -> tuple[TensorDict, di
     sampler, size = buffer._sampler, buffer._storage._len_value.get_obj().value
     if not size:
         raise EmptyBufferError("Cannot sample from an empty storage.")
-    index, weight = sampler._table.sample_weighted(
-        n, size, sampler._rng, beta=sampler._beta, filled=size
+    index, weight = priority_draws.sample_weighted(
+        sampler._table, n, size, sampler._rng, beta=sampler._beta, filled=size
     )
     info = {"priority_weight": weight}
     return columns.gather(index, buffer._writer._generation, info), info
@@ -180,7 +181,8 @@ def settle(
         and _packed(index, n, torch.int64)
         and _packed(generation, n, torch.int64)
         and _packed(td_error, n, torch.float32)
-        and sampler._table.update_stamped(
+        and priority_kernels.settle(
+            sampler._table,
             index,
             td_error,
             sampler._max_capacity,

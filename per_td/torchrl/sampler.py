@@ -10,7 +10,7 @@ from torchrl.data import replay_buffers as torchrl_buffers
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.storages import Storage
 
-from per_td import checkpoint, validation
+from per_td import checkpoint, priority_draws, validation
 from per_td.errors import CheckpointError, EmptyBufferError, PriorityError
 from per_td.priorities import PriorityTable
 
@@ -215,8 +215,8 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         if len(storage) == 0:
             raise EmptyBufferError("Cannot sample from an empty storage.")
         size = len(storage)
-        index, weight = self._table.sample_weighted(
-            batch_size, size, self._rng, beta=self._beta, filled=size
+        index, weight = priority_draws.sample_weighted(
+            self._table, batch_size, size, self._rng, beta=self._beta, filled=size
         )
         where = torch.unravel_index(index, storage.shape) if storage.ndim > 1 else index
         return where, {"priority_weight": weight}

@@ -11,7 +11,7 @@ from torchrl.data import replay_buffers as torchrl_buffers
 from torchrl.data.replay_buffers.samplers import SliceSampler
 from torchrl.data.replay_buffers.storages import Storage
 
-from per_td import validation
+from per_td import priority_draws, validation
 from per_td.errors import EmptyBufferError
 from per_td.torchrl import boundaries, slice_batches
 from per_td.torchrl.sampler import PrioritizedSampler
@@ -248,7 +248,7 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
 
     def _weights(self, slot: Tensor, mass: Tensor, chosen: Tensor, size: int) -> Tensor:
         if self._table.weight_normalization != "none":
-            return self._table.weights(slot, self.beta, size)
+            return priority_draws.weights(self._table, slot, self.beta, size)
         return importance_weights(
             mass[chosen],
             self.beta,

@@ -11,6 +11,7 @@ import torch
 
 from per_td import ConfigurationError, IndexRangeError, PriorityError, SumTree, kernels
 from per_td.priorities import PriorityTable
+from per_td.priority_draws import sample_weighted
 from per_td.tree import reference
 from per_td.weights import mass_of
 
@@ -123,7 +124,7 @@ def test_the_same_seed_draws_the_same_slots_and_weights(capacity, normalization,
     for each in pair:
         each.fill(priority)
         seeded = torch.Generator().manual_seed(3)
-        drawn.append(each.sample_weighted(500, capacity, seeded, beta=0.6, filled=capacity))
+        drawn.append(sample_weighted(each, 500, capacity, seeded, beta=0.6, filled=capacity))
     assert torch.equal(drawn[0][0], drawn[1][0])
     assert (priority[drawn[0][0]] > 0).all()
     torch.testing.assert_close(drawn[0][1], drawn[1][1], rtol=1e-6, atol=0)

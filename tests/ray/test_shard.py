@@ -143,6 +143,16 @@ def test_updates_for_what_has_been_overwritten_are_stale(shard):
     assert one.update(drawn.slot, np.ones(16, np.float32), drawn.generation).stale == 16
 
 
+def test_updates_are_taken_after_a_state_of_another_capacity_was_loaded(shard, tmp_path):
+    large, small = shard(), shard(settings=SETTINGS | {"capacity": 5})
+    large.extend(packed(range(80)))
+    large.save(tmp_path / "state")
+    small.load(tmp_path / "state")
+    drawn = small.sample(16)
+    assert small.update(drawn.slot, np.ones(16, np.float32), drawn.generation).stale == 0
+    assert small.priority()[drawn.slot] == pytest.approx(1.01)
+
+
 def test_a_shard_with_nothing_to_draw_says_so(shard):
     one = shard()
     assert not isinstance(one.sample(3), Drawn)

@@ -1,0 +1,239 @@
+"""ReplayState: what a buffer is made of, what it tells of itself, and how that is saved."""
+
+import os
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from per_td import checkpoint, diagnostics, states, validation
+from per_td.priorities import PriorityTable
+from per_td.storage import RingStorage
+
+__all__ = ["ReplayState"]
+
+
+class ReplayState:
+    """Settings, counters and parts of a `PrioritizedReplayBuffer`, which changes them.
+
+    The parts, transitions and priorities, are made there.
+
+    Args:
+        batch_size, beta, beta_increment, device, generator: as for `PrioritizedReplayBuffer`.
+
+    Raises:
+        ConfigurationError: an argument is not one of those accepted.
+    """
+
+    _storage: RingStorage
+    _priorities: PriorityTable
+
+    def __init__(
+        self,
+        *,
+        batch_size: int | None,
+        beta: float,
+        beta_increment: float,
+        device: torch.device | str | int | None,
+        generator: torch.Generator | None,
+    ) -> None:
+        if batch_size is not None:
+            batch_size = validation.positive_int("batch_size", batch_size)
+        self.batch_size = batch_size
+        self.device = validation.resolve_device(device)
+        self.generator = validation.as_generator(generator, self.device)
+        self.beta_increment = validation.real("beta_increment", beta_increment)
+        self._beta = torch.tensor(0.0, dtype=torch.float64, device=self.device)
+        self.beta = beta
+        self._stale = torch.zeros((), dtype=torch.int64, device=self.device)
+
+    def __len__(self) -> int:
+        return len(self._storage)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({len(self)} of {self.capacity} slots, device={self.device},"
+            f" alpha={self.alpha:g}, beta={self.beta:g}, eps={self.eps:g}, draw={self.draw!r})"
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Number of slots."""
+        return self._storage.capacity
+
+    @property
+    def num_buffers(self) -> int | None:
+        """How many buffers there are side by side; None: one, without a dimension for it."""
+        return None
+
+    @property
+    def lengths(self) -> Tensor:
+        """Number of filled slots, int64 [], or [S] with `num_buffers`."""
+        return torch.as_tensor(self._storage.size, device=self.device)
+
+    @property
+    def write_count(self) -> int:
+        """How many transitions were ever written."""
+        return self._storage.write_count
+
+    @property
+    def alpha(self) -> float:
+        """Exponent of the priorities; setting it costs O(N)."""
+        return self._priorities.alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self._priorities.alpha = value
+
+    @property
+    def beta(self) -> float:
+        """Exponent of the importance-sampling weights, in [0, 1]."""
+        return float(self._beta)
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        self._beta.fill_(validation.real("beta", value, high=1.0))
+
+    @property
+    def eps(self) -> float:
+        """Added to |TD error| by the updates from now on."""
+        return self._priorities.eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._priorities.eps = value
+
+    @property
+    def draw(self) -> str:
+        """How indices are drawn."""
+        return self._priorities.draw
+
+    @property
+    def priority(self) -> Tensor:
+        """Raw priorities of the filled slots, float32 [len], a copy."""
+        return self._priorities.raw[: len(self)].clone()
+
+    @property
+    def transitions(self) -> TensorDict | None:
+        """The filled slots, a TensorDict [len] in the buffer's memory; None before any data."""
+        data = self._storage.data
+        return None if data is None else data[: len(self)]
+
+    def increase_beta(self) -> None:
+        """Add `beta_increment` to beta, up to 1 (section 3.4: beta grows to 1 over training)."""
+        self._beta.add_(self.beta_increment).clamp_(max=1.0)
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start.
+
+        Returns:
+            "written": transitions ever written; "stale_updates": updates dropped because the slot
+            had been overwritten; "refused_priorities": invalid ones (on CUDA and under
+            torch.compile: elsewhere they raise).
+        """
+        return {
+            "written": self.write_count,
+            "stale_updates": int(self._stale),
+            "refused_priorities": int(self._priorities.refused),
+        }
+
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, Tensor]:
+        """How prioritization is doing, for a logger: docs/diagnostics.md tells how to read it.
+
+        It sorts all priorities and masses: call it now and then, not at every step.
+
+        Returns:
+            0-dim tensors on the buffer's device, always under the same keys; nothing is read back
+            to the host. float32: effective sample size of the draws, their share on the top 1 % of
+            slots, the share of transitions never replayed, quantiles of priority, weight and age
+            ("priority/min", "/q01", "/q25", "/q50", "/q75", "/q99", "/max"), "beta"; NaN for what
+            does not exist, as in an empty buffer. int64: "size", "stale_updates",
+            "refused_priorities".
+        """
+        table, size = self._priorities, len(self)
+        return {
+            **diagnostics.measure(
+                priority=table.raw[:size],
+                mass=table.masses[:size],
+                replayed=table.replayed[:size],
+                written=self._storage.ring_count(),
+                beta=self._beta,
+                normalization=table.weight_normalization,
+            ),
+            "beta": self._beta.float(),
+            "size": torch.full((), size, device=self.device),
+            "stale_updates": self._stale.clone(),
+            "refused_priorities": table.refused.clone(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """A snapshot: tensors and plain values, as `torch.load(weights_only=True)` reads them."""
+        return self._state(copy=True)
+
+    def _state(self, *, copy: bool) -> dict[str, Any]:
+        return states.state_of(self, copy=copy)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state: transitions, priorities, counters, alpha, beta, eps, generator.
+
+        Of a state of another capacity, the newest transitions that fit are kept, with their
+        priorities and in their order. Where any had to move to another slot, the updates of all
+        batches drawn before are stale, if they bring their generation.
+
+        Args:
+            state: from `state_dict` of a buffer on any device. The state of a generator on
+                another kind of device becomes the seed of this buffer's.
+
+        Raises:
+            CheckpointError: it is no such state, or of another number of buffers.
+            SchemaError: its transitions are not like those that this buffer was made for.
+        """
+        states.restore(self, state)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a file, whole or not at all; transitions are not copied in memory.
+
+        Raises:
+            OSError: it cannot be written, such as on a full disk; the old file is as it was.
+        """
+        checkpoint.write(path, self._state(copy=False))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        capacity: int | None = None,
+        device: torch.device | str | int | None = None,
+        generator: torch.Generator | None = None,
+        storage: str = "memory",
+        folder: str | os.PathLike[str] | None = None,
+    ) -> Self:
+        """A buffer with the settings and the state of a file that `save` wrote.
+
+        Args:
+            path: the file.
+            capacity: another one than that saved; see `load_state_dict`.
+            device: where the buffer lives; None is torch's default device.
+            generator: takes over the state of the one saved, if there was one. None makes one
+                then, so that the draws go on as they would have.
+            storage, folder: as for the constructor.
+
+        Raises:
+            CheckpointError: the file is truncated, damaged, foreign, or of a later version of
+                per_td; it says which.
+            FileNotFoundError: there is none.
+        """
+        state = states.check(checkpoint.read(path))
+        device = validation.resolve_device(device)
+        if generator is None and state["generator"] is not None:
+            generator = torch.Generator(device)
+        settings = state["settings"] | ({} if capacity is None else {"capacity": capacity})
+        where: dict[str, Any] = {"device": device, "storage": storage, "folder": folder}
+        make: Callable[..., Self] = cls  # a buffer, whose constructor takes more than this one's
+        buffer = make(**settings, **where, generator=generator)
+        buffer.load_state_dict(state)
+        return buffer
