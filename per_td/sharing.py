@@ -35,8 +35,8 @@ class Journal:
 
     def __init__(self) -> None:
         # slots being written, the first of them, the write count after that; repairs so far; calls,
-        # one within the other, that hold the lock
-        self._tensor = torch.zeros(5, dtype=torch.int64, device="cpu")
+        # one within the other, that hold the lock; whether one has begun that has not ended well
+        self._tensor = torch.zeros(6, dtype=torch.int64, device="cpu")
         self._tensor.share_memory_()  # type: ignore[no-untyped-call]
         self.page = self._tensor.numpy()
 
@@ -172,8 +172,15 @@ class Guard:
         died = self._mutex.acquire()
         page = self._journal.page
         page[4] = 1 if died else page[4] + 1
-        if died or (page[0] and page[4] == 1):
-            self._repair()
+        if page[4] > 1:
+            return
+        if page[5]:
+            try:
+                self._repair()
+            except BaseException:  # an interrupt: the next call repairs
+                self._leave()
+                raise
+        page[5] = 1
 
     def __exit__(
         self,
@@ -181,16 +188,23 @@ class Guard:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        page = self._journal.page
         try:
-            if page[4] == 1:
+            if self._journal.page[4] == 1:
                 if kind is None or issubclass(kind, PerTdError):  # ours come before any writing
-                    self._journal.wipe()
+                    self._end()
                 else:  # an interrupt, say
                     self._repair()
         finally:
-            page[4] -= 1
-            self._mutex.release()
+            self._leave()
+
+    def _leave(self) -> None:
+        self._journal.page[4] -= 1
+        self._mutex.release()
+
+    def _end(self) -> None:
+        """Nothing is half made."""
+        self._journal.wipe()
+        self._journal.page[5] = 0
 
     @torch.no_grad()
     def _repair(self) -> None:
@@ -203,7 +217,7 @@ class Guard:
         self._beta.clamp_(max=1.0)
         self._table.rebuild()
         self._journal.page[3] += 1
-        self._journal.wipe()
+        self._end()
 
 
 class SharedReplayBuffer(LockedReplayBuffer):
