@@ -40,18 +40,15 @@ class Journal:
         self._tensor.share_memory_()  # type: ignore[no-untyped-call]
         self.page = self._tensor.numpy()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_tensor": self._tensor}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.page = self._tensor.numpy()
+        self.page = self._tensor.numpy()  # not the copy that was sent
 
     def note(self, start: int, n: int, written: int) -> None:
         """Before the first of `n` slots from `start` on is written, unless a note covers it.
 
         Args:
-            start, n: the slots, around the end of the ring.
+            start, n: the slots, around the end of the ring, also more than once.
             written: the write count after that.
         """
         if not self.page[0]:
@@ -96,8 +93,7 @@ class SharedRing(RingStorage):
     def write(self, leaves: Leaves, n: int | None = None) -> tuple[int, int]:
         """As `RingStorage.write`, with a note in the journal."""
         n = count(leaves) if n is None else n
-        written, kept = self._written + n, min(n, self.capacity)
-        self._journal.note((written - kept) % self.capacity, kept, written)
+        self._journal.note(self._written % self.capacity, n, self._written + n)
         return super().write(leaves, n)
 
 
@@ -206,7 +202,6 @@ class Guard:
         self._journal.wipe()
         self._journal.page[5] = 0
 
-    @torch.no_grad()
     def _repair(self) -> None:
         """Void what was being written, and derive everything else from the raw priorities."""
         n, start, written, *_ = self._journal.page.tolist()

@@ -109,6 +109,7 @@ def test_what_a_process_is_handed_is_the_same_buffer_but_for_its_generator(layou
     buffer.extend(processes.transitions(range(5)))
     buffer.sample(7)
     other = handed_over(buffer)
+    assert (other._storage._like, other._priorities._points.tolist()) == ([], [])  # scratch pads
     assert other.generator is None
     assert buffer.generator is generator
     processes.take_part(other)
@@ -122,6 +123,11 @@ def test_what_a_process_is_handed_is_the_same_buffer_but_for_its_generator(layou
     assert_consistent(buffer)
     other._journal.note(3, 4, 5)
     assert buffer._journal.page[:3].tolist() == [4, 3, 5]
+
+
+def test_in_shared_memory_sixteen_leaves_of_a_tree_are_in_one_cache_line():
+    table = processes.shared(2**20)._priorities
+    assert [leaves.data_ptr() % 64 for leaves in (table._raw, table.masses.leaves)] == [0, 0]
 
 
 def locked_for(buffer) -> bool:
@@ -255,7 +261,7 @@ def die_in(patch, call):
     assert os.waitpid(forked(run), 0)[1] == signal.SIGKILL
 
 
-@pytest.mark.parametrize("filled", [3, 20, 27])
+@pytest.mark.parametrize("filled", [3, 17, 20, 27])
 @pytest.mark.parametrize("point", KILLED_IN_EXTEND)
 def test_what_a_writer_killed_in_extend_did_not_acknowledge_is_never_drawn(point, filled):
     buffer = processes.shared(20)
@@ -296,7 +302,7 @@ class LethalPage:
 
 
 @pytest.mark.parametrize("last", range(7))
-@pytest.mark.parametrize("filled", [13, 27])
+@pytest.mark.parametrize("filled", [17, 27])
 def test_a_writer_killed_at_any_write_to_the_journal_has_written_all_or_nothing(filled, last):
     buffer = processes.shared(20)
     for k in range(filled):
@@ -315,6 +321,18 @@ def test_a_writer_killed_at_any_write_to_the_journal_has_written_all_or_nothing(
     assert [k for k in ids if k >= 1000] in ([], list(range(1000, 1006)))
     assert begun or max(ids) < 1000
     assert torn(buffer.transitions[buffer.priority > 0]) == 0
+    assert_consistent(buffer)
+
+
+@pytest.mark.parametrize("point", ["before the first row", "after the count"])
+def test_a_writer_killed_while_writing_more_than_fits_leaves_nothing_to_draw(point):
+    buffer = processes.shared(4)
+    buffer.extend(processes.transitions(range(6)))
+    new = processes.transitions(range(1000, 1011))
+    die_in(KILLED_IN_EXTEND[point], lambda: buffer.extend(new))
+    with pytest.raises(EmptyBufferError):
+        buffer.sample(1)
+    assert buffer.write_count == 17
     assert_consistent(buffer)
 
 
