@@ -324,6 +324,17 @@ def test_a_writer_killed_at_any_write_to_the_journal_has_written_all_or_nothing(
     assert_consistent(buffer)
 
 
+def test_a_writer_that_repairs_what_another_left_may_be_killed_too():
+    buffer = processes.shared(20)
+    buffer.extend(processes.transitions(range(20)))
+    for start in (1000, 2000):
+        new = processes.transitions(range(start, start + 6))
+        die_in(KILLED_IN_EXTEND["with rows half written"], lambda: buffer.extend(new))  # noqa: B023
+    assert buffer.sample(500)["id"].unique().tolist() == list(range(12, 20))
+    assert (buffer.write_count, buffer.stats()["repairs"]) == (32, 2)
+    assert_consistent(buffer)
+
+
 @pytest.mark.parametrize("point", ["before the first row", "after the count"])
 def test_a_writer_killed_while_writing_more_than_fits_leaves_nothing_to_draw(point):
     buffer = processes.shared(4)
@@ -404,6 +415,17 @@ def test_an_interrupt_in_a_write_gives_up_that_write_alone(monkeypatch):
     monkeypatch.undo()
     assert buffer.sample(500)["id"].unique().tolist() == list(range(10))
     assert_consistent(buffer)
+    assert buffer.stats()["repairs"] == 1
+
+
+def test_a_death_while_loading_more_than_there_was_leaves_nothing_to_draw():
+    whole, buffer = processes.shared(20), processes.shared(20)
+    whole.extend(processes.transitions(range(20)))
+    buffer.extend(processes.transitions(range(3)))
+    state = whole.state_dict()
+    die_in((PriorityTable, "_refill", die), lambda: buffer.load_state_dict(state))
+    with pytest.raises(EmptyBufferError):
+        buffer.sample(4)
 
 
 def interrupt(*_, **__):
