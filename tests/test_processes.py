@@ -703,6 +703,12 @@ def test_a_buffer_is_shared_on_linux_only(monkeypatch):
         mutex.RobustMutex()
 
 
+def test_that_a_holder_died_is_told_once():
+    lock = mutex.RobustMutex()
+    assert os.waitpid(forked(lambda: (lock.acquire(), die())), 0)[1] == signal.SIGKILL
+    assert [lock.acquire(), lock.acquire()] == [True, False]
+
+
 def test_what_the_lock_refuses_is_an_error():
     lock = mutex.RobustMutex()
     with pytest.raises(OSError, match="the lock of a shared buffer"):
