@@ -51,7 +51,9 @@ class RobustMutex:
     """
 
     def __init__(self) -> None:
-        self._memory = torch.zeros(_BYTES, dtype=torch.uint8, device="cpu").share_memory_()  # type: ignore[no-untyped-call]
+        # the mutex, and whether a holder has died of whom nobody has been told yet
+        self._memory = torch.zeros(_BYTES + 1, dtype=torch.uint8, device="cpu")
+        self._memory.share_memory_()  # type: ignore[no-untyped-call]
         self._bind()
         library, kind = _functions()[0], ctypes.create_string_buffer(_BYTES)
         _require(library.pthread_mutexattr_init(kind))
@@ -62,10 +64,12 @@ class RobustMutex:
         _require(library.pthread_mutexattr_destroy(kind))
 
     def _bind(self) -> None:
-        patient, quick = _functions()
-        self._mutex = ctypes.c_void_p(self._memory.data_ptr())
+        self._patient, quick = _functions()
+        address = self._memory.data_ptr()
+        self._mutex = ctypes.c_void_p(address)
+        self._untold = ctypes.c_uint8.from_address(address + _BYTES)
         self._try, self._unlock = quick.pthread_mutex_trylock, quick.pthread_mutex_unlock
-        self._wait, self._mend = patient.pthread_mutex_timedlock, patient.pthread_mutex_consistent
+        self._mend = quick.pthread_mutex_consistent
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_memory": self._memory}
@@ -82,14 +86,37 @@ class RobustMutex:
         """
         code = self._try(self._mutex)
         while code in (errno.EBUSY, errno.ETIMEDOUT):
-            until = time.time() + _PATIENCE
-            at = _Time(int(until), int(until % 1 * 1e9))
-            code = self._wait(self._mutex, ctypes.byref(at))
-        if code != errno.EOWNERDEAD:
-            _require(code)
-            return False
-        _require(self._mend(self._mutex))
-        return True
+            code = self._wait()
+        self._take(code)
+        died, self._untold.value = bool(self._untold.value), 0
+        return died
+
+    def _wait(self) -> int:
+        """Wait a while for the lock; what an error code says of it, 0 for "taken".
+
+        An interrupt (Ctrl-C) is raised after the call and before its result could be assigned: the
+        lock may have been taken by then, and is given back.
+        """
+        until = time.time() + _PATIENCE
+        at = _Time(int(until), int(until % 1 * 1e9))
+        codes: list[int] = []
+        wait = self._patient["pthread_mutex_timedlock"]  # anew, since `restype` is this call's own
+        wait.restype = codes.append  # done in C: no interrupt comes between
+        try:
+            wait(self._mutex, ctypes.byref(at))
+        except BaseException:
+            if codes and codes[0] in (0, errno.EOWNERDEAD):
+                self._take(codes[0])
+                self.release()
+            raise
+        return codes[0]
+
+    def _take(self, code: int) -> None:
+        """Make the lock whole again if its last holder has died, and keep in mind that it has."""
+        if code == errno.EOWNERDEAD:
+            self._untold.value = 1
+            code = self._mend(self._mutex)
+        _require(code)
 
     def release(self) -> None:
         """Give the lock back."""

@@ -44,9 +44,10 @@ class Prefetcher:
         with self._starting:
             work = self._work
             if work is None or work.ended.is_set():
-                work = self._work = _Work(self.ahead)
+                work = _Work(self.ahead)
                 start(work, self._owner, self._draw)
                 weakref.finalize(self, work.end)
+                self._work = work  # last: nobody waits for a thread that could not be started
             return work
 
     def drop(self) -> None:

@@ -34,23 +34,20 @@ class Journal:
 
     def __init__(self) -> None:
         # slots being written, the first of them, the write count after that; repairs so far; calls,
-        # one within the other, that hold the lock
-        self._tensor = torch.zeros(5, dtype=torch.int64, device="cpu")
+        # one within the other, that hold the lock; whether one has begun that has not ended well
+        self._tensor = torch.zeros(6, dtype=torch.int64, device="cpu")
         self._tensor.share_memory_()  # type: ignore[no-untyped-call]
         self.page = self._tensor.numpy()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_tensor": self._tensor}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.page = self._tensor.numpy()
+        self.page = self._tensor.numpy()  # not the copy that was sent
 
     def note(self, start: int, n: int, written: int) -> None:
         """Before the first of `n` slots from `start` on is written, unless a note covers it.
 
         Args:
-            start, n: the slots, around the end of the ring.
+            start, n: the slots, around the end of the ring, also more than once.
             written: the write count after that.
         """
         if not self.page[0]:
@@ -95,8 +92,7 @@ class SharedRing(RingStorage):
     def write(self, leaves: Leaves, n: int | None = None) -> tuple[int, int]:
         """As `RingStorage.write`, with a note in the journal."""
         n = count(leaves) if n is None else n
-        written, kept = self._written + n, min(n, self.capacity)
-        self._journal.note((written - kept) % self.capacity, kept, written)
+        self._journal.note(self._written % self.capacity, n, self._written + n)
         return super().write(leaves, n)
 
 
@@ -171,8 +167,15 @@ class Guard:
         died = self._mutex.acquire()
         page = self._journal.page
         page[4] = 1 if died else page[4] + 1
-        if died or (page[0] and page[4] == 1):
-            self._repair()
+        if page[4] > 1:
+            return
+        if page[5]:
+            try:
+                self._repair()
+            except BaseException:  # an interrupt: the next call repairs
+                self._leave()
+                raise
+        page[5] = 1
 
     def __exit__(
         self,
@@ -180,18 +183,24 @@ class Guard:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        page = self._journal.page
         try:
-            if page[4] == 1:
+            if self._journal.page[4] == 1:
                 if kind is None or issubclass(kind, PerTdError):  # ours come before any writing
-                    self._journal.wipe()
+                    self._end()
                 else:  # an interrupt, say
                     self._repair()
         finally:
-            page[4] -= 1
-            self._mutex.release()
+            self._leave()
 
-    @torch.no_grad()
+    def _leave(self) -> None:
+        self._journal.page[4] -= 1
+        self._mutex.release()
+
+    def _end(self) -> None:
+        """Nothing is half made."""
+        self._journal.wipe()
+        self._journal.page[5] = 0
+
     def _repair(self) -> None:
         """Void what was being written, and derive everything else from the raw priorities."""
         n, start, written, *_ = self._journal.page.tolist()
@@ -202,7 +211,7 @@ class Guard:
         self._beta.clamp_(max=1.0)
         self._table.rebuild()
         self._journal.page[3] += 1
-        self._journal.wipe()
+        self._end()
 
 
 class SharedReplayBuffer(LockedReplayBuffer):

@@ -4,6 +4,8 @@ import os
 import signal
 import time
 from contextlib import contextmanager
+from multiprocessing import context
+from multiprocessing.reduction import ForkingPickler
 
 import torch
 from tensordict import TensorDict
@@ -85,6 +87,29 @@ def learn_on(buffer, found, stop):
     parent = os.getppid()
     while not stop[0] and os.getppid() == parent:
         found += learn(buffer)
+
+
+class Received(int):
+    """A file descriptor as a started process gets it."""
+
+    detach = int.__int__
+
+
+class Starting:
+    """Stands for a process that is being started in this one."""
+
+    DupFd = Received
+    duplicate_for_child = staticmethod(os.dup)
+
+
+def handed_over(thing):
+    """What a process would get that is started with `thing` as an argument; none is."""
+    context.set_spawning_popen(Starting)
+    try:
+        sent = ForkingPickler.dumps(thing)
+    finally:
+        context.set_spawning_popen(None)
+    return ForkingPickler.loads(sent)
 
 
 def forked(function, *args) -> int:

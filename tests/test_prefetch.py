@@ -7,9 +7,11 @@ import time
 
 import pytest
 import torch
+from tensordict import TensorDict
 
-from per_td import PrioritizedReplayBuffer
+from per_td import PrioritizedReplayBuffer, prefetch
 from per_td.errors import ConfigurationError, EmptyBufferError
+from per_td.prefetch import Prefetcher
 from per_td.threads import LockedReplayBuffer
 from tests.processes import deadline, learn, torn, transitions
 
@@ -108,6 +110,83 @@ def test_an_error_leaves_no_thread_waiting(monkeypatch):
     assert len(errors) == 4
 
 
+def test_a_thread_that_cannot_be_started_is_an_error_and_the_next_call_tries_again(monkeypatch):
+    def fail(self):
+        raise RuntimeError("can't start new thread")
+
+    buffer = make()
+    buffer.extend(transitions(range(10)))
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        buffer.sample()
+    buffer.close()
+    monkeypatch.undo()
+    assert torn(buffer.sample()) == 0
+    buffer.close()
+
+
+def test_who_waits_for_a_batch_when_the_buffer_is_closed_gets_one_of_the_next_thread():
+    buffer, waiting, go_on, got = make(prefetch=1), threading.Event(), threading.Event(), []
+    drawn = iter([False, True])
+    batch = TensorDict({}, [3])
+
+    def draw(owner):
+        if next(drawn):
+            return batch
+        waiting.set()
+        go_on.wait(30)
+        return TensorDict({}, [1])
+
+    ahead = Prefetcher(buffer, draw, 1)
+    thread = threading.Thread(target=lambda: got.append(ahead.next()))
+    thread.start()
+    waiting.wait(30)
+    first = ahead._work
+    ahead.drop()
+    thread.join(30)
+    go_on.set()
+    assert got == [batch]
+    assert ahead._work is not first
+    ahead.close()
+
+
+def test_threads_that_ask_first_at_the_same_time_start_one_thread(monkeypatch):
+    ahead, asked = Prefetcher(make(), lambda owner: TensorDict({}, [1]), 4), []
+    started, go_on = threading.Event(), threading.Event()
+
+    def slow_start(*_):
+        asked.append(None)
+        started.set()
+        go_on.wait(30)
+
+    monkeypatch.setattr(prefetch, "start", slow_start)
+    both = [threading.Thread(target=ahead._working) for _ in range(2)]
+    both[0].start()
+    started.wait(30)
+    both[1].start()
+    both[1].join(0.2)  # it waits for the first, and would not if there were no lock
+    go_on.set()
+    for thread in both:
+        thread.join(30)
+    assert len(asked) == 1
+
+
+def test_the_thread_itself_may_be_the_one_that_ends_it():
+    """As when the last reference to a buffer goes in there."""
+    ended = []
+
+    def draw(owner):
+        ahead.close()
+        ended.append(True)
+        return TensorDict({}, [1])
+
+    owner = make()
+    ahead = Prefetcher(owner, draw, 1)
+    work = ahead._working()
+    work.thread.join(30)
+    assert ended == [True]
+
+
 def test_close_ends_the_thread_and_sampling_starts_another():
     buffer = make()
     buffer.extend(transitions(range(10)))
@@ -142,6 +221,20 @@ def test_loading_a_state_drops_what_was_drawn_ahead():
     for _ in range(5):
         assert (buffer.sample()["id"] >= 50).all()
     buffer.close()
+
+
+def test_the_batch_size_of_the_constructor_may_be_given_again():
+    buffer = make()
+    buffer.extend(transitions(range(10)))
+    buffer.sample(8)
+    assert len(threads()) == 1
+    buffer.close()
+
+
+def test_a_buffer_without_prefetch_can_be_closed_and_loads_states():
+    buffer = make(prefetch=0, threads=True)
+    buffer.close()
+    buffer.load_state_dict(buffer.state_dict())
 
 
 def test_other_sizes_and_plain_tensors_are_drawn_on_the_spot():

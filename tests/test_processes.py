@@ -1,25 +1,38 @@
 """A buffer that several processes share, and what is left when one of them is killed."""
 
 import copy
+import errno
 import multiprocessing
 import os
 import pickle
 import random
 import signal
 import sys
+import threading
 import time
 
 import pytest
 import torch
 
-from per_td import CheckpointError, PrioritizedReplayBuffer, SumTree
+from per_td import CheckpointError, PrioritizedReplayBuffer, SumTree, mutex
 from per_td.errors import ConfigurationError, EmptyBufferError, PriorityError
 from per_td.leaves import count
+from per_td.memory import Place
 from per_td.priorities import PriorityTable
-from per_td.sharing import SharedReplayBuffer
+from per_td.sharing import Journal, SharedReplayBuffer, SharedTable
 from per_td.storage import RingStorage
 from tests import processes
-from tests.processes import STRIDE, deadline, forked, initial, kill, learn, learned, torn
+from tests.processes import (
+    STRIDE,
+    deadline,
+    forked,
+    handed_over,
+    initial,
+    kill,
+    learn,
+    learned,
+    torn,
+)
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 
@@ -87,6 +100,52 @@ def test_all_tensors_that_change_are_shared(layout):
     own = {name for name, tensor in tensors if not tensor.is_shared()}
     assert own <= {"_sizes", "_table", "_offsets", "_points"}  # constants, and a scratch pad
     assert {"_raw", "leaves", "nodes", "_columns", "_write_count"} <= {n for n, _ in tensors} - own
+
+
+@pytest.mark.parametrize("layout", ["records", "columns"])
+def test_what_a_process_is_handed_is_the_same_buffer_but_for_its_generator(layout):
+    generator = torch.Generator().manual_seed(3)
+    buffer = processes.shared(50, layout=layout, generator=generator, weight_normalization="buffer")
+    buffer.extend(processes.transitions(range(5)))
+    buffer.sample(7)
+    other = handed_over(buffer)
+    assert (other._storage._like, other._priorities._points.tolist()) == ([], [])  # scratch pads
+    assert other.generator is None
+    assert buffer.generator is generator
+    processes.take_part(other)
+    assert buffer.write_count == len(buffer) == 45
+    assert torn(buffer.transitions) == 0
+    assert torch.equal(buffer.transitions["id"], other.transitions["id"])
+    assert (buffer.alpha, buffer.beta, buffer.eps) == (0.5, 0.75, 0.25)
+    assert torch.equal(buffer.priority, other.priority)
+    assert buffer.stats() == other.stats()
+    assert buffer.stats()["stale_updates"] == 1
+    assert_consistent(buffer)
+    other._journal.note(3, 4, 5)
+    assert buffer._journal.page[:3].tolist() == [4, 3, 5]
+
+
+def test_in_shared_memory_sixteen_leaves_of_a_tree_are_in_one_cache_line():
+    table = processes.shared(2**20)._priorities
+    assert [leaves.data_ptr() % 64 for leaves in (table._raw, table.masses.leaves)] == [0, 0]
+
+
+def locked_for(buffer) -> bool:
+    """Whether a thread of its own would have to wait for the lock."""
+    codes, lock = [], buffer._lock._mutex
+    thread = threading.Thread(target=lambda: codes.append(lock._try(lock._mutex)))
+    thread.start()
+    thread.join()
+    return codes == [errno.EBUSY]
+
+
+def test_what_a_process_is_handed_has_the_same_lock():
+    buffer = processes.shared(5)
+    other = handed_over(buffer)
+    with other._lock:
+        assert locked_for(buffer)
+    with buffer._lock:
+        assert locked_for(other)
 
 
 @pytest.mark.slow
@@ -202,7 +261,7 @@ def die_in(patch, call):
     assert os.waitpid(forked(run), 0)[1] == signal.SIGKILL
 
 
-@pytest.mark.parametrize("filled", [3, 20, 27])
+@pytest.mark.parametrize("filled", [3, 17, 20, 27])
 @pytest.mark.parametrize("point", KILLED_IN_EXTEND)
 def test_what_a_writer_killed_in_extend_did_not_acknowledge_is_never_drawn(point, filled):
     buffer = processes.shared(20)
@@ -224,6 +283,77 @@ def test_what_a_writer_killed_in_extend_did_not_acknowledge_is_never_drawn(point
     ids = buffer.extend(new, initial(new["id"]))  # and life goes on
     assert buffer.transitions["id"][ids].tolist() == list(range(1000, 1006))
     assert_consistent(buffer)
+
+
+class LethalPage:
+    """The journal's page; whoever writes to it the `last` time, from 0 on, is killed."""
+
+    def __init__(self, page, last):
+        self.page, self.left = page, last
+
+    def __getitem__(self, at):
+        return self.page[at]
+
+    def __setitem__(self, at, value):
+        self.page[at] = value
+        if not self.left:
+            die()
+        self.left -= 1
+
+
+@pytest.mark.parametrize("last", range(7))
+@pytest.mark.parametrize("filled", [17, 27])
+def test_a_writer_killed_at_any_write_to_the_journal_has_written_all_or_nothing(filled, last):
+    buffer = processes.shared(20)
+    for k in range(filled):
+        buffer.add(processes.transitions(k))
+    new = processes.transitions(range(1000, 1006))
+
+    def write():
+        buffer._journal.page = LethalPage(buffer._journal.page, last)
+        buffer.extend(new)
+
+    assert os.waitpid(forked(write), 0)[1] == signal.SIGKILL
+    ids = buffer.sample(2000)["id"].unique().tolist()
+    begun = buffer.write_count - filled
+    assert begun in (0, 6)
+    assert [k for k in ids if k < 1000] == list(range(max(0, filled + begun - 20), filled))
+    assert [k for k in ids if k >= 1000] in ([], list(range(1000, 1006)))
+    assert begun or max(ids) < 1000
+    assert torn(buffer.transitions[buffer.priority > 0]) == 0
+    assert_consistent(buffer)
+
+
+def test_a_writer_that_repairs_what_another_left_may_be_killed_too():
+    buffer = processes.shared(20)
+    buffer.extend(processes.transitions(range(20)))
+    for start in (1000, 2000):
+        new = processes.transitions(range(start, start + 6))
+        die_in(KILLED_IN_EXTEND["with rows half written"], lambda: buffer.extend(new))  # noqa: B023
+    assert buffer.sample(500)["id"].unique().tolist() == list(range(12, 20))
+    assert (buffer.write_count, buffer.stats()["repairs"]) == (32, 2)
+    assert_consistent(buffer)
+
+
+@pytest.mark.parametrize("point", ["before the first row", "after the count"])
+def test_a_writer_killed_while_writing_more_than_fits_leaves_nothing_to_draw(point):
+    buffer = processes.shared(4)
+    buffer.extend(processes.transitions(range(6)))
+    new = processes.transitions(range(1000, 1011))
+    die_in(KILLED_IN_EXTEND[point], lambda: buffer.extend(new))
+    with pytest.raises(EmptyBufferError):
+        buffer.sample(1)
+    assert buffer.write_count == 17
+    assert_consistent(buffer)
+
+
+def test_what_a_dead_writer_left_does_not_count_as_replayed():
+    buffer = processes.shared(4)
+    buffer.extend(processes.transitions(range(4)))
+    buffer.sample(100)
+    die_in((RingStorage, "_count", die), lambda: buffer.extend(processes.transitions(range(4, 6))))
+    buffer.increase_beta()
+    assert buffer._priorities.replayed.tolist() == [False, False, True, True]
 
 
 def die_after_leaves(self, index, *_, **__):
@@ -266,8 +396,9 @@ def test_a_death_while_loading_a_state_leaves_nothing_to_draw():
     few, buffer = processes.shared(20), processes.shared(20)
     few.extend(processes.transitions(range(5)))
     buffer.extend(processes.transitions(range(100, 125)))
-    state = few.state_dict()
+    state, before = few.state_dict(), buffer.sample(50)
     die_in((PriorityTable, "restore", die), lambda: buffer.load_state_dict(state))
+    buffer.update_priority(before["index"], torch.ones(50), before["generation"])
     with pytest.raises(EmptyBufferError):
         buffer.sample(4)
     buffer.load_state_dict(state)
@@ -276,9 +407,6 @@ def test_a_death_while_loading_a_state_leaves_nothing_to_draw():
 
 
 def test_an_interrupt_in_a_write_gives_up_that_write_alone(monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
     buffer = processes.shared(20)
     buffer.extend(processes.transitions(range(10)))
     monkeypatch.setattr(PriorityTable, "write_row", interrupt)
@@ -287,6 +415,120 @@ def test_an_interrupt_in_a_write_gives_up_that_write_alone(monkeypatch):
     monkeypatch.undo()
     assert buffer.sample(500)["id"].unique().tolist() == list(range(10))
     assert_consistent(buffer)
+    assert buffer.stats()["repairs"] == 1
+
+
+def test_a_death_while_loading_more_than_there_was_leaves_nothing_to_draw():
+    whole, buffer = processes.shared(20), processes.shared(20)
+    whole.extend(processes.transitions(range(20)))
+    buffer.extend(processes.transitions(range(3)))
+    state = whole.state_dict()
+    die_in((PriorityTable, "_refill", die), lambda: buffer.load_state_dict(state))
+    with pytest.raises(EmptyBufferError):
+        buffer.sample(4)
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def others_can_go_on(buffer):
+    """Whether another process gets the lock."""
+    process = forked(buffer.sample, 4)
+    try:
+        with deadline(20):
+            return os.waitpid(process, 0)[1] == 0
+    except TimeoutError:
+        kill(process)
+        return False
+
+
+@pytest.mark.parametrize("before", ["a death", "an interrupt"])
+def test_an_interrupted_repair_is_left_to_the_next_call(before, monkeypatch):
+    buffer = processes.shared(300)
+    buffer.extend(processes.transitions(range(300)))
+    batch = buffer.sample(64)
+    update = lambda: buffer.update_priority(batch["index"], batch["id"], batch["generation"])  # noqa: E731
+    if before == "a death":
+        die_in((PriorityTable, "update", die_after_leaves), update)
+    else:
+        monkeypatch.setattr(f"{__name__}.die", interrupt)
+        monkeypatch.setattr(PriorityTable, "update", die_after_leaves)
+    monkeypatch.setattr(SharedTable, "rebuild", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        update()
+    monkeypatch.undo()
+    assert others_can_go_on(buffer)
+    assert_consistent(buffer)
+    assert buffer.stats()["repairs"] == 1
+
+
+def test_an_interrupt_at_the_end_of_a_write_gives_the_lock_back_and_is_repaired(monkeypatch):
+    buffer = processes.shared(20)
+    buffer.extend(processes.transitions(range(10)))
+    monkeypatch.setattr(Journal, "wipe", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        buffer.extend(processes.transitions(range(10, 14)))
+    monkeypatch.undo()
+    assert others_can_go_on(buffer)
+    buffer.extend(processes.transitions(range(14, 16)))
+    assert buffer.sample(500)["id"].unique().tolist() == [*range(10), 14, 15]
+    assert_consistent(buffer)
+
+
+@pytest.mark.parametrize("end", ["released", "dead"])
+def test_an_interrupt_while_waiting_leaves_the_lock_to_others(end, monkeypatch):
+    """It is seen when the wait is over, which may have brought the lock."""
+    buffer = processes.shared(20)
+    buffer.extend(processes.transitions(range(20)))
+    holding, waiter = shared_zeros(1), os.getpid()
+
+    def hold():
+        with buffer._lock:
+            holding.fill_(1)
+            time.sleep(0.2)
+            os.kill(waiter, signal.SIGALRM)
+            time.sleep(0.2)
+            if end == "dead":
+                die()
+
+    monkeypatch.setattr(mutex, "_PATIENCE", 60.0)
+    process = forked(hold)
+    while not holding[0]:
+        time.sleep(0.005)
+    with pytest.raises(TimeoutError, match="a deadlock"), deadline(50):
+        buffer.sample(4)
+    os.waitpid(process, 0)
+    assert not locked_for(buffer)
+    assert others_can_go_on(buffer)
+    assert buffer.stats()["repairs"] == (end == "dead")
+
+
+def test_who_waits_lets_the_other_threads_of_its_process_run(monkeypatch):
+    """Else the one that has the lock could not give it back."""
+    buffer = processes.shared(20)
+    buffer.extend(processes.transitions(range(20)))
+    monkeypatch.setattr(mutex, "_PATIENCE", 1e6)
+
+    def wait_beside_the_holder():
+        holding = threading.Event()
+
+        def hold():
+            with buffer._lock:
+                holding.set()
+                time.sleep(0.2)
+
+        threading.Thread(target=hold).start()
+        holding.wait()
+        buffer.sample(4)
+
+    process = forked(wait_beside_the_holder)
+    try:
+        with deadline(20):
+            os.waitpid(process, 0)
+    except TimeoutError:
+        kill(process)
+        raise
 
 
 def test_what_is_refused_costs_no_transition():
@@ -300,10 +542,14 @@ def test_what_is_refused_costs_no_transition():
 
 
 def kill_many(buffer, start, kills, longest):
-    """Start and kill processes one after the other, with a learner that goes on beside them."""
+    """Start and kill processes one after the other, with a learner that goes on beside them.
+
+    As many as `kills`, and more until one has been killed in the middle of a call.
+    """
     rng = random.Random(0)
-    found = 0
-    for _ in range(kills):
+    found = done = 0
+    while done < kills or not buffer.stats()["repairs"]:
+        done += 1
         process = start()
         end = time.monotonic() + rng.uniform(0.005, longest)
         while time.monotonic() < end:
@@ -331,7 +577,6 @@ def test_writers_killed_at_random_moments_lose_only_what_they_did_not_acknowledg
 
     found = kill_many(buffer, start, kills, 0.06)
     assert found == 0
-    assert buffer.stats()["repairs"] > 0
     before = int(acknowledged[0])
     wait = time.monotonic() + 60
     while acknowledged[0] < before + 6000 and time.monotonic() < wait:
@@ -372,7 +617,6 @@ def test_learners_killed_at_random_moments_leave_consistent_trees(kills):
     assert buffer.write_count == acknowledged[0]
     assert_nothing_lost(buffer, acknowledged)
     assert_consistent(buffer)
-    assert buffer.stats()["repairs"] > 0
 
 
 def test_a_stopped_holder_can_be_waited_for_and_the_wait_can_be_interrupted():
@@ -389,7 +633,7 @@ def test_a_stopped_holder_can_be_waited_for_and_the_wait_can_be_interrupted():
     while not holding[0]:
         time.sleep(0.005)
     started = time.monotonic()
-    with pytest.raises(TimeoutError), deadline(1):
+    with pytest.raises(TimeoutError, match="a deadlock"), deadline(1):
         buffer.sample(4)
     assert time.monotonic() - started < 10
     kill(process)
@@ -420,9 +664,10 @@ def test_what_cannot_be_shared_is_refused():
         PrioritizedReplayBuffer(10, shared=True, num_buffers=2, example=example)
     with pytest.raises(ConfigurationError, match="'proportional', got 'rank'"):
         PrioritizedReplayBuffer(10, shared=True, prioritization="rank", example=example)
-    if torch.cuda.is_available():
-        with pytest.raises(ConfigurationError, match="expected the device 'cpu'"):
-            PrioritizedReplayBuffer(10, shared=True, device="cuda", example=example)
+    elsewhere = PrioritizedReplayBuffer.__new__(SharedReplayBuffer)
+    elsewhere.device = torch.device("cuda:0")
+    with pytest.raises(ConfigurationError, match="expected the device 'cpu', got 'cuda:0'"):
+        elsewhere._make(10, None, "auto", Place(), prioritization="proportional")
     with pytest.raises(ConfigurationError, match="storage='memory', got 'memmap'"):
         PrioritizedReplayBuffer(10, shared=True, storage="memmap", example=example)
     moved = PrioritizedReplayBuffer(4)
@@ -431,6 +676,11 @@ def test_what_cannot_be_shared_is_refused():
         PrioritizedReplayBuffer(10, shared=True, example=example).load_state_dict(
             moved.state_dict()
         )
+
+    back = PrioritizedReplayBuffer(10)
+    back.load_state_dict(moved.state_dict())
+    with pytest.raises(CheckpointError, match="always had the capacity 10"):
+        processes.shared(10).load_state_dict(back.state_dict())
 
     class Own(PrioritizedReplayBuffer):
         pass
@@ -445,3 +695,32 @@ def test_what_cannot_be_shared_is_refused():
     for copied in (copy.deepcopy, pickle.dumps):
         with pytest.raises(ConfigurationError, match="handed to a process when that is started"):
             copied(buffer)
+
+
+def test_a_buffer_is_shared_on_linux_only(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(ConfigurationError, match=r"expected Linux, .* got darwin"):
+        mutex.RobustMutex()
+
+
+def test_that_a_holder_died_is_told_once():
+    lock = mutex.RobustMutex()
+    assert os.waitpid(forked(lambda: (lock.acquire(), die())), 0)[1] == signal.SIGKILL
+    assert [lock.acquire(), lock.acquire()] == [True, False]
+
+
+def test_what_the_lock_refuses_is_an_error():
+    lock = mutex.RobustMutex()
+    with pytest.raises(OSError, match="the lock of a shared buffer"):
+        lock.release()
+
+
+def test_loading_a_state_notes_it_with_the_lock_held(monkeypatch):
+    buffer, noted = processes.shared(20), []
+
+    def note(self, *_):
+        noted.append(locked_for(buffer))
+
+    monkeypatch.setattr(Journal, "note", note)
+    buffer.load_state_dict(processes.shared(20).state_dict())
+    assert noted == [True]

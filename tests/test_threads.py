@@ -1,6 +1,8 @@
 """One buffer in several threads of a process."""
 
+import contextlib
 import copy
+import os
 import pickle
 import threading
 import time
@@ -69,42 +71,64 @@ class Watch:
     """Stands for a lock, and counts who has it."""
 
     def __init__(self):
-        self.entered = self.held = 0
+        self.held = 0
 
     def __enter__(self):
-        self.entered += 1
         self.held += 1
 
     def __exit__(self, *_):
         self.held -= 1
 
 
+class Guarded:
+    """Stands for a part of a buffer, and notes whether the lock is held where it is used."""
+
+    def __init__(self, part, watch, used):
+        self.__dict__.update(part=part, watch=watch, used=used)
+
+    def __getattr__(self, name):
+        self.used.append(self.watch.held > 0)
+        return getattr(self.part, name)
+
+    def __setattr__(self, name, value):
+        self.used.append(self.watch.held > 0)
+        setattr(self.part, name, value)
+
+    def __len__(self):
+        return self.__getattr__("__len__")()
+
+
+BATCH = transitions(range(4)).set("index", torch.arange(4)).set("td_error", torch.ones(4))
+STATE = PrioritizedReplayBuffer(10).state_dict()
 CALLS = {
     "add": lambda b: b.add(transitions(3)),
     "extend": lambda b: b.extend(transitions(range(3))),
-    "extend_leaves": lambda b: b.extend_leaves(b._storage.check(transitions(range(3)))),
+    "extend_leaves": lambda b: b.extend_leaves({("id",): torch.arange(3)}),
     "sample": lambda b: b.sample(4),
     "sample_leaves": lambda b: b.sample_leaves(4),
     "update_priority": lambda b: b.update_priority([0], [1.0], [0]),
-    "update_tensordict_priority": lambda b: b.update_tensordict_priority(
-        b.sample(4).set("td_error", torch.ones(4))
-    ),
+    "update_tensordict_priority": lambda b: b.update_tensordict_priority(BATCH),
     "increase_beta": lambda b: b.increase_beta(),
     "alpha": lambda b: setattr(b, "alpha", 0.3),
     "priority": lambda b: b.priority,
     "diagnostics": lambda b: b.diagnostics(),
     "state_dict": lambda b: b.state_dict(),
-    "load_state_dict": lambda b: b.load_state_dict(b.state_dict()),
+    "load_state_dict": lambda b: b.load_state_dict(STATE),
+    "save": lambda b: b.save(os.devnull + "/buffer"),
 }
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_every_call_holds_the_lock_and_gives_it_back(name, monkeypatch):
-    buffer, watch = make(10), Watch()
+def test_every_call_holds_the_lock_wherever_it_uses_the_buffer_and_gives_it_back(name):
+    buffer, watch, used = make(10), Watch(), []
     buffer.extend(transitions(range(5)))
     buffer._lock = watch
-    CALLS[name](buffer)
-    assert watch.entered > 0
+    for part in ("_beta",) if name == "increase_beta" else ("_storage", "_priorities"):
+        setattr(buffer, part, Guarded(getattr(buffer, part), watch, used))
+    with contextlib.suppress(SchemaError, NotADirectoryError):
+        CALLS[name](buffer)
+    assert used
+    assert all(used)
     assert watch.held == 0
 
 
