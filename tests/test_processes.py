@@ -667,7 +667,7 @@ def test_what_cannot_be_shared_is_refused():
     elsewhere = PrioritizedReplayBuffer.__new__(SharedReplayBuffer)
     elsewhere.device = torch.device("cuda:0")
     with pytest.raises(ConfigurationError, match="expected the device 'cpu', got 'cuda:0'"):
-        elsewhere._make(10, None, "auto", Place(), prioritization="proportional")
+        elsewhere._make(None, {"place": Place()}, {"prioritization": "proportional"})
     with pytest.raises(ConfigurationError, match="storage='memory', got 'memmap'"):
         PrioritizedReplayBuffer(10, shared=True, storage="memmap", example=example)
     moved = PrioritizedReplayBuffer(4)
