@@ -305,7 +305,7 @@ def test_a_loaded_buffer_draws_what_the_saved_one_would_have(normalization, tmp_
         for k in range(12):  # past the next sort
             batch = buffer.sample(8)
             out.append((batch["index"].tolist(), batch["priority_weight"].tolist()))
-            td_error = (batch["action"] * 7 + k) % 11
+            td_error = (batch["action"] * 7 + k) % 11 / 11  # among those at the last sort
             buffer.update_priority(batch["index"], td_error, batch["generation"])
             buffer.extend(data(50 + k, 2, device))
         return out
@@ -336,6 +336,16 @@ def test_states_of_the_other_kind_load_and_the_ranks_are_exact_then():
     proportional.update_priority([0, 1], [1.5, 5.0])
     rank.load_state_dict(proportional.state_dict())
     assert ranks(rank) == [3, 1, 2]
+
+
+def test_what_was_ranked_before_a_smaller_state_of_the_other_kind_is_forgotten():
+    proportional = PrioritizedReplayBuffer(8, eps=0.0)
+    proportional.extend(data(0, 3), torch.tensor([3.0, 1.0, 2.0]))
+    used, new = filled(torch.arange(4.0, 12.0)), ranked(8, eps=0.0)
+    for buffer in (used, new):
+        buffer.load_state_dict(proportional.state_dict())
+        buffer.update_priority([0, 1], [2.5, 1.5])
+    assert ranks(used) == ranks(new) == [2, 3, 2]
 
 
 def test_a_table_of_another_capacity_keeps_the_ranking():
