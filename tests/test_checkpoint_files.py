@@ -39,6 +39,7 @@ def test_every_dtype_layout_and_shape_comes_back(tmp_path):
         "expanded": torch.tensor([1.5]).expand(3, 4),
         "conjugate": torch.tensor([1 + 2j, 3j]).conj(),
         "negative": torch.tensor([1 + 2j, 3j]).conj().imag,
+        "negative rows": torch._neg_view(torch.arange(40.0).view(4, 10)[:, :9]),
         "empty": torch.empty(0, 3),
         "scalar": torch.tensor(7, dtype=torch.int16),
         "plain": {"none": None, "true": True, "int": 2**70, "float": 0.1, "inf": -torch.inf},
