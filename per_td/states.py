@@ -40,8 +40,9 @@ def check(state: Any) -> dict[str, Any]:
     Raises:
         CheckpointError: it is something else, or of a later version.
     """
-    if not isinstance(state, dict) or str(state.get("format")) != FORMAT:
-        raise CheckpointError(f"expected the state of a PrioritizedReplayBuffer, got {type(state)}")
+    found = state.get("format") if isinstance(state, dict) else type(state)
+    if not isinstance(state, dict) or str(found) != FORMAT:
+        raise CheckpointError(f"expected the state of a PrioritizedReplayBuffer, got {found!r}")
     version, last = state.get("version"), checkpoint.VERSION
     if not isinstance(version, int) or not 1 <= version <= last:
         raise CheckpointError(f"expected a state of version 1 to {last}, got version {version!r}")

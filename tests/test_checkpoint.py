@@ -114,6 +114,13 @@ def test_states_that_do_not_fit_change_nothing():
     for version in (3, 0, "1", None):
         with pytest.raises(CheckpointError, match=f"version 1 to 2, got version {version!r}"):
             small.load_state_dict({**state, "version": version})
+    for other, found in (
+        ({**state, "format": "another"}, "'another'"),
+        ([state], "list"),
+        ({}, ""),
+    ):
+        with pytest.raises(CheckpointError, match=f"expected the state of a .* got .*{found}"):
+            small.load_state_dict(other)
     with pytest.raises(CheckpointError, match=r"priority: expected .* shape \[20\].*got .*\[19\]"):
         small.load_state_dict({**state, "priority": state["priority"][:19]})
     short = {**state["transitions"], "action": state["transitions"]["action"][:19]}
