@@ -1,0 +1,118 @@
+"""Batches where shards fail in one round and another, with actors that answer in this process."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+ray = pytest.importorskip("ray")
+
+from ray.exceptions import RayActorError  # noqa: E402
+
+from per_td.errors import EmptyBufferError  # noqa: E402
+from per_td.ray import ShardError, wire  # noqa: E402
+from per_td.ray.batches import Batches  # noqa: E402
+from per_td.ray.ledger import Ledger  # noqa: E402
+from per_td.ray.replies import Replies  # noqa: E402
+from per_td.ray.shard import Shard  # noqa: E402
+
+
+class Local:
+    """A shard of 10 transitions, whose draws are answered, late ("late") or lost ("lost")."""
+
+    def __init__(self, number, outcomes):
+        self.shard = Shard({"capacity": 16, "alpha": 1.0, "eps": 0.0}, seed=number)
+        ids = torch.arange(10) + 100 * number
+        self.shard.extend(wire.pack({("id",): ids}), np.arange(1, 11, dtype=np.float32))
+        self.outcomes = list(outcomes)
+
+    def __getattr__(self, name):
+        return SimpleNamespace(remote=lambda *given: (self, name, given, self.outcome(name)))
+
+    def outcome(self, name):
+        if name == "report":
+            return "late"  # whoever failed does not come back
+        return self.outcomes.pop(0) if self.outcomes else "answered"
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Makes shards with these outcomes, draws a batch of 64, and tells what became of it."""
+
+    def wait(answers, *, num_returns, timeout, fetch_local=True):
+        late = [answer for answer in answers if answer[3] == "late"]
+        return [answer for answer in answers if answer not in late], late
+
+    def get(answer):
+        actor, name, given, outcome = answer
+        if outcome == "lost":
+            raise RayActorError
+        return getattr(actor.shard, name)(*given)
+
+    monkeypatch.setattr(ray, "wait", wait)
+    monkeypatch.setattr(ray, "get", get)
+
+    def make(*outcomes):
+        shards = [Local(number, each) for number, each in enumerate(outcomes)]
+        ledger = Ledger(len(shards))
+        for number, each in enumerate(shards):
+            ledger.note(number, each.shard.report())
+        replies = Replies(shards, ledger, lambda _: None, refresh_s=60.0)
+        batches = Batches(
+            shards,
+            ledger,
+            replies,
+            draw="independent",
+            weight_normalization="none",
+            generator=torch.Generator().manual_seed(0),
+            timeout_s=0.1,
+            device=torch.device("cpu"),
+        )
+        return ledger, batches.collect(batches.request(64), 1.0)
+
+    return make
+
+
+def check(batch, living):
+    """All from the living, with the weights of a buffer that consists of them."""
+    assert batch.batch_size == (64,)
+    assert set(batch["shard"].tolist()) == set(living)
+    assert (batch["id"] // 100 == batch["shard"]).all()
+    priority = batch["id"] % 100 + 1
+    probability = priority / (55.0 * len(living))
+    torch.testing.assert_close(batch["priority_weight"], 1 / (10 * len(living) * probability))
+
+
+@pytest.mark.parametrize("failure", ["late", "lost"])
+@pytest.mark.parametrize(
+    ("outcomes", "living"),
+    [
+        (((), (), ()), [0, 1, 2]),
+        (((), ("fails",), ()), [0, 2]),
+        ((("fails",), ()), [1]),
+        ((("answered", "fails"), ("fails",), ()), [2]),  # what it gave before it failed is not used
+    ],
+)
+def test_what_failed_shards_do_not_give_comes_from_the_others(failure, outcomes, living, drawn):
+    outcomes = [[failure if each == "fails" else each for each in some] for some in outcomes]
+    ledger, batch = drawn(*outcomes)
+    check(batch, living)
+    assert ledger.size == 10 * len(living)
+    assert [number for number, lives in enumerate(ledger.living) if lives] == living
+
+
+def test_where_all_fail_there_is_an_error(drawn):
+    with pytest.raises(ShardError, match="all are lost or late"):
+        drawn(["lost"], ["late"])
+
+
+def test_a_shard_that_was_emptied_unseen_gives_nothing_to_the_batch(drawn, monkeypatch):
+    def emptied(self, n):
+        self._buffer.update_priority(torch.arange(10), torch.zeros(10))
+        return original(self, n)
+
+    original = Shard.sample
+    monkeypatch.setattr(Shard, "sample", emptied)
+    with pytest.raises((EmptyBufferError, ShardError)):
+        drawn((), ())
