@@ -26,13 +26,14 @@ class Local:
         ids = torch.arange(10) + 100 * number
         self.shard.extend(wire.pack({("id",): ids}), np.arange(1, 11, dtype=np.float32))
         self.outcomes = list(outcomes)
+        self.polled = "late" if outcomes else "answered"  # whoever failed does not come back
 
     def __getattr__(self, name):
         return SimpleNamespace(remote=lambda *given: (self, name, given, self.outcome(name)))
 
     def outcome(self, name):
         if name == "report":
-            return "late"  # whoever failed does not come back
+            return self.polled
         return self.outcomes.pop(0) if self.outcomes else "answered"
 
 
@@ -53,11 +54,13 @@ def drawn(monkeypatch):
     monkeypatch.setattr(ray, "wait", wait)
     monkeypatch.setattr(ray, "get", get)
 
-    def make(*outcomes):
+    def make(*outcomes, heard=True, change=lambda shard: None):
         shards = [Local(number, each) for number, each in enumerate(outcomes)]
         ledger = Ledger(len(shards))
         for number, each in enumerate(shards):
-            ledger.note(number, each.shard.report())
+            if heard:
+                ledger.note(number, each.shard.report())
+        change(shards[0].shard)
         replies = Replies(shards, ledger, lambda _: None, refresh_s=60.0)
         batches = Batches(
             shards,
@@ -79,6 +82,7 @@ def check(batch, living):
     assert batch.batch_size == (64,)
     assert set(batch["shard"].tolist()) == set(living)
     assert (batch["id"] // 100 == batch["shard"]).all()
+    assert (batch["shard"].diff() >= 0).all()
     priority = batch["id"] % 100 + 1
     probability = priority / (55.0 * len(living))
     torch.testing.assert_close(batch["priority_weight"], 1 / (10 * len(living) * probability))
@@ -107,12 +111,34 @@ def test_where_all_fail_there_is_an_error(drawn):
         drawn(["lost"], ["late"])
 
 
-def test_a_shard_that_was_emptied_unseen_gives_nothing_to_the_batch(drawn, monkeypatch):
-    def emptied(self, n):
-        self._buffer.update_priority(torch.arange(10), torch.zeros(10))
-        return original(self, n)
+def test_shards_that_were_not_heard_of_are_asked_first(drawn):
+    _, batch = drawn((), (), heard=False)
+    check(batch, [0, 1])
 
-    original = Shard.sample
-    monkeypatch.setattr(Shard, "sample", emptied)
-    with pytest.raises((EmptyBufferError, ShardError)):
-        drawn((), ())
+
+def test_weights_follow_what_shards_say_when_they_draw_and_totals_are_known_then(drawn):
+    ledger, batch = drawn((), (), change=lambda shard: give(shard, 2.0))
+    assert ledger.total.tolist() == [20.0, 55.0]
+    moved = batch["shard"] == 0
+    within = torch.where(moved, 2.0 / 20, (batch["id"] % 100 + 1) / 55)
+    torch.testing.assert_close(batch["priority_weight"], 1 / (20 * 0.5 * within))
+    assert 10 < moved.sum() < 54  # still half of the draws
+
+
+def test_the_part_of_a_shard_that_was_emptied_unseen_comes_from_the_others(drawn):
+    ledger, batch = drawn((), (), change=lambda shard: give(shard, 0.0))
+    assert set(batch["shard"].tolist()) == {1}
+    priority = batch["id"] % 100 + 1
+    torch.testing.assert_close(batch["priority_weight"], 55 / (20 * priority))  # N is still 20
+    assert ledger.total.tolist() == [0.0, 55.0]
+    assert ledger.living == [True, True]
+
+
+def test_where_nothing_has_any_mass_there_is_an_error(drawn):
+    with pytest.raises(EmptyBufferError, match="expected a shard with a positive mass"):
+        drawn((), change=lambda shard: give(shard, 0.0))
+
+
+def give(shard, priority):
+    """All transitions the same priority."""
+    shard.update(np.arange(10), np.full(10, priority, np.float32))
