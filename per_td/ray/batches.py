@@ -9,7 +9,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from tensordict import TensorDict
 from torch import Tensor
 
-from per_td.errors import EmptyBufferError, SchemaError
+from per_td.errors import SchemaError
 from per_td.leaves import Key, Leaves, nested
 from per_td.ray import wire
 from per_td.ray.counts import batch_weights, counts_of, probabilities, shares_of
@@ -161,8 +161,6 @@ class Batches:
         return failed
 
     def _together(self, parts: list[_Part], totals: Tensor, beta: float) -> TensorDict:
-        if not parts:
-            raise EmptyBufferError("expected transitions to draw from, got none")
         parts.sort(key=lambda part: part[0])
         sizes = [len(drawn.slot) for _, drawn in parts]
 

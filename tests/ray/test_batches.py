@@ -116,13 +116,15 @@ def test_shards_that_were_not_heard_of_are_asked_first(drawn):
     check(batch, [0, 1])
 
 
-def test_weights_follow_what_shards_say_when_they_draw_and_totals_are_known_then(drawn):
-    ledger, batch = drawn((), (), change=lambda shard: give(shard, 2.0))
-    assert ledger.total.tolist() == [20.0, 55.0]
+@pytest.mark.parametrize("last", [(), ["lost"]])
+def test_weights_follow_what_shards_say_when_they_draw_and_totals_are_known_then(last, drawn):
+    ledger, batch = drawn((), (), last, change=lambda shard: give(shard, 2.0))
+    shares = 2 if last else 3
+    assert ledger.total.tolist() == [20.0, 55.0, 0.0 if last else 55.0]
     moved = batch["shard"] == 0
     within = torch.where(moved, 2.0 / 20, (batch["id"] % 100 + 1) / 55)
-    torch.testing.assert_close(batch["priority_weight"], 1 / (20 * 0.5 * within))
-    assert 10 < moved.sum() < 54  # still half of the draws
+    torch.testing.assert_close(batch["priority_weight"], 1 / (10 * shares * within / shares))
+    assert 64 / shares / 2 < moved.sum() < 64 / shares * 1.5  # still the share that it had
 
 
 def test_the_part_of_a_shard_that_was_emptied_unseen_comes_from_the_others(drawn):
