@@ -264,3 +264,11 @@ def test_it_needs_a_batch_size_and_a_positive_number():
         PrioritizedReplayBuffer(10, 4, prefetch=-1)
     with pytest.raises(ConfigurationError, match="num_buffers"):
         PrioritizedReplayBuffer(10, 4, prefetch=2, num_buffers=2)
+
+
+def test_a_state_may_be_loaded_before_anything_was_drawn_ahead():
+    saved, buffer = make(), make()
+    saved.extend(transitions(torch.arange(20)))
+    buffer.load_state_dict(saved.state_dict())
+    assert buffer.sample().batch_size == (8,)
+    buffer.close()

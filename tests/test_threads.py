@@ -158,3 +158,18 @@ def test_a_plain_buffer_has_no_lock_and_many_buffers_cannot_have_one():
     assert type(PrioritizedReplayBuffer(3)) is PrioritizedReplayBuffer
     with pytest.raises(ConfigurationError, match="num_buffers: expected None, got 2"):
         PrioritizedReplayBuffer(3, threads=True, num_buffers=2)
+
+
+def test_without_prefetch_no_thread_is_started_and_priorities_are_a_copy():
+    buffer, running = make(10, batch_size=4), threading.active_count()
+    buffer.extend(transitions(torch.arange(5)), torch.ones(5))
+    before = buffer.priority
+    buffer.sample()
+    buffer.update_priority([0], [7.0])
+    assert before.tolist() == [1.0] * 5
+    assert threading.active_count() == running
+
+
+def test_a_buffer_for_threads_refuses_to_be_one_for_processes():
+    with pytest.raises(ConfigurationError, match="shared: expected False for LockedReplayBuffer"):
+        LockedReplayBuffer(10, shared=True, example=transitions(0))
