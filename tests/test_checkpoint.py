@@ -180,3 +180,35 @@ def test_masses_are_those_saved_to_the_last_bit(tmp_path):
     masses, loaded = buffer._priorities.masses, PrioritizedReplayBuffer.load(tmp_path / "x")
     assert torch.equal(loaded._priorities.masses[:], masses[:])
     assert torch.equal(loaded._priorities.masses.nodes, masses.nodes)
+
+
+@pytest.mark.parametrize(
+    ("path", "wrong"),
+    [
+        (("settings", "eps"), -1.0),
+        (("settings", "eps"), torch.inf),
+        (("settings", "beta_increment"), -0.5),
+        (("settings", "beta_increment"), torch.nan),
+        (("priority",), torch.full((20,), torch.inf)),
+        (("priority",), torch.full((20,), -1.0)),
+        (("mass",), torch.full((20,), -1.0)),
+        (("ever_max",), torch.tensor(torch.inf)),
+        (("stale_updates",), torch.tensor(-1)),
+        (("write_count",), -1),
+        (("generator",), torch.full((5056,), 255, dtype=torch.uint8)),
+    ],
+)
+def test_a_state_with_values_that_no_buffer_has_changes_nothing(path, wrong):
+    state = used(generator=torch.Generator()).state_dict()
+    inner = state
+    for key in path[:-1]:
+        inner = inner[key]
+    assert path[-1] in inner
+    inner[path[-1]] = wrong
+    buffer = PrioritizedReplayBuffer(20, generator=torch.Generator())
+    buffer.extend(data(0, 3), torch.tensor([1.0, 2.0, 3.0]))
+    with pytest.raises(CheckpointError, match=path[-1].split("_")[0]):
+        buffer.load_state_dict(state)
+    assert buffer.priority.tolist() == [1.0, 2.0, 3.0]
+    assert buffer.transitions["action"].tolist() == data(0, 3)["action"].tolist()
+    assert buffer.write_count == 3
