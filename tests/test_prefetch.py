@@ -271,4 +271,5 @@ def test_a_state_may_be_loaded_before_anything_was_drawn_ahead():
     saved.extend(transitions(torch.arange(20)))
     buffer.load_state_dict(saved.state_dict())
     assert buffer.sample().batch_size == (8,)
+    assert all(thread.daemon for thread in threads())  # or the process could not end before it
     buffer.close()
