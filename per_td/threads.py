@@ -105,7 +105,7 @@ class LockedReplayBuffer(PrioritizedReplayBuffer):
 
     def _priority(self) -> Tensor:
         with self._lock:
-            return self._priorities.raw[: len(self)].clone()
+            return super().priority
 
     alpha = property(lambda self: self._priorities.alpha, _set_alpha)
     priority = property(_priority)

@@ -77,8 +77,8 @@ class Shard:
         checkpoint_every: int | None = None,
     ) -> None:
         _warm_up(settings)
-        self._settings = settings
-        self._buffer = self._new(seed)
+        self._buffer = PrioritizedReplayBuffer(**settings)
+        self._buffer.generator = torch.Generator(self._buffer.device).manual_seed(seed)
         self._begin_epoch()
         self._every = checkpoint_every or self._buffer.capacity
         self._journal: Journal | None = None
@@ -91,11 +91,6 @@ class Shard:
             for record in journal.replay():
                 self._apply(record)
             self._journal = journal
-
-    def _new(self, seed: int) -> PrioritizedReplayBuffer:
-        buffer = PrioritizedReplayBuffer(**self._settings)
-        buffer.generator = torch.Generator(buffer.device).manual_seed(seed)
-        return buffer
 
     def _begin_epoch(self) -> None:
         """Let updates for batches drawn before now count as stale: slots may hold others."""
