@@ -8,13 +8,12 @@ learner, Ray's own), more shards cannot be faster: look at the ratios to Ray's c
 bytes, which pays for the same cores.
 """
 
-import argparse
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import ray
 import torch
 from tensordict import TensorDict
 
+from benchmarks.arguments import parse_args
 from benchmarks.machine import commit, machine, versions
 from per_td import PrioritizedReplayBuffer
 from per_td.ray import ShardedReplayBuffer
@@ -42,15 +42,6 @@ class Args:
     rounds: int = field(default=9, metadata={"help": "rounds of each measurement"})
     torchrl: int = field(default=1, metadata={"help": "0 leaves out TorchRL's buffers"})
     out: str = field(default=str(RESULTS / "ray"), metadata={"help": "files, without suffix"})
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """`Args` from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for f in fields(Args):
-        name = "--" + f.name
-        parser.add_argument(name, type=f.type, default=f.default, help=f.metadata["help"])
-    return Args(**vars(parser.parse_args(argv)))
 
 
 def transitions(kind: str, n: int) -> TensorDict:
@@ -267,4 +258,4 @@ def main(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(parse_args(Args, __doc__.splitlines()[0]))

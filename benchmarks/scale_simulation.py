@@ -8,19 +8,19 @@ messages is measured with two actors. Stale totals are simulated: bias and sprea
 mean, summed up exactly over all shards.
 """
 
-import argparse
 import json
 import pickle
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import ray
 import torch
 
+from benchmarks.arguments import parse_args
 from benchmarks.machine import commit, machine, versions
 from per_td.ray.batches import Batches
 from per_td.ray.counts import counts_of, shares_of
@@ -38,15 +38,6 @@ class Args:
     messages: int = field(default=4000, metadata={"help": "calls of the message measurement"})
     repeats: int = field(default=15, metadata={"help": "of each timing; the median counts"})
     out: str = field(default=str(RESULTS / "scale"), metadata={"help": "files, without suffix"})
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """`Args` from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for f in fields(Args):
-        name = "--" + f.name
-        parser.add_argument(name, type=f.type, default=f.default, help=f.metadata["help"])
-    return Args(**vars(parser.parse_args(argv)))
 
 
 def median_us(
@@ -224,4 +215,4 @@ def main(args: Args) -> dict:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(parse_args(Args, __doc__.splitlines()[0]))
