@@ -13,19 +13,23 @@ def pytest_addoption(parser) -> None:
     parser.addoption(
         "--interpreted",
         action="store_true",
-        help="run the tests for CUDA on the CPU too, by Triton's interpreter, in some minutes",
+        help="run all tests of CUDA on the CPU too, by Triton's interpreter; else most are slow",
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at the markers
 def pytest_collection_modifyitems(config, items) -> None:
-    """Leave out what is interpreted, unless asked for: the kernels' own tests are always run."""
-    wanted = config.getoption("--interpreted")
-    params = [(item, getattr(item, "callspec", None)) for item in items]
-    left_out = {
-        item for item, p in params if p and p.params.get("device") == "interpreted" and not wanted
-    }
-    config.hook.pytest_deselected(items=list(left_out))
-    items[:] = [item for item in items if item not in left_out]
+    """Mark as slow what Triton's interpreter runs, but for the kernels' own tests.
+
+    With pytest-xdist, the tests of a Ray cluster go to one worker, which makes it.
+    """
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        interpreted = callspec and callspec.params.get("device") == "interpreted"
+        if interpreted and not config.getoption("--interpreted"):
+            item.add_marker("slow")
+        if item.path.parent.name == "ray" and config.pluginmanager.hasplugin("xdist"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(

@@ -253,10 +253,10 @@ SAVES = """
 
 
 @needs_posix
-@pytest.mark.slow
-def test_a_process_killed_while_it_saves_leaves_a_whole_state(tmp_path):
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
+def test_a_process_killed_while_it_saves_leaves_a_whole_state(kills, tmp_path):
     path, moments = tmp_path / "x", random.Random(0)
-    for _ in range(12):
+    for _ in range(kills):
         process = run(SAVES, path)
         try:
             process.stdout.readline()

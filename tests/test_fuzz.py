@@ -158,7 +158,7 @@ def all_of_it(name, makers, call, allowed=(), skipped=()) -> None:
                 check_sound(target)
 
 
-@pytest.mark.parametrize("choice", KERNELS)
+@pytest.mark.parametrize("choice", [KERNELS[0], pytest.param(KERNELS[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ENTRIES)
 def test_an_entry_takes_a_value_or_names_what_is_wrong_and_changes_nothing(
     name, choice, monkeypatch
@@ -366,7 +366,7 @@ def test_a_damaged_state_leaves_the_buffer_as_it_was():
         assert fingerprint(buffer) == before
 
 
-@pytest.mark.parametrize("choice", KERNELS)
+@pytest.mark.parametrize("choice", [KERNELS[0], pytest.param(KERNELS[1], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("count", [None, 2])
 @pytest.mark.parametrize("layout", ["columns", "records"])
 @pytest.mark.parametrize(

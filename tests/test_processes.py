@@ -148,7 +148,6 @@ def test_what_a_process_is_handed_has_the_same_lock():
         assert locked_for(other)
 
 
-@pytest.mark.slow
 def test_a_spawned_process_writes_samples_and_updates_what_its_parent_sees():
     buffer = processes.shared(50, alpha=1.0)
     buffer.extend(processes.transitions(range(5)))

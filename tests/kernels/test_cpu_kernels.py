@@ -253,9 +253,10 @@ said = [str(w.message) for w in caught if issubclass(w.category, per_td.KernelWa
             "import sys; sys.modules['numba'] = None",
             "assert len(said) == 1 and 'numba cannot be imported' in said[0], said",
         ),
-        (
+        pytest.param(
             "import os; os.environ['PER_TD_KERNELS'] = 'off'",
             "assert said == [] and 'numba' not in sys.modules and not buffer._storage.kernels",
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["used", "missing", "off"],
@@ -264,6 +265,7 @@ def test_numba_comes_with_the_first_buffer_and_may_be_missing(before, after):
     subprocess.run([sys.executable, "-c", before + LOOP + after], check=True)
 
 
+@pytest.mark.slow
 def test_without_a_folder_to_cache_in_plain_torch_takes_over():
     before = """
 import numba.core.caching as caching

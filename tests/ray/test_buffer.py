@@ -162,6 +162,7 @@ def test_a_batch_has_what_an_update_needs_and_updates_arrive(sharded, numbered):
     assert buffer.priority[67] == 1.125
 
 
+@pytest.mark.slow
 def test_prefetched_batches_come_in_the_size_asked_for(sharded, numbered):
     buffer = sharded(2, 64, prefetch=2, draw="stratified", beta_increment=0.25)
     with pytest.raises(EmptyBufferError):
@@ -224,6 +225,7 @@ def test_wrong_arguments_are_refused_before_an_actor_starts(options, match):
         ShardedReplayBuffer(**{"num_shards": 2, "capacity_per_shard": 8} | options)
 
 
+@pytest.mark.slow
 def test_a_saved_buffer_comes_back(sharded, numbered, tmp_path):
     from per_td.errors import CheckpointError
     from per_td.ray import ShardedReplayBuffer
@@ -248,6 +250,7 @@ def test_a_saved_buffer_comes_back(sharded, numbered, tmp_path):
         ShardedReplayBuffer.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_leaves_the_one_before(sharded, numbered, tmp_path):
     from per_td.ray import ShardedReplayBuffer, saving
 
@@ -269,6 +272,7 @@ def test_a_save_that_fails_leaves_the_one_before(sharded, numbered, tmp_path):
     assert len(list(tmp_path.iterdir())) == 3  # nothing of the others is left
 
 
+@pytest.mark.slow
 def test_actors_write_without_passing_through_the_learner(sharded, numbered):
     buffer = sharded(2, 256)
 
@@ -284,6 +288,7 @@ def test_actors_write_without_passing_through_the_learner(sharded, numbered):
     }
 
 
+@pytest.mark.slow
 def test_shards_with_a_name_outlive_their_learner(sharded, numbered):
     first = sharded(1, 64, name="outlives")
     first.extend(numbered(0, 10))
@@ -292,6 +297,7 @@ def test_shards_with_a_name_outlive_their_learner(sharded, numbered):
     assert again.sample(8)["id"].max() < 10
 
 
+@pytest.mark.slow
 def test_what_a_dead_learner_was_told_is_there_for_the_next(sharded, numbered):
     @ray.remote(num_cpus=0)
     class Learner:

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "apex_ray.py"
 
 
+@pytest.mark.slow
 def test_apex_ray_runs_and_draws_its_picture(cluster, tmp_path, capsys):
     spec = importlib.util.spec_from_file_location("apex_ray", EXAMPLE)
     apex = importlib.util.module_from_spec(spec)
@@ -22,6 +23,7 @@ def test_apex_ray_runs_and_draws_its_picture(cluster, tmp_path, capsys):
     assert "samples per second" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_code_in_the_docs_runs_as_printed(cluster):
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "ray.md").read_text(), re.DOTALL)
     exec(compile(block, "docs/ray.md", "exec"), {"__name__": "docs"})

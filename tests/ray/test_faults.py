@@ -62,6 +62,7 @@ def all_back(buffer):
     return time.monotonic() - start
 
 
+@pytest.mark.slow
 def test_killing_shards_under_load_loses_nothing_acknowledged(sharded, numbered, tmp_path):
     from per_td.ray import ShardError
 
@@ -153,6 +154,7 @@ def test_a_lost_shard_counts_nothing_until_it_is_back_empty(sharded, numbered):
     assert chisquare(counts.numpy(), [4000 * share, 4000 * (1 - share)]).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_a_slow_shard_does_not_stop_the_batch_and_a_write_goes_elsewhere(sharded, numbered):
     buffer = sharded(
         2, 64, timeout_s=TIMEOUT_S, refresh_s=0.1, beta=1.0, weight_normalization="none"
@@ -185,6 +187,7 @@ def test_a_slow_shard_does_not_stop_the_batch_and_a_write_goes_elsewhere(sharded
     assert set(buffer.sample(500)["shard"].tolist()) == {0, 1}
 
 
+@pytest.mark.slow
 def test_what_a_dead_writer_was_told_is_there(sharded, numbered):
     @ray.remote(num_cpus=0)
     class Actor:
@@ -199,6 +202,7 @@ def test_what_a_dead_writer_was_told_is_there(sharded, numbered):
     assert held_by(buffer) == [list(range(10))]
 
 
+@pytest.mark.slow
 def test_another_run_takes_up_the_folder(sharded, numbered, tmp_path):
     first = sharded(1, 64, checkpoint_dir=tmp_path)
     first.extend(numbered(0, 30), torch.rand(30))
@@ -214,6 +218,7 @@ def test_another_run_takes_up_the_folder(sharded, numbered, tmp_path):
     assert mass == pytest.approx(float((priority.double() ** 0.6).sum()), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_nobody_to_acknowledge_is_an_error(sharded, numbered):
     from per_td.ray import ShardError
 

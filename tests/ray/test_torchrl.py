@@ -36,6 +36,7 @@ def remote_buffer(cluster):
     buffer.close()
 
 
+@pytest.mark.slow
 def test_the_drop_in_works_inside_torchrls_ray_replay_buffer(remote_buffer):
     remote_buffer.extend(TensorDict({"x": torch.arange(20.0)}, [20]))
     assert len(remote_buffer) == 20
@@ -55,6 +56,7 @@ def random_actions(environment):
     return RandomPolicy(environment.action_spec)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The policy is not an nn.Module:UserWarning")
 @pytest.mark.filterwarnings("ignore:RayCollector iteration started before weight:UserWarning")
 def test_a_ray_collector_fills_the_drop_in(remote_buffer):

@@ -132,9 +132,12 @@ def test_a_collector_writes_to_the_buffer_it_is_given(sync, extend_buffer):
     assert buffer.stats()["stale_updates"] == 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "workers", "sync"), [(MultiSyncCollector, 2, True), (MultiAsyncCollector, 1, False)]
+    ("kind", "workers", "sync"),
+    [
+        pytest.param(MultiSyncCollector, 2, True, marks=pytest.mark.slow),
+        (MultiAsyncCollector, 1, False),
+    ],
 )
 def test_processes_write_to_the_buffer_they_are_given(kind, workers, sync):
     capacity = 50
