@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import math
 import sys
 import time
 import traceback
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks import cartpole, exactness, profiles, startup
-from benchmarks.case import Case
+from benchmarks.case import Case, described, not_run
 from benchmarks.contestants import CONTESTANTS, NotRun
+from benchmarks.contestants.base import REHEARSAL
 from benchmarks.goals import judge
 from benchmarks.race import Entry, race, spread
 from benchmarks.workload import Point
@@ -28,6 +30,7 @@ class Options:
     profile: bool = False
     quick: bool = False
     seed: int = 0
+    until: float = math.inf  # time.perf_counter() by which the rounds should end
 
 
 def _say(text: str) -> None:
@@ -50,15 +53,24 @@ def _enter(case: Case, options: Options) -> tuple[list[Entry], list[dict], dict[
         try:
             if contestant.peer and not options.peers:
                 raise NotRun("--peers was not asked for")
+            if contestant.cuda_only and case.device != "cuda":
+                raise NotRun(REHEARSAL)
             made = contestant(Point(capacity, batch, schema, draw, case.device, options.seed))
         except NotRun as reason:
             rows.append(key | {"part": None, "not_run": str(reason)})
             continue
+        except torch.OutOfMemoryError:
+            gc.collect()
+            torch.cuda.empty_cache()
+            rows.append(key | {"part": None, "not_run": "the GPU has too little memory"})
+            continue
         if contestant.note:
             notes[name] = contestant.note
-        entries.append(Entry(key, made.parts(case.parts), contestant.clock))
+        clock = contestant.clock if case.device == "cuda" else "cpu"
+        entries.append(Entry(key, made.parts(case.parts), clock))
         for fact, (value, unit) in made.facts().items():
-            rows.append(key | {"part": fact, "median": value, "unit": unit})
+            found = {"not_run": REHEARSAL} if value is None else {"median": value, "unit": unit}
+            rows.append(key | {"part": fact} | found)
     return entries, rows, notes
 
 
@@ -75,10 +87,9 @@ def _rows(entries: list[Entry]) -> list[dict]:
 def _measure(case: Case, options: Options) -> dict:
     seed = options.seed
     if case.kind == "exactness":
-        return {
-            "rows": exactness.measure(case, peers=options.peers, quick=options.quick, seed=seed)
-        }
-    rows: list[dict] = []
+        rows = exactness.measure(case, peers=options.peers, quick=options.quick, seed=seed)
+        return {"rows": rows, "goals": judge(case, [], exactness.worst(rows))}
+    rows = []
     notes: dict[str, str] = {}
     share = None
     if case.kind == "cartpole":
@@ -89,7 +100,8 @@ def _measure(case: Case, options: Options) -> dict:
         entries, rounds, share = profiles.measure(case, seed=seed)
     else:
         entries, rows, notes = _enter(case, options)
-        rounds, share = race(entries, case.seconds) if entries else (0, None)
+        seconds = max(0.0, min(case.seconds, options.until - time.perf_counter()))
+        rounds, share = race(entries, seconds) if entries else (0, None)
     rows = _rows(entries) + rows
     goals = judge(case, entries, rows)
     return {
@@ -114,14 +126,7 @@ def _obstacle(case: Case, options: Options) -> str | None:
 def run(case: Case, options: Options) -> dict:
     """The record of a case: rows and goals, or why it was not run."""
     _say(f"{case.name}: {case.title} ...")
-    record = {
-        "name": case.name,
-        "title": case.title,
-        "about": case.about,
-        "kind": case.kind,
-        "plot": case.plot,
-        "device": case.device,
-    }
+    record = described(case)
     start = time.perf_counter()
     reason = _obstacle(case, options)
     if reason is None:
@@ -134,10 +139,7 @@ def run(case: Case, options: Options) -> dict:
             reason = f"FAILED: {type(error).__name__}: {str(error).splitlines()[0]}"
             record["failed"] = True
     if reason is not None:
-        goals = [{"text": g.text, "limit": g.limit, "not_run": reason} for g in case.goals]
-        relative = [g.against is not None for g in case.goals]
-        goals = [g | {"relative": r} for g, r in zip(goals, relative, strict=True)]
-        record |= {"not_run": reason, "rows": [], "goals": goals}
+        record |= not_run(case, reason)
     record["seconds"] = round(time.perf_counter() - start, 1)
     gc.collect()
     _say(f"{case.name}: " + (f"not run: {reason}" if reason else f"{record['seconds']} s"))
