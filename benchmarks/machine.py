@@ -54,8 +54,18 @@ def gpu() -> dict:
         found["memory_gib"] = round(properties.total_memory / 2**30, 1)
         found["compute_capability"] = f"{properties.major}.{properties.minor}"
         found["multiprocessors"] = properties.multi_processor_count
+        found["driver"] = _driver()
         float(torch.ones(1, device="cuda"))  # it does what it is told
     return found
+
+
+def _driver() -> str | None:
+    ask = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, check=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.stdout else None
 
 
 def versions() -> dict[str, str]:

@@ -53,7 +53,7 @@ def plan(*, rehearse: bool) -> list[Part]:
     small = ("--rehearse",) if rehearse else ()
     title = {case.name: case.title for case in CASES}
     return [
-        Part("versions", "Versions and device", ("-m", "benchmarks.machine", "{file}"), 15, 10.0),
+        Part("versions", "Versions and device", ("-m", "benchmarks.machine", "{file}"), 30),
         Part("tests-kernels", "Tests of the kernels", kernels, 100),
         Part("tests-others", "All other tests on CUDA", others, 110),
         *(
@@ -70,7 +70,7 @@ def plan(*, rehearse: bool) -> list[Part]:
 
 def _case(case: Case, record: dict) -> dict:
     found = record["found"].get("case")
-    return not_run(case, record["state"]) if found is None else found
+    return found or not_run(case, record["state"].removeprefix("not run: "))
 
 
 def collected(records: list[dict], about: dict[str, Any]) -> dict[str, Any]:

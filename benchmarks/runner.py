@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import cartpole, exactness, profiles, startup
 from benchmarks.case import Case, described, not_run
-from benchmarks.contestants import CONTESTANTS, NotRun
+from benchmarks.contestants import CONTESTANTS, Contestant, NotRun
 from benchmarks.contestants.base import REHEARSAL
 from benchmarks.goals import judge
 from benchmarks.race import Entry, race, spread
@@ -37,6 +37,27 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _said(error: Exception) -> str:
+    """Its class and the first line of its message, which may be empty."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def _peer(contestant: type[Contestant], point: Point, case: Case) -> Contestant:
+    """Build another library's buffer; where it fails, the others still run."""
+    try:
+        made = contestant(point)
+        for part in made.parts(case.parts):
+            if part.before is not None:
+                part.before()
+            part.run()
+    except (NotRun, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        raise NotRun(f"it fails ({_said(error)})") from error
+    return made
+
+
 def _enter(case: Case, options: Options) -> tuple[list[Entry], list[dict], dict[str, str]]:
     """Build all contestants: those who run, rows for those who cannot and for facts, footnotes."""
     entries, rows, notes = [], [], {}
@@ -55,7 +76,8 @@ def _enter(case: Case, options: Options) -> tuple[list[Entry], list[dict], dict[
                 raise NotRun("--peers was not asked for")
             if contestant.cuda_only and case.device != "cuda":
                 raise NotRun(REHEARSAL)
-            made = contestant(Point(capacity, batch, schema, draw, case.device, options.seed))
+            point = Point(capacity, batch, schema, draw, case.device, options.seed)
+            made = _peer(contestant, point, case) if contestant.peer else contestant(point)
         except NotRun as reason:
             rows.append(key | {"part": None, "not_run": str(reason)})
             continue
@@ -136,7 +158,7 @@ def run(case: Case, options: Options) -> dict:
             reason = str(obstacle)
         except Exception as error:  # the other cases are worth having
             traceback.print_exc()
-            reason = f"FAILED: {type(error).__name__}: {str(error).splitlines()[0]}"
+            reason = f"FAILED: {_said(error)}"
             record["failed"] = True
     if reason is not None:
         record |= not_run(case, reason)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from benchmarks import on_gpu
 from benchmarks.case import NO_SLOT, RATIO, Case
 from benchmarks.cases import CASES
+from benchmarks.contestants import CONTESTANTS, Contestant
 from benchmarks.exactness import worst
 from benchmarks.goals import judge
 from benchmarks.parts import NO_TIME, PENDING, TIMED_OUT, Part, run_all
@@ -19,10 +21,6 @@ WRITES = "import sys, json; json.dump({'case': {'rows': [1, 2]}}, open(sys.argv[
 
 def part(name, code, least=0.0, weight=1.0):
     return Part(name, name, ("-c", code, "{file}"), weight, least)
-
-
-def by_name(results):
-    return {record["name"]: record for record in results}
 
 
 # --------------------------------------------------------------------------- parts
@@ -163,6 +161,21 @@ def test_rounds_end_when_the_time_is_up():
     record = run(case, Options(until=start))
     assert time.perf_counter() - start < 30
     assert record["rounds"] >= 7
+
+
+def test_a_peer_that_fails_leaves_the_others(monkeypatch, capsys):
+    class Failing(Contestant):
+        name, peer = "failing", True
+
+        def sample(self):
+            raise RuntimeError("not today")
+
+    monkeypatch.setitem(CONTESTANTS, "failing", Failing)
+    case = Case("c", "", "", contestants=("failing", "per_td"), capacities=(100,), batches=(10,))
+    record = run(replace(case, seconds=0.0), Options(peers=True))
+    assert "not_run" not in record
+    reasons = {row["contestant"]: row.get("not_run") for row in record["rows"]}
+    assert reasons == {"failing": "it fails (RuntimeError: not today)", "per_td": None}
 
 
 # --------------------------------------------------------------------------- tests within tests
