@@ -165,9 +165,8 @@ def detail(record: dict) -> str:
 
 def _failures(record: dict) -> list[str]:
     said = [record.get("output", "")]
-    said += [
-        f"{f['test']} ({f['when']})\n{f['output']}" for f in record["found"].get("failures", [])
-    ]
+    failures = record["found"].get("failures", [])
+    said += [f"{f['test']} ({f['when']})\n{f['output']}" for f in failures if f["output"]]
     return [f"{record['name']}:\n\n```\n{lines}\n```" for lines in said if lines]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["Log", "pytest_addoption", "pytest_configure"]
 
-MOST_LINES = 30  # of a failure
+MOST_LINES, MOST_OUTPUTS = 30, 20  # of a failure; of all of them: one fault may fail hundreds
 
 
 class Log:
@@ -59,9 +59,12 @@ class Log:
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Count it."""
         if report.failed:
-            tail = str(report.longrepr).splitlines()[-MOST_LINES:]
-            failure = {"test": report.nodeid, "when": report.when, "output": "\n".join(tail)}
-            self.found["failures"].append(failure)
+            failures = self.found["failures"]
+            failure = {"test": report.nodeid, "when": report.when, "output": ""}
+            if len(failures) < MOST_OUTPUTS:
+                tail = str(report.longrepr).splitlines()[-MOST_LINES:]
+                failure["output"] = "\n".join(tail)
+            failures.append(failure)
         elif report.skipped:
             self.found["skipped"] += 1
         elif report.when == "call":
