@@ -4,7 +4,11 @@ from dataclasses import dataclass, replace
 
 from benchmarks.race import TOTAL
 
-__all__ = ["Case", "Goal", "Ref", "quick"]
+__all__ = ["NO_SLOT", "RATIO", "Case", "Goal", "Ref", "described", "not_run", "quick"]
+
+
+RATIO, NO_SLOT = "distance / of perfect draws", "draws of slots that do not exist"
+"""Parts of an exactness case, for its goals."""
 
 
 @dataclass(frozen=True)
@@ -83,3 +87,18 @@ def quick(case: Case) -> Case:
         seconds=0.0,
         goals=tuple(replace(g, of=_small(g.of), against=_small(g.against)) for g in case.goals),
     )
+
+
+def described(case: Case) -> dict:
+    """Begin the record of a case: what it is."""
+    names = ("name", "title", "about", "kind", "plot", "device")
+    return {name: getattr(case, name) for name in names}
+
+
+def not_run(case: Case, reason: str) -> dict:
+    """Return the record of a case without any numbers, and why; its goals say so too."""
+    goals = [
+        {"text": g.text, "limit": g.limit, "relative": g.against is not None, "not_run": reason}
+        for g in case.goals
+    ]
+    return described(case) | {"not_run": reason, "rows": [], "goals": goals}

@@ -1,6 +1,6 @@
 """Everything that is measured, as data, with the goals that were set beforehand."""
 
-from benchmarks.case import Case, Goal, Ref
+from benchmarks.case import NO_SLOT, RATIO, Case, Goal, Ref
 
 __all__ = ["CASES"]
 
@@ -9,6 +9,7 @@ STANDARD_EXTEND = ("per_td", "per_td, plain torch", "copy into columns", "TorchR
 GROWTH = tuple(10**k for k in range(4, 9))
 CROSSOVER = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 10_000_000)
 CUDA_BATCHES = (256, 1_024, 8_192, 65_536)
+FASTTD3 = 10_240 * 4_096  # steps kept of each of its environments
 
 
 def _extend_goals(n: str) -> tuple[Goal, ...]:
@@ -191,6 +192,18 @@ CASES: tuple[Case, ...] = (
         kind="exactness",
         capacities=tuple(10**k for k in range(3, 9)),
         device="cuda",
+        goals=(
+            Goal(
+                "CUDA: distance of the draws at 10^8 slots / that of perfect draws",
+                Ref("per_td: tree", RATIO, capacity=10**8),
+                1.15,  # six standard deviations of it
+            ),
+            Goal(
+                "CUDA: draws at 10^8 slots of slots that do not exist",
+                Ref("per_td: tree", NO_SLOT, capacity=10**8),
+                0.0,
+            ),
+        ),
     ),
     Case(
         "profile",
@@ -265,5 +278,78 @@ CASES: tuple[Case, ...] = (
         seconds=15,
         device="cuda",
         plot="batch",
+    ),
+    Case(
+        "cuda-peers",
+        "CUDA: other ways, side by side",
+        "A step is sample + update, 10^6 slots, batches of 1,024. The flat methods keep masses"
+        " alone and go through all of them to draw.",
+        contestants=(
+            "per_td, eager",
+            "per_td, graph",
+            "per_td in TorchRL, eager",
+            "TorchRL prioritized, eager",
+            "multinomial, graph",
+            "cumsum + searchsorted, graph",
+        ),
+        parts=("step",),
+        batches=(1_024,),
+        schemas=("number",),
+        seconds=10,
+        device="cuda",
+    ),
+    Case(
+        "cuda-segments",
+        "CUDA: all priorities rewritten before every draw",
+        "PufferLib's way: 4,096 segments, all of them given new priorities, then 256 drawn. With so"
+        " few, a flat method has little to go through.",
+        contestants=(
+            "per_td, all anew, eager",
+            "per_td, all anew, graph",
+            "PufferLib's way, eager",
+            "PufferLib's way, graph",
+        ),
+        parts=("step",),
+        capacities=(4_096,),
+        schemas=("number",),
+        seconds=8,
+        device="cuda",
+    ),
+    Case(
+        "cuda-fasttd3",
+        "CUDA: batches of 32,768 from 4.2 x 10^7 slots",
+        "FastTD3's shape: 4,096 environments, 10,240 steps of each. Transitions of one int64.",
+        contestants=("per_td, graph", "per_td, eager"),
+        parts=("step",),
+        capacities=(FASTTD3,),
+        batches=(32_768,),
+        schemas=("number",),
+        seconds=8,
+        device="cuda",
+        goals=(
+            Goal(
+                "CUDA graph: us for a step of batch 32,768 at 4.2 x 10^7 slots",
+                Ref("per_td, graph", capacity=FASTTD3),
+                150.0,
+            ),
+        ),
+    ),
+    Case(
+        "cuda-extend",
+        "CUDA: writing 4,096 transitions",
+        "Into a full buffer of 10^6 slots, five-leaf transitions that are on the GPU.",
+        contestants=("per_td, eager",),
+        parts=("extend",),
+        batches=(4_096,),
+        seconds=5,
+        device="cuda",
+        goals=(
+            Goal("CUDA: us for `extend` of 4,096 rows", Ref("per_td, eager", "extend"), 50.0),
+            Goal(
+                "CUDA: host syncs in `extend` of 4,096 rows",
+                Ref("per_td, eager", "host syncs of extend"),
+                0.0,
+            ),
+        ),
     ),
 )

@@ -6,12 +6,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks.case import Case
+from benchmarks.case import NO_SLOT, RATIO, Case
 from benchmarks.contestants import CONTESTANTS, NotRun
 from benchmarks.workload import ALPHA, Point, priorities
 from per_td import SumTree, draws
 
-__all__ = ["distance", "measure"]
+__all__ = ["distance", "measure", "worst"]
 
 RANGES, RESIDUES = 125, 8
 OUTSIDE = RANGES * RESIDUES  # the bucket of slots that do not exist
@@ -131,6 +131,19 @@ def _of_peer(name: str, capacity: int, n: int, rows: list[dict]) -> None:
     except NotRun as reason:
         row["not_run"] = str(reason)
     rows.append(row)
+
+
+def worst(rows: list[dict]) -> list[dict]:
+    """Rows that goals can be judged by: for each method and capacity the worst of all masses."""
+    found: dict[tuple, float] = {}
+    for row in rows:
+        if "tv" in row:
+            parts = {RATIO: row["tv"] / row["tv_perfect"], NO_SLOT: float(row["outside"])}
+            for part, value in parts.items():
+                key = row["contestant"], row["capacity"], part
+                found[key] = max(found.get(key, 0.0), value)
+    names = ("contestant", "capacity", "part")
+    return [dict(zip(names, key, strict=True)) | {"median": v} for key, v in found.items()]
 
 
 def measure(case: Case, *, peers: bool, quick: bool, seed: int) -> list[dict]:

@@ -1,14 +1,19 @@
-"""Which machine, versions and commit the numbers belong to."""
+"""Which machine, versions and commit the numbers belong to.
 
+`python -m benchmarks.machine FILE` writes them down as JSON.
+"""
+
+import json
 import os
 import platform
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-__all__ = ["commit", "machine", "versions"]
+__all__ = ["commit", "gpu", "machine", "versions"]
 
 PACKAGES = (
     "per-td", "torch", "tensordict", "torchrl", "numba", "triton", "numpy", "cpprb", "flashbax",
@@ -40,6 +45,29 @@ def machine() -> dict:
     }
 
 
+def gpu() -> dict:
+    """Return what is known of the GPU and of the torch that drives it."""
+    found = {"cuda": torch.version.cuda, "available": torch.cuda.is_available()}
+    if found["available"]:
+        properties = torch.cuda.get_device_properties(0)
+        found["name"] = properties.name
+        found["memory_gib"] = round(properties.total_memory / 2**30, 1)
+        found["compute_capability"] = f"{properties.major}.{properties.minor}"
+        found["multiprocessors"] = properties.multi_processor_count
+        found["driver"] = _driver()
+        float(torch.ones(1, device="cuda"))  # it does what it is told
+    return found
+
+
+def _driver() -> str | None:
+    ask = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    try:
+        done = subprocess.run(ask, capture_output=True, text=True, check=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.stdout else None
+
+
 def versions() -> dict[str, str]:
     """Those of Python and of the packages that are installed."""
     import per_td
@@ -67,3 +95,8 @@ def commit() -> dict:
         return {"hash": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
     except OSError:
         return {"hash": None, "dirty": None}
+
+
+if __name__ == "__main__":
+    everything = {"machine": machine(), "device": gpu(), "versions": versions(), "commit": commit()}
+    Path(sys.argv[1]).write_text(json.dumps(everything))

@@ -5,9 +5,9 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks import tables
+from benchmarks import parts, tables
 
-__all__ = ["PUBLISHED", "RESULTS", "main", "make", "publish"]
+__all__ = ["PUBLISHED", "RESULTS", "main", "make", "publish", "summary"]
 
 RESULTS = Path(__file__).parent / "results"
 SPEED_PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
@@ -34,18 +34,27 @@ def _plots(results: dict, folder: Path) -> dict[str, str]:
     return made
 
 
-def make(path: Path) -> str:
-    """Write the page and the plots that belong to a JSON file, beside it.
+def summary(results: dict) -> list[str]:
+    """Begin a page: where its numbers come from, the goals, and how parts went if it has some."""
+    head = [f"# Results: {results['name']}", tables.header(results)]
+    head += [results["note"]] if "note" in results else []
+    goals = tables.goals_table(results["cases"])
+    if goals:
+        head += ["## Goals", goals]
+    if "parts" in results:
+        head += ["## Parts", parts.text(results["parts"])]
+    return head
+
+
+def make(path: Path, *, pictures: bool = True) -> str:
+    """Write the page that belongs to a JSON file, and unless told otherwise its plots, beside it.
 
     Returns:
         The page, without pictures.
     """
     results = json.loads(path.read_text())
-    plots = _plots(results, path.parent)
-    head = [f"# Results: {results['name']}", tables.header(results)]
-    goals = tables.goals_table(results["cases"])
-    if goals:
-        head += ["## Goals", goals]
+    plots = _plots(results, path.parent) if pictures else {}
+    head = summary(results)
     sections = {case["name"]: tables.case_text(case) for case in results["cases"]}
     page = head + [
         text + (f"\n\n![{name}]({plots[name]})" if name in plots else "")

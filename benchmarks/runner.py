@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import math
 import sys
 import time
 import traceback
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks import cartpole, exactness, profiles, startup
-from benchmarks.case import Case
-from benchmarks.contestants import CONTESTANTS, NotRun
+from benchmarks.case import Case, described, not_run
+from benchmarks.contestants import CONTESTANTS, Contestant, NotRun
+from benchmarks.contestants.base import REHEARSAL
 from benchmarks.goals import judge
 from benchmarks.race import Entry, race, spread
 from benchmarks.workload import Point
@@ -28,10 +30,32 @@ class Options:
     profile: bool = False
     quick: bool = False
     seed: int = 0
+    until: float = math.inf  # time.perf_counter() by which the rounds should end
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _said(error: Exception) -> str:
+    """Its class and the first line of its message, which may be empty."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def _peer(contestant: type[Contestant], point: Point, case: Case) -> Contestant:
+    """Build another library's buffer; where it fails, the others still run."""
+    try:
+        made = contestant(point)
+        for part in made.parts(case.parts):
+            if part.before is not None:
+                part.before()
+            part.run()
+    except (NotRun, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        raise NotRun(f"it fails ({_said(error)})") from error
+    return made
 
 
 def _enter(case: Case, options: Options) -> tuple[list[Entry], list[dict], dict[str, str]]:
@@ -50,15 +74,25 @@ def _enter(case: Case, options: Options) -> tuple[list[Entry], list[dict], dict[
         try:
             if contestant.peer and not options.peers:
                 raise NotRun("--peers was not asked for")
-            made = contestant(Point(capacity, batch, schema, draw, case.device, options.seed))
+            if contestant.cuda_only and case.device != "cuda":
+                raise NotRun(REHEARSAL)
+            point = Point(capacity, batch, schema, draw, case.device, options.seed)
+            made = _peer(contestant, point, case) if contestant.peer else contestant(point)
         except NotRun as reason:
             rows.append(key | {"part": None, "not_run": str(reason)})
             continue
+        except torch.OutOfMemoryError:
+            gc.collect()
+            torch.cuda.empty_cache()
+            rows.append(key | {"part": None, "not_run": "the GPU has too little memory"})
+            continue
         if contestant.note:
             notes[name] = contestant.note
-        entries.append(Entry(key, made.parts(case.parts), contestant.clock))
+        clock = contestant.clock if case.device == "cuda" else "cpu"
+        entries.append(Entry(key, made.parts(case.parts), clock))
         for fact, (value, unit) in made.facts().items():
-            rows.append(key | {"part": fact, "median": value, "unit": unit})
+            found = {"not_run": REHEARSAL} if value is None else {"median": value, "unit": unit}
+            rows.append(key | {"part": fact} | found)
     return entries, rows, notes
 
 
@@ -75,10 +109,9 @@ def _rows(entries: list[Entry]) -> list[dict]:
 def _measure(case: Case, options: Options) -> dict:
     seed = options.seed
     if case.kind == "exactness":
-        return {
-            "rows": exactness.measure(case, peers=options.peers, quick=options.quick, seed=seed)
-        }
-    rows: list[dict] = []
+        rows = exactness.measure(case, peers=options.peers, quick=options.quick, seed=seed)
+        return {"rows": rows, "goals": judge(case, [], exactness.worst(rows))}
+    rows = []
     notes: dict[str, str] = {}
     share = None
     if case.kind == "cartpole":
@@ -89,7 +122,8 @@ def _measure(case: Case, options: Options) -> dict:
         entries, rounds, share = profiles.measure(case, seed=seed)
     else:
         entries, rows, notes = _enter(case, options)
-        rounds, share = race(entries, case.seconds) if entries else (0, None)
+        seconds = max(0.0, min(case.seconds, options.until - time.perf_counter()))
+        rounds, share = race(entries, seconds) if entries else (0, None)
     rows = _rows(entries) + rows
     goals = judge(case, entries, rows)
     return {
@@ -114,14 +148,7 @@ def _obstacle(case: Case, options: Options) -> str | None:
 def run(case: Case, options: Options) -> dict:
     """The record of a case: rows and goals, or why it was not run."""
     _say(f"{case.name}: {case.title} ...")
-    record = {
-        "name": case.name,
-        "title": case.title,
-        "about": case.about,
-        "kind": case.kind,
-        "plot": case.plot,
-        "device": case.device,
-    }
+    record = described(case)
     start = time.perf_counter()
     reason = _obstacle(case, options)
     if reason is None:
@@ -131,13 +158,10 @@ def run(case: Case, options: Options) -> dict:
             reason = str(obstacle)
         except Exception as error:  # the other cases are worth having
             traceback.print_exc()
-            reason = f"FAILED: {type(error).__name__}: {str(error).splitlines()[0]}"
+            reason = f"FAILED: {_said(error)}"
             record["failed"] = True
     if reason is not None:
-        goals = [{"text": g.text, "limit": g.limit, "not_run": reason} for g in case.goals]
-        relative = [g.against is not None for g in case.goals]
-        goals = [g | {"relative": r} for g, r in zip(goals, relative, strict=True)]
-        record |= {"not_run": reason, "rows": [], "goals": goals}
+        record |= not_run(case, reason)
     record["seconds"] = round(time.perf_counter() - start, 1)
     gc.collect()
     _say(f"{case.name}: " + (f"not run: {reason}" if reason else f"{record['seconds']} s"))

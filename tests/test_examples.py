@@ -52,6 +52,8 @@ def test_dqn_cudagraph_says_so_where_it_cannot_compile(capsys, monkeypatch):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_dqn_cudagraph_replays_a_graph_on_cuda():
+    for module in ("gymnasium", "tqdm"):  # a machine with a GPU may lack them
+        pytest.importorskip(module)
     dqn = example("dqn_cudagraph")
     arguments = ["--steps", "30", "--transitions", "200", "--device", "cuda"]
     rows = dqn.main(dqn.parse_args(arguments))

@@ -1,6 +1,6 @@
 """Who takes part, by the name in the tables."""
 
-from benchmarks.contestants import cuda, methods, own, peers, rl
+from benchmarks.contestants import cuda, methods, own, peers, rl, segments
 from benchmarks.contestants.base import Contestant, NotRun
 
 __all__ = ["CONTESTANTS", "Contestant", "NotRun"]
@@ -29,5 +29,11 @@ CONTESTANTS: dict[str, type[Contestant]] = {
         cuda.PerTdGraph,
         cuda.GraphMultinomial,
         cuda.GraphCumulativeSum,
+        cuda.InTorchRLOnCuda,
+        cuda.TorchRLOnCuda,
+        segments.PerTdAnew,
+        segments.PerTdAnewGraph,
+        segments.PufferLib,
+        segments.PufferLibGraph,
     )
 }

@@ -8,7 +8,7 @@ from torch import Tensor
 from benchmarks.race import Part
 from benchmarks.workload import ALPHA, Point, Pool, priorities, transitions
 
-__all__ = ["PARTS", "Contestant", "NotRun", "tensor_bytes"]
+__all__ = ["PARTS", "REHEARSAL", "Contestant", "NotRun", "tensor_bytes"]
 
 PARTS = {
     "sample": "sample",
@@ -21,6 +21,7 @@ PARTS = {
 """Method of a contestant -> name in the tables."""
 
 CHECK_DRAWS = 20_000
+REHEARSAL = "skipped: rehearsal"
 
 
 class NotRun(Exception):  # noqa: N818 (it is no error)
@@ -45,6 +46,7 @@ class Contestant:
     requires: str | None = None  # a module
     peer = False  # another library, measured with --peers only
     clock = "cpu"
+    cuda_only = False  # cannot even be rehearsed without a GPU
     note = ""  # a footnote to its rows
 
     def __init__(self, point: Point) -> None:
@@ -67,8 +69,8 @@ class Contestant:
             if hasattr(self, name)
         ]
 
-    def facts(self) -> dict[str, tuple[float, str]]:
-        """What can be counted: name -> (number, unit)."""
+    def facts(self) -> dict[str, tuple[float | None, str]]:
+        """Return what can be counted: name -> (number, unit); None where only a GPU could tell."""
         return {}
 
     def initial(self) -> tuple[Tensor, Tensor]:
@@ -89,12 +91,12 @@ class Contestant:
         """
         if not hasattr(self, "drawn") or not hasattr(self, "priority"):
             return
-        mass = self.priority.double().cpu() ** ALPHA
+        mass = self.priority.double() ** ALPHA
         want, uniform = float(mass.square().sum() / mass.sum()), float(mass.mean())
         found, n = 0.0, 0
         while n < CHECK_DRAWS:
             self.sample()
-            index = torch.as_tensor(self.drawn()).long().cpu()
+            index = torch.as_tensor(self.drawn()).long().to(mass.device)
             index = index[index < len(mass)]  # peers have drawn slots that do not exist
             found, n = found + float(mass[index].sum()), n + len(index)
         share = (found / n - uniform) / (want - uniform)

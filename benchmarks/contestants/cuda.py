@@ -5,19 +5,31 @@ from replay to replay (the generator's state advances), the TD errors are the sa
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from benchmarks.contestants.base import Contestant, NotRun
 from benchmarks.contestants.own import PerTd
+from benchmarks.contestants.rl import InTorchRL, TorchRLPrioritized
 from benchmarks.workload import ALPHA, BETA, EPS, Point
 from per_td import draws
 
-__all__ = ["GraphCumulativeSum", "GraphMultinomial", "OnCpu", "PerTdEager", "PerTdGraph"]
+__all__ = [
+    "GraphCumulativeSum",
+    "GraphMultinomial",
+    "InTorchRLOnCuda",
+    "OnCpu",
+    "PerTdEager",
+    "PerTdGraph",
+    "TorchRLOnCuda",
+    "capture",
+]
 
 
-def _capture(step: object) -> torch.cuda.CUDAGraph:
+def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """A graph of `step`, after a warm-up on a side stream as torch's notes say."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -50,15 +62,20 @@ class PerTdEager(PerTd):
     name = "per_td, eager"
     clock = "cuda"
 
-    def facts(self) -> dict[str, tuple[float, str]]:
-        """Bytes, and whether a step stops the host."""
-        return super().facts() | {"host syncs": (self._syncs(), "in a step")}
+    def facts(self) -> dict[str, tuple[float | None, str]]:
+        """Bytes, and whether a step, or an `extend`, stops the host."""
+        return super().facts() | {
+            "host syncs": (self._syncs(self.step), "in a step"),
+            "host syncs of extend": (self._syncs(self.extend), "in an extend"),
+        }
 
-    def _syncs(self) -> float:
-        self.step()  # what is compiled when first used is not meant
+    def _syncs(self, call: Callable[[], None]) -> float | None:
+        call()  # what is compiled when first used is not meant
+        if self.point.device != "cuda":
+            return None
         torch.cuda.set_sync_debug_mode("error")
         try:
-            self.step()
+            call()
         except RuntimeError:
             return 1.0
         finally:
@@ -71,11 +88,12 @@ class PerTdGraph(PerTd):
 
     name = "per_td, graph"
     clock = "cuda"
+    cuda_only = True
 
     def __init__(self, point: Point) -> None:
         super().__init__(point)
         _, self.td_error = self.pool.next()
-        self.graph = _capture(self._step)
+        self.graph = capture(self._step)
 
     def _step(self) -> None:
         self.sample()
@@ -86,10 +104,27 @@ class PerTdGraph(PerTd):
         self.graph.replay()
 
 
+class InTorchRLOnCuda(InTorchRL):
+    """per_td's sampler in TorchRL's buffer, both on the GPU."""
+
+    name = "per_td in TorchRL, eager"
+    clock = "cuda"
+
+
+class TorchRLOnCuda(TorchRLPrioritized):
+    """TorchRL's own prioritized replay with its CUDA tree, which only some of its builds have."""
+
+    name = "TorchRL prioritized, eager"
+    clock = "cuda"
+    cuda_only = True
+    options: ClassVar[dict[str, object]] = {"device": "cuda"}
+
+
 class _GraphFlat(Contestant):
     """Masses in one tensor and nothing above them: drawing is O(N)."""
 
     clock = "cuda"
+    cuda_only = True
 
     def __init__(self, point: Point) -> None:
         super().__init__(point)
@@ -99,7 +134,7 @@ class _GraphFlat(Contestant):
         _, self.td_error = self.pool.next()
         self.sample()
         self.check()
-        self.graph = _capture(self._step)
+        self.graph = capture(self._step)
 
     def draw(self) -> Tensor:
         """Slots in proportion to mass, int64 [B]."""

@@ -102,7 +102,7 @@ class PerTd(Contestant):
         """Write one transition."""
         self.buffer.add(self.single)
 
-    def facts(self) -> dict[str, tuple[float, str]]:
+    def facts(self) -> dict[str, tuple[float | None, str]]:
         """Bytes that priorities take."""
         used = tensor_bytes(self.buffer._priorities)
         return {"priority state": (used / self.point.capacity, "bytes per slot")}

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -80,7 +81,8 @@ class InTorchRL(_TorchRL):
 
     def prioritize(self, priority: Tensor) -> None:
         """Set all priorities."""
-        self.buffer.update_priority(torch.arange(len(priority)), priority)
+        every = torch.arange(len(priority), device=priority.device)
+        self.buffer.update_priority(every, priority)
         self.priority = priority
 
     def before_update(self) -> None:
@@ -90,6 +92,12 @@ class InTorchRL(_TorchRL):
     def update(self) -> None:
         """New priorities for the batch just drawn."""
         self.buffer.update_tensordict_priority(self.batch)
+
+    def step(self) -> None:
+        """What replay adds to a training step: all of the above in one."""
+        self.sample()
+        self.before_update()
+        self.update()
 
     def before_update_cold(self) -> None:
         """Slots that were not just drawn, and TD errors for them."""
@@ -106,6 +114,7 @@ class TorchRLPrioritized(InTorchRL):
 
     name = "TorchRL prioritized"
     peer = True
+    options: ClassVar[dict[str, object]] = {}
 
     def sampler(self) -> object:
         """TorchRL's own, if its tree loads."""
@@ -114,6 +123,8 @@ class TorchRLPrioritized(InTorchRL):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return PrioritizedSampler(self.point.capacity, alpha=ALPHA, beta=BETA, eps=EPS)
+                return PrioritizedSampler(
+                    self.point.capacity, alpha=ALPHA, beta=BETA, eps=EPS, **self.options
+                )
         except (RuntimeError, NameError, TypeError) as error:
             raise NotRun(f"its tree does not load with this torch ({error})") from error
