@@ -316,7 +316,6 @@ class PrioritizedReplayBuffer(ReplayState):
         index = validation.as_index(index, self.device)
         if generation is not None:
             generation = validation.as_index(generation, self.device, "generation")
-            validation.require_same_shape("generation", generation, index)
         stale = self._priorities.update(
             index,
             td_error,

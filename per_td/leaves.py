@@ -8,15 +8,49 @@ from torch import Tensor
 
 from per_td.errors import SchemaError
 
-__all__ = ["Key", "Leaves", "count", "flattened", "leaves_of", "named", "nested"]
+__all__ = [
+    "Key",
+    "Leaves",
+    "count",
+    "flattened",
+    "leaves_of",
+    "named",
+    "nested",
+    "require_keys",
+    "require_tensors",
+]
 
 Key = tuple[str, ...]
 Leaves = dict[Key, Tensor]
 
 
 def named(key: Key) -> str:
-    """A key as users write it."""
-    return repr(key[0]) if len(key) == 1 else repr(key)
+    """A key as users write it, or what they have given for one."""
+    return repr(key[0]) if isinstance(key, tuple) and len(key) == 1 else repr(key)
+
+
+def require_tensors(leaves: Any) -> None:
+    """Refuse with a SchemaError what is not a dict of tensors, at least one."""
+    if not isinstance(leaves, dict):
+        raise SchemaError(f"expected a dict of tensors by key, got {type(leaves).__name__}")
+    if not leaves:
+        raise SchemaError("expected at least one tensor, got an empty TensorDict")
+    for key, leaf in leaves.items():
+        if not isinstance(leaf, Tensor):
+            raise SchemaError(f"{named(key)}: expected a tensor, got {type(leaf).__name__}")
+
+
+def require_keys(leaves: Leaves) -> None:
+    """Refuse with a SchemaError keys that are not tuples of names, or not all of one nest."""
+    for key in leaves:
+        if not (isinstance(key, tuple) and key and all(isinstance(name, str) for name in key)):
+            raise SchemaError(f"keys: expected tuples of names, such as ('x',), got {key!r}")
+        for end in range(1, len(key)):
+            if key[:end] in leaves:
+                raise SchemaError(
+                    f"{named(key)}: expected no tensor at {named(key[:end])} too, which is a nest,"
+                    " got one"
+                )
 
 
 def count(leaves: Leaves) -> int:

@@ -135,8 +135,7 @@ class ManyBuffers(PrioritizedReplayBuffer):
 
     def extend_leaves(self, leaves: Leaves, priority: Any = None, mask: Any = None) -> Tensor:
         """`extend` without a TensorDict: tensors [S, n, ...] by key, a tuple of names."""
-        first = next(iter(leaves.values())).shape[1:2] if leaves else (0,)
-        size = torch.Size((self.num_buffers, *first))
+        size = self._storage.size_of(leaves)
         return self._extend_each(self._storage.flat(leaves, size), size, priority, mask)
 
     def _extend_each(self, leaves: Leaves, size: torch.Size, priority: Any, mask: Any) -> Tensor:

@@ -171,7 +171,7 @@ class ManyPriorities(PriorityTable):
             return None
         index, td_error = index.contiguous(), td_error.contiguous()
         generation = None if generation is None else generation.contiguous()
-        mask = None if mask is None else mask.long()
+        mask = None if mask is None else mask.long().contiguous()
         flat, kept = torch.empty_like(index).view(-1), torch.empty_like(td_error).view(-1)
         dropped = torch.zeros(1, dtype=torch.int64, device="cpu")
         n = compiled().select(
@@ -258,7 +258,7 @@ class ManyPriorities(PriorityTable):
             raise self._nothing_in(self.masses.total, lengths)
         else:
             self._require_mass(lengths)
-            index, mass = self.masses.sample_with_mass(n, generator, self.draw)
+            index, mass = self.masses._sample_with_mass(n, generator, self.draw)
         return index, self._weights_each(mass, beta, lengths)
 
     def _multinomial(

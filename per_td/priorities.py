@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from per_td import draws, priority_kernels, validation
+from per_td.errors import IndexRangeError
 from per_td.memory import zeros
 from per_td.ranks import DEFAULT_ALPHA, RankMasses
 from per_td.ring import generation_of
@@ -167,7 +168,13 @@ class PriorityTable:
         Args:
             index: slots, int64 [n], without repetitions.
             priority: from `check_initial`, [n]; None, and -1, stand for that of `for_new`.
+
+        Raises:
+            IndexRangeError: an index is not that of a slot (on the CPU, where it can be looked at).
+            PriorityError: there is not one priority per index.
         """
+        if priority is not None:
+            validation.require_same_shape("priority", priority, index)
         kernel, done = self.masses.kernels, None
         if kernel is not None:
             done = priority_kernels.assign(
@@ -179,6 +186,8 @@ class PriorityTable:
             self._count_changes(self.ranks, len(index), new=True)
 
     def _write_new_in_torch(self, index: Tensor, priority: Tensor | None) -> None:
+        if validation.can_raise(index):
+            validation.require_in_range(index, self.capacity)
         self.replayed.index_fill_(0, index, False)
         if priority is None:
             priority = self.for_new().expand(index.shape)
@@ -189,10 +198,19 @@ class PriorityTable:
         self._write(index, priority)
 
     def write_row(self, start: int, n: int) -> None:
-        """`write_new` for the `n` slots, at most `capacity`, from `start` on and around the end."""
+        """`write_new` for the `n` slots, at most `capacity`, from `start` on and around the end.
+
+        Raises:
+            IndexRangeError: there are no such slots.
+        """
+        capacity = self.capacity
+        if not (0 <= start < capacity and 0 <= n <= capacity):
+            raise IndexRangeError(
+                f"slots: expected at most {capacity}, from one of them on, got {n} from {start} on"
+            )
         kernel = self.masses.kernels
         if kernel is None:
-            index = torch.arange(start, start + n, device=self.device).remainder_(self.capacity)
+            index = torch.arange(start, start + n, device=self.device).remainder_(capacity)
             self.write_new(index, None)
         elif n:
             priority_kernels.renew(kernel, self, start, n)
@@ -219,7 +237,8 @@ class PriorityTable:
         Args:
             index: slots, int64 [B].
             td_error: TD errors [B].
-            size: number of filled slots; on CUDA a 0-dim tensor, which a CUDA graph reads anew.
+            size: number of filled slots, of which no more than the capacity count; on CUDA a 0-dim
+                tensor, which a CUDA graph reads anew.
             live: bool [B], False for updates to be dropped; None drops none.
             generation: instead of `live`: those of the transitions meant, int64 [B], in a ring of
                 this capacity; what has been overwritten since is dropped.
@@ -234,6 +253,8 @@ class PriorityTable:
                 On CUDA such updates are refused and counted instead.
         """
         td_error = validation.as_values("td_error", td_error, index)
+        if generation is not None:
+            validation.require_same_shape("generation", generation, index)
         kernel, launches = self.masses.kernels, self._launches
         if launches is not None:
             return priority_kernels.launch(
@@ -254,7 +275,7 @@ class PriorityTable:
                 self,
                 index,
                 td_error,
-                size,
+                min(int(size), self.capacity),
                 eps=self._eps,
                 generation=generation,
                 written=written,
@@ -271,6 +292,8 @@ class PriorityTable:
         self, index: Tensor, td_error: Tensor, size: Tensor | int, live: Tensor | None
     ) -> Tensor | int:
         priority = priority_of(td_error, self._eps)
+        largest = self.capacity
+        size = size.clamp(max=largest) if isinstance(size, Tensor) else min(size, largest)
         valid = validation.require_in_range(index, size)
         valid = valid & validation.require_finite("td_error", priority)
         if not validation.can_raise(valid):
@@ -292,7 +315,7 @@ class PriorityTable:
             mass = mass_of(priority, self._alpha)
         else:
             mass = self.ranks.of(priority, self._alpha)
-        self.masses.write(index, mass)
+        self.masses._write(index, mass)
         self._largest.refresh(index)
         if self._smallest is not None:
             self._smallest.refresh(index)
@@ -355,6 +378,6 @@ class PriorityTable:
         """All masses anew, these [capacity] or those that follow from the priorities."""
         if mass is None and self.ranks is not None:
             mass = self.ranks.sort(self.raw, self._alpha)
-        self.masses.fill(mass_of(self.raw, self._alpha) if mass is None else mass)
+        self.masses._fill(mass_of(self.raw, self._alpha) if mass is None else mass)
         if self._smallest is not None:
             self._smallest.refresh_all()

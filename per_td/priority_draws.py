@@ -29,7 +29,7 @@ def sample(
         EmptyBufferError: nothing, or not enough, can be drawn.
     """
     if table._method == "tree":
-        index, mass = table.masses.sample_with_mass(n, generator, table.draw)
+        index, mass = table.masses._sample_with_mass(n, generator, table.draw)
     else:
         if validation.can_raise(table.raw) and not table.masses.total > 0:
             raise EmptyBufferError(f"expected a positive priority, got 0 for all {size}")

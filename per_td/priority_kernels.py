@@ -60,7 +60,7 @@ def assign(
     table: "PriorityTable",
     index: Tensor,
     value: Tensor | None,
-    size: Tensor | int,
+    size: int,
     *,
     eps: float,
     generation: Tensor | None = None,
@@ -90,7 +90,7 @@ def assign(
         index.data_ptr(),
         0 if value is None else value.data_ptr(),
         index.numel(),
-        int(size),
+        size,
         0 if generation is None else generation.data_ptr(),
         int(written),
         table.capacity,
@@ -122,19 +122,24 @@ def settle(
         squared: whether `td_error` is delta^2.
 
     Returns:
-        False, and nothing is written, where there is no kernel, or it finds something wrong or
+        False, and nothing is written, where there is no kernel, or something is wrong, too short or
         overwritten: `update` will see to it.
     """
-    kernel = table.masses.kernels
+    kernel, n = table.masses.kernels, index.numel()
     if kernel is None or table.ranks is not None:
+        return False
+    if not (td_error.numel() == drawn.numel() == n and size <= generation.numel()):
+        return False
+    at, errors, then = index.data_ptr(), td_error.data_ptr(), drawn.data_ptr()
+    if size > table.capacity or not (at and errors and then):
         return False
     done: bool = kernel.settle(
         *_memory(table),
-        index.data_ptr(),
-        td_error.data_ptr(),
-        index.numel(),
+        at,
+        errors,
+        n,
         size,
-        drawn.data_ptr(),
+        then,
         generation.data_ptr(),
         squared,
         table._eps,

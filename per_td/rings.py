@@ -10,7 +10,7 @@ from torch import Tensor
 
 from per_td import rows, validation
 from per_td.errors import SchemaError
-from per_td.leaves import Leaves, leaves_of, named, nested
+from per_td.leaves import Leaves, leaves_of, named, nested, require_tensors
 from per_td.memory import Place
 from per_td.ring import generation_of
 from per_td.states import Move
@@ -136,9 +136,26 @@ class Rings(RingStorage):
             )
         return self.flat(leaves_of(transitions), size)
 
+    def size_of(self, leaves: Leaves) -> torch.Size:
+        """The [S, n] of leaves [S, n, ...], as the first of them has it.
+
+        Raises:
+            SchemaError: they are no tensors, or the first has fewer dimensions.
+        """
+        require_tensors(leaves)
+        key, leaf = next(iter(leaves.items()))
+        if leaf.is_nested or leaf.ndim < 2:
+            raise SchemaError(
+                f"{named(key)}: expected shape [{self.num_buffers}, n, ...],"
+                f" got {'a nested tensor' if leaf.is_nested else list(leaf.shape)}"
+            )
+        return torch.Size((self.num_buffers, leaf.shape[1]))
+
     def flat(self, leaves: Leaves, size: torch.Size) -> Leaves:
         """Leaves [*size, ...] with one dimension for all transitions, if they fit."""
         for key, leaf in leaves.items():
+            if leaf.layout is not torch.strided or leaf.is_nested:
+                validation.require_plain(named(key), leaf, SchemaError)
             if leaf.shape[: len(size)] != size:
                 raise SchemaError(
                     f"{named(key)}: expected shape [{', '.join(map(str, size))}, ...],"
@@ -171,6 +188,7 @@ class Rings(RingStorage):
         new = [rows.plain(leaves[key], self.home) for key in self._columns]
         columns = self._columns.values()
         if self._kernels_for(len(row)) is None:
+            rows.require_memory(new)
             for column, leaf in zip(columns, new, strict=True):
                 rows.indexable(column)[row] = rows.indexable(leaf.detach())
         else:
@@ -215,9 +233,10 @@ class Rings(RingStorage):
             batch = [leaf.view(*index.shape, *leaf.shape[1:]) for leaf in found]
             return batch, self.generation(index)
         columns = self._columns.values()
-        if not self._like or self._like[0].shape[:2] != index.shape:
-            self._like = rows.likes(columns, *index.shape)
-        memory = columns, self._sizes, self._like
+        like = self._like
+        if not like or like[0].shape[:2] != index.shape:
+            like = self._like = rows.likes(columns, *index.shape)
+        memory = columns, self._sizes, like
         ever = self._written_each
         return rows.gather_each(compiled(), *memory, index, written=ever, capacity=self.capacity)
 

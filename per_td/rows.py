@@ -19,6 +19,7 @@ __all__ = [
     "indexable",
     "likes",
     "plain",
+    "require_memory",
     "scatter",
     "scatter_at",
     "select",
@@ -28,6 +29,28 @@ __all__ = [
 
 def _addresses(tensors: Iterable[Tensor]) -> "array[int]":
     return array("q", map(Tensor.data_ptr, tensors))
+
+
+def _sources(new: Sequence[Tensor]) -> "array[int]":
+    """Addresses of rows that came from outside.
+
+    Raises:
+        SchemaError: one has no memory of its own.
+    """
+    try:
+        found = _addresses(new)
+    except RuntimeError:  # torch refuses to tell
+        require_memory(new)
+        raise
+    if 0 in found:
+        require_memory(new)
+    return found
+
+
+def require_memory(new: Iterable[Tensor]) -> None:
+    """Refuse with a SchemaError rows without memory of their own: see `validation`."""
+    for leaf in new:
+        validation.require_memory("transitions", leaf, SchemaError)
 
 
 def plain(leaf: Tensor, device: torch.device) -> Tensor:
@@ -123,7 +146,7 @@ def scatter(
         generation: how often each slot was written, int64 [capacity], to be counted up.
         index: for the slots, int64 [n], if `generation` is given; may be one of the `new`.
     """
-    first, source = _addresses(columns), _addresses(new)
+    first, source = _addresses(columns), _sources(new)
     ring = first.buffer_info()[0], sizes.data_ptr(), len(new), capacity, start, n
     if generation is None or index is None:
         kernel.scatter(*ring, source.buffer_info()[0])
@@ -184,7 +207,7 @@ def scatter_at(
 
     The kernels are those for many buffers, here and in `gather_each`.
     """
-    first, source = _addresses(columns), _addresses(new)
+    first, source = _addresses(columns), _sources(new)
     kernel.scatter(
         first.buffer_info()[0],
         sizes.data_ptr(),

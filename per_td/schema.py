@@ -6,7 +6,15 @@ from tensordict import TensorDictBase
 from per_td import validation
 from per_td.errors import SchemaError
 from per_td.layouts import Field
-from per_td.leaves import Key, Leaves, count, leaves_of, named
+from per_td.leaves import (
+    Key,
+    Leaves,
+    count,
+    leaves_of,
+    named,
+    require_keys,
+    require_tensors,
+)
 
 __all__ = ["RESERVED", "Schema"]
 
@@ -59,8 +67,7 @@ class Schema:
 
     def check_leaves(self, leaves: Leaves) -> None:
         """`check` for leaves [n, ...] that are no TensorDict."""
-        if not leaves:
-            raise SchemaError("expected at least one tensor, got an empty TensorDict")
+        require_tensors(leaves)
         for key, leaf in leaves.items():
             validation.require_plain(named(key), leaf, SchemaError)
             if not leaf.ndim:
@@ -68,6 +75,7 @@ class Schema:
         n = count(leaves)
         if self._fits(leaves, (n,)):
             return
+        require_keys(leaves)
         for name in RESERVED:
             if (name,) in leaves:
                 raise SchemaError(f"{name!r} is a reserved key: sampling adds it; expected others")

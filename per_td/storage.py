@@ -190,6 +190,7 @@ class RingStorage:
             new = [leaf[-kept:] for leaf in new]
         kernel = self._kernels_for(kept)
         if kernel is None:
+            rows.require_memory(new)
             self._copy(new, start, kept)
         else:
             rows.scatter(
@@ -249,14 +250,15 @@ class RingStorage:
         if kernel is None or not index.is_contiguous():
             return self._select(index), self.generation(index)
         columns = self._columns.values()
-        if not self._like or self._like[0].shape[0] != n:
-            self._like = rows.likes(columns, n)
+        like = self._like
+        if not like or like[0].shape[0] != n:
+            like = self._like = rows.likes(columns, n)
         generation = torch.empty_like(index)
         leaves = rows.gather(
             kernel,
             columns,
             self._sizes,
-            self._like,
+            like,
             index,
             generation=generation,
             written=self._written,

@@ -19,6 +19,7 @@ from per_td.errors import ConfigurationError, IndexRangeError, PerTdError, Prior
 __all__ = [
     "as_generator",
     "as_index",
+    "as_reals",
     "as_tensor",
     "as_values",
     "can_raise",
@@ -27,6 +28,7 @@ __all__ = [
     "real",
     "require_finite",
     "require_in_range",
+    "require_memory",
     "require_plain",
     "require_same_shape",
     "resolve_device",
@@ -139,7 +141,7 @@ def _is_plain(value: Any, dtype: torch.dtype, device: torch.device) -> TypeGuard
         and value.device == device
         and value.layout is torch.strided
         and not value.is_nested
-        and (torch.compiler.is_compiling() or not value.is_neg())
+        and (torch.compiler.is_compiling() or (not value.is_neg() and _has_memory(value)))
     )
 
 
@@ -150,6 +152,26 @@ def require_plain(name: str, tensor: Tensor, error: type[PerTdError]) -> None:
         raise error(f"{name}: expected a dense tensor, got a {kind} one of {tensor.dtype}")
     if tensor.is_meta:
         raise error(f"{name}: expected values, got a tensor on the device meta, which has none")
+    require_memory(name, tensor, error)
+
+
+def require_memory(name: str, tensor: Tensor, error: type[PerTdError]) -> None:
+    """Refuse with an `error` what has no memory of its own: reading it would end the process.
+
+    Such are distributed and functionalized tensors, and those whose storage has been freed.
+    """
+    if not (torch.compiler.is_compiling() or _has_memory(tensor)):
+        raise error(
+            f"{name}: expected a tensor with memory of its own, got a {type(tensor).__name__}"
+            " without"
+        )
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    try:
+        return tensor.data_ptr() != 0 or not tensor.numel()
+    except RuntimeError:  # torch refuses to tell, for those of vmap
+        return False
 
 
 def as_tensor(name: str, value: Any, error: type[PerTdError]) -> Tensor:
@@ -189,6 +211,19 @@ def as_index(index: Any, device: torch.device, name: str = "index") -> Tensor:
     return to_device(index.reshape(-1), device).long()
 
 
+def as_reals(name: str, values: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`values` (tensor, array, sequence or number), detached, in this dtype on `device`.
+
+    Raises:
+        PriorityError: they are no real numbers.
+    """
+    values = as_tensor(name, values, PriorityError)
+    if values.dtype.is_complex or values.dtype == torch.bool:
+        raise PriorityError(f"{name}: expected a real dtype, got {values.dtype}")
+    reals: Tensor = to_device(values, device).to(dtype)
+    return reals
+
+
 def require_same_shape(name: str, values: Tensor, index: Tensor) -> None:
     """Refuse with a PriorityError `values` that are not one per index."""
     if values.shape != index.shape:
@@ -207,17 +242,15 @@ def as_values(name: str, values: Any, index: Tensor) -> Tensor:
     """
     if _is_plain(values, torch.float32, index.device) and values.shape == index.shape:
         return values.detach()
-    values = as_tensor(name, values, PriorityError)
-    if values.dtype.is_complex or values.dtype == torch.bool:
-        raise PriorityError(f"{name}: expected a real dtype, got {values.dtype}")
-    if values.shape not in (index.shape, (*index.shape, 1)) and not (
-        values.ndim == 0 and index.numel() == 1
+    reals = as_reals(name, values, index.device, torch.float32)
+    if reals.shape not in (index.shape, (*index.shape, 1)) and not (
+        reals.ndim == 0 and index.numel() == 1
     ):
         raise PriorityError(
             f"{name}: expected shape {list(index.shape)}, one value per index,"
-            f" got {list(values.shape)}"
+            f" got {list(reals.shape)}"
         )
-    return to_device(values.reshape(-1), index.device).float()
+    return reals.reshape(-1)
 
 
 def _first_wrong(valid: Tensor) -> int:

@@ -1,9 +1,17 @@
+import copy
 import math
 
 import pytest
 import torch
 
-from per_td import ConfigurationError, EmptyBufferError, IndexRangeError, PriorityError
+from per_td import (
+    ConfigurationError,
+    EmptyBufferError,
+    IndexRangeError,
+    PriorityError,
+    kernels,
+    priority_kernels,
+)
 from per_td.priorities import PriorityTable
 from per_td.priority_draws import sample, weights
 
@@ -205,3 +213,81 @@ def test_the_smallest_priority_is_known_from_when_it_is_asked_for(device):
     expected = [(4.0 / 2.0) ** (-0.5 * ALPHA), 1.0]
     found = weights(priorities, slots(0, 2, device=device), beta, size)
     assert found.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def same(one: PriorityTable, other: PriorityTable) -> bool:
+    pairs = ((one._raw, other._raw), (one.masses.nodes, other.masses.nodes))
+    return all(torch.equal(*pair) for pair in pairs)
+
+
+@pytest.mark.parametrize(
+    ("start", "n"), [(8, 1), (-1, 1), (0, 9), (3, -1), (20_000, 30), (0, 2**40)]
+)
+@pytest.mark.parametrize("choice", kernels.CHOICES)
+def test_a_row_of_slots_that_do_not_exist_is_refused(choice, start, n, monkeypatch):
+    monkeypatch.setenv(kernels.VARIABLE, choice)
+    priorities = table()
+    priorities.write_row(0, 4)
+    before = copy.deepcopy(priorities)
+    with pytest.raises(IndexRangeError, match=r"slots: expected at most 8, from one of them on"):
+        priorities.write_row(start, n)
+    assert same(priorities, before)
+
+
+@pytest.mark.parametrize("index", [8, 9, 15, 16, -1, 2**40])
+@pytest.mark.parametrize("choice", kernels.CHOICES)
+def test_new_priorities_of_slots_that_do_not_exist_are_refused(choice, index, monkeypatch):
+    monkeypatch.setenv(kernels.VARIABLE, choice)
+    priorities = table()
+    before = copy.deepcopy(priorities)
+    for given in (None, torch.ones(2)):
+        with pytest.raises(IndexRangeError, match="index: expected 0 <= index < 8"):
+            priorities.write_new(slots(0, index), given)
+    with pytest.raises(PriorityError, match=r"priority: expected shape \[2\]"):
+        priorities.write_new(slots(0, 1), torch.ones(1))
+    assert same(priorities, before)
+
+
+@pytest.mark.parametrize("index", [8, 9, 15, 16, 900])
+@pytest.mark.parametrize("choice", kernels.CHOICES)
+def test_a_size_beyond_the_capacity_opens_no_slots(choice, index, monkeypatch):
+    monkeypatch.setenv(kernels.VARIABLE, choice)
+    priorities = table()
+    priorities.write_row(0, 8)
+    before = copy.deepcopy(priorities)
+    for size in (1000, torch.tensor(1000)):
+        with pytest.raises(IndexRangeError, match="index: expected 0 <= index < 8"):
+            priorities.update(slots(0, index), torch.ones(2), size)
+    assert same(priorities, before)
+
+
+@pytest.mark.parametrize("choice", kernels.CHOICES)
+def test_generations_are_one_per_index(choice, monkeypatch):
+    monkeypatch.setenv(kernels.VARIABLE, choice)
+    priorities = table()
+    priorities.write_row(0, 8)
+    for n in (0, 1, 3):
+        with pytest.raises(PriorityError, match=r"generation: expected shape \[2\]"):
+            priorities.update(
+                slots(0, 1), torch.ones(2), 8, generation=torch.zeros(n).long(), written=8
+            )
+
+
+def test_settling_beyond_what_there_is_is_left_to_update():
+    priorities = table()
+    priorities.write_row(0, 8)
+    before = copy.deepcopy(priorities)
+    index, error, drawn = slots(0, 1), torch.ones(2), torch.zeros(2).long()
+    freed = torch.ones(2)
+    freed.untyped_storage().resize_(0)
+    for at, errors, then, stamps, size in (
+        (index, error, drawn, 1000, 1000),
+        (index, error, drawn, 7, 8),
+        (index, error[:1], drawn, 8, 8),
+        (index, error, drawn[:1], 8, 8),
+        (index, freed, drawn, 8, 8),
+    ):
+        stamps = torch.zeros(stamps).long()
+        ring = {"drawn": then, "generation": stamps, "squared": False}
+        assert not priority_kernels.settle(priorities, at, errors, size, **ring)
+    assert same(priorities, before)

@@ -6,8 +6,9 @@ hold for both. While torch.compile traces, it finds plain torch, to make kernels
 On the CPU they are written in numba, which is imported when the first buffer or tree on the CPU is
 made, not with `per_td`. Compiling them takes some seconds, once per machine: numba keeps the result
 in a folder (`__pycache__` beside its source, or in the user's cache folder, or in
-`NUMBA_CACHE_DIR`). Without numba, or where no such folder can be written and every process would
-have to compile again, plain torch takes over, and a `KernelWarning` says so.
+`NUMBA_CACHE_DIR`) until a kernel is edited. Without numba, or where no such folder can be written
+and every process would have to compile again, plain torch takes over, and a `KernelWarning` says
+so.
 
 On CUDA they are written in Triton, which comes with torch's CUDA builds for Linux and is imported
 with the first buffer or tree on CUDA. It compiles a kernel when it is first launched, and keeps it

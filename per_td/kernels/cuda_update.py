@@ -66,7 +66,7 @@ def _claim(
     new = _priority(value, eps, lane, inside)
     limit = slots
     if size is not None:
-        limit = tl.load(size)
+        limit = tl.minimum(tl.load(size), slots)
     right = inside & (at >= 0) & (at < limit) & (new >= 0) & (new <= _HUGE)  # NaN is neither
     alive = inside
     if live is not None:
@@ -172,7 +172,7 @@ def assign(
     dropped = None
     if live is not None or generation is not None:
         dropped = torch.zeros((), dtype=torch.int64, device=index.device)
-    limit, size = (size, None) if isinstance(size, int) else (slots, size)
+    limit, size = (min(size, slots), None) if isinstance(size, int) else (slots, size)
     column, grid = raw.view(torch.uint32), (triton.cdiv(n, FLAT),)
     given, counters = (live, generation, written, size), (refused, dropped)
     _claim[grid](column, index, value, eps, *given, *counters, n, limit, slots, FLAT)

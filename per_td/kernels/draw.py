@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from per_td.kernels.cached import kernel
 from per_td.kernels.memory import doubles, flags, floats, integers, prefetch, table
 from per_td.kernels.power import power
 from per_td.kernels.vector import count_f32, count_f64
@@ -99,12 +100,7 @@ def _walk(
     descend(leaves, sums, levels, levels.shape[1] - 1, target, index, mass, beside)
 
 
-@njit(
-    "void(int64, int64, int64, int64, int64, int64, int64, int64)",
-    cache=True,
-    nogil=True,
-    error_model="numpy",
-)
+@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64)")
 def find(
     leaves: int, sums: int, shape: int, depth: int, target: int, n: int, index: int, mass: int
 ) -> None:
@@ -116,12 +112,9 @@ def find(
     _walk(leaves, sums, levels, doubles(target, n), integers(index, n), floats(mass, n), 0)
 
 
-@njit(
+@kernel(
     "float64(int64, int64, int64, int64, int64, int64, boolean, int64,"
-    " float64, int64, int64, int64, int64)",
-    cache=True,
-    nogil=True,
-    error_model="numpy",
+    " float64, int64, int64, int64, int64)"
 )
 def sample(
     leaves: int,

@@ -9,6 +9,7 @@ load without them.
 import numpy as np
 from numba import njit
 
+from per_td.kernels.cached import kernel
 from per_td.kernels.draw import descend
 from per_td.kernels.memory import copy, doubles, floats, integers, pick, prefetch, table
 from per_td.kernels.power import power
@@ -43,12 +44,9 @@ def _pick_top(first: int, width: int, points: int, nodes: int, n: int, start: in
         node[i] = start + chosen
 
 
-@njit(
+@kernel(
     "int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, boolean, int64,"
-    " float64, int64, int64, int64)",
-    cache=True,
-    nogil=True,
-    error_model="numpy",
+    " float64, int64, int64, int64)"
 )
 def sample(
     leaves: int,
@@ -113,12 +111,9 @@ def sample(
     return empty
 
 
-@njit(
+@kernel(
     "int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, float64, int64, int64,"
-    " int64)",
-    cache=True,
-    nogil=True,
-    error_model="numpy",
+    " int64)"
 )
 def select(
     index: int,
@@ -173,12 +168,7 @@ def select(
     return m
 
 
-@njit(
-    "void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)",
-    cache=True,
-    nogil=True,
-    error_model="numpy",
-)
+@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
 def gather(
     fields: int,
     sizes: int,
@@ -220,12 +210,7 @@ def gather(
             pick(place[k] + begin * size[k, 1], first[k], size[k, 0], size[k, 1], rows)
 
 
-@njit(
-    "void(int64, int64, int64, int64, int64, int64)",
-    cache=True,
-    nogil=True,
-    error_model="numpy",
-)
+@kernel("void(int64, int64, int64, int64, int64, int64)")
 def scatter(fields: int, sizes: int, fields_count: int, row: int, n: int, source: int) -> None:
     """Copy `n` rows for each field to the rows `row`, one after the other.
 

@@ -2,9 +2,6 @@
 
 Kernels are given addresses (`Tensor.data_ptr()`), not array views: nothing has to be kept beside
 the tensors, or made anew where they are replaced, copied or moved to shared memory.
-
-numba compiles a kernel anew when the file that holds it changes, but not when a file imported by
-that one does: after editing this one, empty numba's cache.
 """
 
 from typing import Any

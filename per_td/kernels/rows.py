@@ -4,19 +4,13 @@ A field is described by the address of its first row, the distance between rows 
 a row, in bytes. So it does not matter how the fields lie in memory.
 """
 
-from numba import njit
-
+from per_td.kernels.cached import kernel
 from per_td.kernels.memory import integers, pick, prefetch, spread, table
 
 __all__ = ["gather", "scatter"]
 
 
-@njit(
-    "void(int64, int64, int64, int64, int64, int64, int64, int64, int64)",
-    cache=True,
-    nogil=True,
-    error_model="numpy",
-)
+@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64)")
 def gather(
     fields: int,
     sizes: int,
@@ -52,12 +46,7 @@ def gather(
         pick(place[k], first[k], size[k, 0], size[k, 1], at)
 
 
-@njit(
-    "void(int64, int64, int64, int64, int64, int64, int64)",
-    cache=True,
-    nogil=True,
-    error_model="numpy",
-)
+@kernel("void(int64, int64, int64, int64, int64, int64, int64)")
 def scatter(
     fields: int, sizes: int, count: int, slots: int, start: int, n: int, source: int
 ) -> None:

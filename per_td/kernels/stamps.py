@@ -1,8 +1,8 @@
 """Rings whose writer keeps the generation of every slot, on the CPU; compiled."""
 
 import numpy as np
-from numba import njit
 
+from per_td.kernels.cached import kernel
 from per_td.kernels.memory import floats, integers, prefetch
 from per_td.kernels.rows import scatter
 from per_td.kernels.update import assign
@@ -10,12 +10,7 @@ from per_td.kernels.update import assign
 __all__ = ["append", "settle"]
 
 
-@njit(
-    "void(int64, int64, int64, int64, int64, int64, int64, int64, int64)",
-    cache=True,
-    nogil=True,
-    error_model="numpy",
-)
+@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64)")
 def append(
     fields: int,
     sizes: int,
@@ -41,12 +36,9 @@ def append(
     scatter(fields, sizes, count, slots, start, n, source)
 
 
-@njit(
+@kernel(
     "boolean(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64,"
-    " int64, boolean, float64, float64, int64)",
-    cache=True,
-    nogil=True,
-    error_model="numpy",
+    " int64, boolean, float64, float64, int64)"
 )
 def settle(
     raw: int,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from per_td.kernels.cached import kernel
 from per_td.kernels.memory import doubles, flags, floats, integers, prefetch, table
 from per_td.kernels.power import power
 from per_td.kernels.vector import max_f32, min_positive_f32, sum_f32, sum_f64
@@ -104,7 +105,7 @@ def _rank_all(priorities: Any, snapshot: int, slots: int) -> None:
             priorities[i] = slots + 1 - low[i]
 
 
-@njit("void(int64, int64, int64, int64)", cache=True, nogil=True, error_model="numpy")
+@kernel("void(int64, int64, int64, int64)")
 def rebuild(leaves: int, sums: int, shape: int, depth: int) -> None:
     """Recompute all sums."""
     levels = table(shape, 2, depth)
@@ -112,12 +113,7 @@ def rebuild(leaves: int, sums: int, shape: int, depth: int) -> None:
     _refresh_row_of_sums(leaves, sums, nodes, levels, 0, 16 * levels[1, 0])
 
 
-@njit(
-    "boolean(int64, int64, int64, int64, int64, int64, int64, int64)",
-    cache=True,
-    nogil=True,
-    error_model="numpy",
-)
+@kernel("boolean(int64, int64, int64, int64, int64, int64, int64, int64)")
 def put(
     leaves: int, sums: int, shape: int, depth: int, index: int, value: int, n: int, size: int
 ) -> bool:
@@ -138,12 +134,9 @@ def put(
     return True
 
 
-@njit(
+@kernel(
     "void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, float64, int64,"
-    " int64, int64, int64)",
-    cache=True,
-    nogil=True,
-    error_model="numpy",
+    " int64, int64, int64)"
 )
 def renew(
     raw: int,
@@ -191,12 +184,9 @@ def renew(
             break
 
 
-@njit(
+@kernel(
     "int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64,"
-    " int64, int64, float64, float64, int64, int64, int64, int64)",
-    cache=True,
-    nogil=True,
-    error_model="numpy",
+    " int64, int64, float64, float64, int64, int64, int64, int64)"
 )
 def assign(
     raw: int,

@@ -147,18 +147,28 @@ class SumForest(SumTree):
             (index + self.starts).flatten(), value, valid, self.layout.spare
         )
         if not self._put(flat, value, self.layout.leaf_slots):
-            self.write(*reference.keep_last(flat, value))
+            self._write(*reference.keep_last(flat, value))
 
-    def find(self, target: Tensor) -> Tensor:
-        """The slots where the cumulative mass of their tree passes `target`, float64 [S, B].
+    def find(self, target: Any) -> Tensor:
+        """The slots where the cumulative mass of their tree passes the points `target`.
+
+        Args:
+            target: points in [0, total of their tree), [S, B]; others as for `SumTree.find`.
 
         Returns:
             int64 [S, B].
+
+        Raises:
+            PriorityError: the shape or dtype is not that of real numbers [S, B].
         """
+        return self._find(self._as_points(target, (self.num_trees,)))
+
+    def _find(self, target: Tensor) -> Tensor:
+        """`find` for points that may be used up, float64 [S, B], contiguous, at least 0."""
         levels = self.levels[: self.forest.height]
         return reference.find_each(self.leaves, levels, self.tops, target) - self.starts
 
-    def sample_with_mass(
+    def _sample_with_mass(
         self, n: int, generator: torch.Generator | None, draw: str
     ) -> tuple[Tensor, Tensor]:
         """`sample` without the checks of its arguments, with the masses drawn; [S, n] both.
@@ -179,7 +189,7 @@ class SumForest(SumTree):
             point = self.points(n, generator)
             if draw == "stratified":
                 point = (torch.arange(n, device=self.device) + point) / n
-            index = self.find(point * total.unsqueeze(-1))
+            index = self._find(point * total.unsqueeze(-1))
         mass = self.leaves.index_select(0, (index + self.starts).flatten())
         return index, mass.view(index.shape)
 

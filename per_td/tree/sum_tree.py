@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from per_td import draws, kernels, validation
-from per_td.errors import ConfigurationError, EmptyBufferError
+from per_td.errors import ConfigurationError, EmptyBufferError, IndexRangeError, PriorityError
 from per_td.memory import zeros
 from per_td.tree import reference
 from per_td.tree.layout import Layout
@@ -109,8 +109,18 @@ class SumTree:
         return self.nodes[-1]
 
     def __getitem__(self, index: Any) -> Tensor:
-        """Masses of the slots `index` (int, slice or integer tensor), float32."""
-        return self.slots(self.leaves)[index]
+        """Masses of the slots `index` (int, slice or integer tensor), float32, as torch indexes.
+
+        Raises:
+            IndexRangeError: there are no such slots, or it is none of these.
+        """
+        masses = self.slots(self.leaves)
+        try:
+            return masses[index]
+        except (IndexError, TypeError) as error:
+            raise IndexRangeError(
+                f"index: expected one into masses of shape {list(masses.shape)}, got {index!r}"
+            ) from error
 
     def slots(self, leaves: Tensor) -> Tensor:
         """Of a column over all leaves, [leaf_slots], those that are slots: a view [capacity]."""
@@ -135,9 +145,9 @@ class SumTree:
         valid = validation.require_in_range(index, self.capacity)
         valid = valid & validation.require_finite("value", value, low=0.0)
         index, value = validation.route(index, value, valid, self.layout.spare)
-        self.write(*reference.keep_last(index, value))
+        self._write(*reference.keep_last(index, value))
 
-    def write(self, index: Tensor, value: Tensor) -> None:
+    def _write(self, index: Tensor, value: Tensor) -> None:
         """`update` without its checks: for callers that have made them.
 
         Args:
@@ -164,8 +174,28 @@ class SumTree:
         done: bool = kernel.put(*self.memory, *at, size)
         return done
 
-    def fill(self, value: Tensor) -> None:
-        """Set the masses of all slots at once, in O(N); float32 [capacity]."""
+    def fill(self, value: Any) -> None:
+        """Set the masses of all slots at once, in O(N).
+
+        Args:
+            value: masses, finite and not negative, float32 [capacity].
+
+        Raises:
+            PriorityError: a value is NaN, infinite or negative, or the shape or dtype is wrong.
+                Nothing has been written then. On CUDA such a value counts as 0 instead: to look at
+                it would stop the host.
+        """
+        value = validation.as_reals("value", value, self.device, torch.float32)
+        expected = self.slots(self.leaves).shape
+        if value.shape != expected:
+            raise PriorityError(
+                f"value: expected shape {list(expected)}, one per slot, got {list(value.shape)}"
+            )
+        valid = validation.require_finite("value", value.flatten(), low=0.0)
+        self._fill(torch.where(valid.view(expected), value, 0.0))
+
+    def _fill(self, value: Tensor) -> None:
+        """`fill` without its checks: for callers that have made them."""
         self.slots(self.leaves).copy_(value)
         kernel = self.kernels
         if kernel is not None:
@@ -173,8 +203,35 @@ class SumTree:
             return
         reference.refresh_all(self.leaves, self.levels, reference.sum_children)
 
-    def find(self, target: Tensor) -> Tensor:
-        """The slots in which the cumulative mass passes `target`, float64 [B]: int64 [B]."""
+    def find(self, target: Any) -> Tensor:
+        """The slots in which the cumulative mass passes the points `target`.
+
+        Args:
+            target: points in [0, total), [B]. Others are moved to the nearest in there, and NaN to
+                0. Where the total is 0, some slot is found.
+
+        Returns:
+            int64 [B].
+
+        Raises:
+            PriorityError: the shape or dtype is not that of real numbers [B].
+        """
+        return self._find(self._as_points(target, ()))
+
+    def _as_points(self, target: Any, batch: tuple[int, ...]) -> Tensor:
+        """`target` as float64 [*batch, B], at least 0; the walk moves inside what is too large.
+
+        Raises:
+            PriorityError: see `find`.
+        """
+        target = validation.as_reals("target", target, self.device, torch.float64)
+        if target.ndim != len(batch) + 1 or target.shape[:-1] != batch:
+            expected = ", ".join([*map(str, batch), "B"])
+            raise PriorityError(f"target: expected shape [{expected}], got {list(target.shape)}")
+        return torch.where(target > 0, target, 0.0).contiguous()  # NaN is not
+
+    def _find(self, target: Tensor) -> Tensor:
+        """`find` for points that may be used up, float64 [B], contiguous, at least 0."""
         launches = self.launches
         if launches is not None:
             found: Tensor = launches.find(self.leaves, self.nodes, self._offsets, target)
@@ -182,7 +239,6 @@ class SumTree:
         kernel = self.kernels
         if kernel is None:
             return reference.find(self.leaves, self.levels, target)
-        target = target.clone(memory_format=torch.contiguous_format)
         index, mass = torch.empty_like(target, dtype=torch.int64), target.float()
         at = target.data_ptr(), len(target), index.data_ptr(), mass.data_ptr()
         kernel.find(*self.memory, *at)
@@ -212,9 +268,10 @@ class SumTree:
         """
         validation.positive_int("n", n)
         validation.one_of("draw", draw, draws.DRAWS)
-        return self.sample_with_mass(n, generator, draw)[0]
+        validation.as_generator(generator, self.device)
+        return self._sample_with_mass(n, generator, draw)[0]
 
-    def sample_with_mass(
+    def _sample_with_mass(
         self, n: int, generator: torch.Generator | None, draw: str
     ) -> tuple[Tensor, Tensor]:
         """`sample` without the checks of its arguments, with the masses drawn, float32 [n]."""
@@ -229,7 +286,7 @@ class SumTree:
             drawn: tuple[Tensor, Tensor] = launches.draw(*tree, point, stratified=stratified)
             return drawn
         else:
-            index = self.find(draws.points(n, draw, self.device, generator) * self.total)
+            index = self._find(draws.points(n, draw, self.device, generator) * self.total)
         return index, self.leaves.index_select(0, index)
 
     def _sample_distinct(self, n: int, generator: torch.Generator | None) -> Tensor:

@@ -3,7 +3,15 @@ import math
 import pytest
 import torch
 
-from per_td import ConfigurationError, EmptyBufferError, IndexRangeError, PriorityError, SumTree
+from per_td import (
+    ConfigurationError,
+    EmptyBufferError,
+    IndexRangeError,
+    PriorityError,
+    SumTree,
+    kernels,
+    validation,
+)
 from per_td.tree import Layout
 from tests.oracle import CAPACITIES, assert_drawn_from
 
@@ -235,3 +243,91 @@ def test_the_layout_has_a_root_a_spare_leaf_and_whole_groups(capacity):
     for width in layout.widths:
         assert width == -(-below // 16)
         below = width
+
+
+@pytest.mark.parametrize("trees", [None, 2])
+@pytest.mark.parametrize("wrong", [math.nan, -1.0, math.inf, -math.inf, 1e39])
+def test_fill_refuses_what_is_no_mass_before_anything_is_written(wrong, trees, monkeypatch):
+    for choice in kernels.CHOICES:
+        monkeypatch.setenv(kernels.VARIABLE, choice)
+        tree = SumTree(5, num_trees=trees)
+        mass = torch.rand(tree[:].shape, dtype=torch.float64)
+        tree.fill(mass)
+        before = tree.nodes.clone()
+        mass.view(-1)[3] = wrong
+        with pytest.raises(PriorityError, match=r"value: expected finite values of at least 0"):
+            tree.fill(mass)
+        assert torch.equal(tree.nodes, before)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, -1.0, math.inf])
+def test_where_values_cannot_be_looked_at_those_that_are_no_masses_count_as_0(wrong, monkeypatch):
+    monkeypatch.setattr(validation, "can_raise", lambda tensor: False)
+    tree = SumTree(3)
+    tree.fill([1.0, wrong, 2.0])
+    assert tree[:].tolist() == [1.0, 0.0, 2.0]
+    assert tree.total == 3
+
+
+@pytest.mark.parametrize("trees", [None, 2])
+@pytest.mark.parametrize("shape", [(), (1,), (4,), (6,), (5, 1), (2, 4), (3, 5), (2, 5, 1)])
+def test_fill_takes_one_mass_per_slot(shape, trees):
+    tree = SumTree(5, num_trees=trees)
+    with pytest.raises(PriorityError, match=r"value: expected shape \[.*5\], one per slot, got"):
+        tree.fill(torch.ones(shape))
+    assert not tree[:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.uint8])
+@pytest.mark.parametrize("trees", [None, 2])
+def test_points_of_any_real_dtype_are_found(trees, dtype, monkeypatch):
+    for choice in kernels.CHOICES:
+        monkeypatch.setenv(kernels.VARIABLE, choice)
+        tree = SumTree(100, num_trees=trees)
+        tree.fill(torch.full_like(tree[:], 2.0))
+        target = torch.arange(200).expand(*tree[:].shape[:-1], 200).to(dtype)
+        assert torch.equal(tree.find(target), target.long() // 2)
+
+
+@pytest.mark.parametrize(
+    ("trees", "shape"), [(None, ()), (None, (2, 3)), (2, ()), (2, (2,)), (2, (3, 2)), (2, (1, 2))]
+)
+def test_find_takes_points_for_each_tree(trees, shape):
+    tree = SumTree(5, num_trees=trees)
+    with pytest.raises(PriorityError, match=r"target: expected shape \[.*B\], got"):
+        tree.find(torch.zeros(shape, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("trees", [None, 2])
+@pytest.mark.parametrize("capacity", [1, 5, 300, 5000])
+def test_points_outside_are_moved_inside(capacity, trees, monkeypatch):
+    for choice in kernels.CHOICES:
+        monkeypatch.setenv(kernels.VARIABLE, choice)
+        tree = SumTree(capacity, num_trees=trees)
+        outside = [math.nan, -math.inf, -1.0, -0.0, 0.0, 1e300, math.inf]
+        target = torch.tensor(outside).double().expand(*tree[:].shape[:-1], -1)
+        found = tree.find(target)
+        assert ((found >= 0) & (found < capacity)).all(), "of an empty tree, some slot"
+        mass = torch.ones(tree[:].shape)
+        mass[..., : capacity // 3] = 0.0
+        mass[..., capacity - capacity // 3 :] = 0.0
+        tree.fill(mass)
+        first, last = capacity // 3, capacity - capacity // 3 - 1
+        expected = torch.tensor([first] * 5 + [last] * 2).expand(target.shape)
+        assert torch.equal(tree.find(target), expected)
+
+
+@pytest.mark.parametrize("index", [5, -6, [5], torch.tensor([0, 9]), torch.rand(2), "a", 1.5])
+def test_masses_of_slots_that_do_not_exist_are_refused(index):
+    with pytest.raises(IndexRangeError, match=r"index: expected one into masses of shape \[5\]"):
+        SumTree(5)[index]
+
+
+@pytest.mark.parametrize("trees", [None, 2])
+def test_only_a_generator_draws(trees):
+    tree = SumTree(5, num_trees=trees)
+    tree.fill(torch.ones_like(tree[:]))
+    with pytest.raises(
+        ConfigurationError, match=r"generator: expected a torch\.Generator, got int"
+    ):
+        tree.sample(3, 7)

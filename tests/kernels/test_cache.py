@@ -1,0 +1,108 @@
+"""numba's cache: it is read where nothing changed, and outdated by an edit of any kernel."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import per_td
+
+pytest.importorskip("numba", reason="numba is not installed")
+
+HASHED = (
+    "__init__.py",
+    "cached.py",
+    "compiled.py",
+    "draw.py",
+    "many.py",
+    "memory.py",
+    "power.py",
+    "rows.py",
+    "stamps.py",
+    "update.py",
+    "vector.py",
+)
+
+COPY_A_ROW = """
+import torch
+from per_td.kernels.rows import scatter
+row, ring = torch.tensor([2**40 + 7]), torch.zeros(1, dtype=torch.int64)
+source, fields = torch.tensor([row.data_ptr()]), torch.tensor([ring.data_ptr()])
+sizes = torch.tensor([[8, 8]])
+scatter(fields.data_ptr(), sizes.data_ptr(), 1, 1, 0, 1, source.data_ptr())
+print(ring.item() - 2**40, sum(scatter.stats.cache_hits.values()))
+"""
+
+
+@pytest.fixture
+def package(tmp_path) -> Path:
+    """A copy of the package, never compiled."""
+    ignore = shutil.ignore_patterns("__pycache__")
+    return shutil.copytree(Path(per_td.__file__).parent, tmp_path / "per_td", ignore=ignore)
+
+
+def run(package: Path, code: str, **variables: str) -> str:
+    variables |= {"PYTHONPATH": str(package.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    inherited = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    done = subprocess.run(
+        (sys.executable, "-c", code),
+        env=inherited | variables,
+        cwd=package.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def kept(folder: Path) -> list[Path]:
+    return [*folder.rglob("*.nbi"), *folder.rglob("*.nbc")]
+
+
+def test_an_edit_of_a_module_that_a_kernel_imports_is_seen(package):
+    assert run(package, COPY_A_ROW) == "7 0"
+    assert run(package, COPY_A_ROW) == "7 1", "the second process compiled again"
+    before = kept(package)
+    imported = package / "kernels" / "memory.py"
+    source = imported.read_text()
+    assert source.count("map(_mover, (32, 8, 4, 1, None))") == 1
+    imported.write_text(source.replace("(32, 8, 4, 1, None)", "(32, 4, 4, 1, None)"))
+    assert run(package, COPY_A_ROW) == f"{7 - 2**40} 0", "half of the row was to be copied"
+    after = kept(package)
+    assert len(after) == len(before)
+    assert not set(after) & set(before), "what was compiled from the old sources is still there"
+
+
+def test_numba_cache_dir_names_the_folder_that_is_used(package, tmp_path):
+    folder = tmp_path / "cache"
+    assert run(package, COPY_A_ROW, NUMBA_CACHE_DIR=str(folder)) == "7 0"
+    assert run(package, COPY_A_ROW, NUMBA_CACHE_DIR=str(folder)) == "7 1"
+    assert kept(folder)
+    assert not kept(package)
+
+
+def test_where_the_package_cannot_be_written_the_users_folder_is_used(package, tmp_path):
+    (package / "kernels" / "__pycache__").touch()  # where numba wants a folder
+    folder = tmp_path / "cache"
+    assert run(package, COPY_A_ROW, XDG_CACHE_HOME=str(folder)) == "7 0"
+    assert run(package, COPY_A_ROW, XDG_CACHE_HOME=str(folder)) == "7 1"
+    assert kept(folder)
+
+
+def test_every_kernel_source_for_the_cpu_counts(package):
+    names = {file.name for file in (package / "kernels").glob("*.py")}
+    assert {name for name in names if not name.startswith("cuda_")} == set(HASHED)
+    code = f"""
+from pathlib import Path
+from per_td.kernels import cached
+hashes = [cached._sources()]
+for name in {HASHED}:
+    with open(Path(cached.__file__).with_name(name), "a") as file:
+        file.write("#")
+    hashes.append(cached._sources.__wrapped__())
+print(len(set(hashes)))
+"""
+    assert run(package, code) == str(len(HASHED) + 1)
