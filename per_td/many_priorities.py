@@ -107,16 +107,11 @@ class ManyPriorities(PriorityTable):
 
     def _write_leaves(self, leaf: Tensor, priority: Tensor, kept: Tensor) -> None:
         """Write priorities of leaves [n]; what is not `kept` is for the spare one."""
-        kernel, launches = self.masses.kernels, self.masses.launches
-        if launches is not None:  # it would count the spare leaf as refused
-            leaf = torch.where(kept, leaf, 0)
-            priority_kernels.launch(launches, self, leaf, priority, live=kept)
-            return
-        done, size = None, self.masses.layout.leaf_slots
+        kernel, done, size = self.masses.kernels, None, self.masses.layout.leaf_slots
         if kernel is not None:
             done = priority_kernels.assign(kernel, self, leaf, priority, size, eps=0.0)
         if done is None:
-            self._write(leaf, priority)
+            self._write(leaf, priority, kept)
 
     def _note_largest(self) -> None:
         torch.maximum(self.ever_max_each, self.largest_each, out=self.ever_max_each)

@@ -73,7 +73,7 @@ class PriorityTable:
         self._smallest: ExtremumTree | None = None
         self.weight_normalization = weight_normalization
         self.ever_max = torch.zeros((), device=device)
-        self.replayed = zeros((layout.capacity,), torch.bool, device)
+        self._replayed = zeros((layout.leaf_slots,), torch.bool, device)
         self.refused = torch.zeros((), dtype=torch.int64, device=device)
         self._points = torch.empty(0, dtype=torch.float64, device=device)
 
@@ -91,6 +91,11 @@ class PriorityTable:
     def raw(self) -> Tensor:
         """Raw priorities of all slots, float32 [capacity], a view."""
         return self.masses.slots(self._raw)
+
+    @property
+    def replayed(self) -> Tensor:
+        """Whether each slot has been drawn since it was written, bool, a view."""
+        return self._replayed[: self.masses.layout.capacity]
 
     @property
     def alpha(self) -> float:
@@ -162,12 +167,14 @@ class PriorityTable:
         valid = validation.require_finite("priority", priority, low=0.0)
         return torch.where(valid, priority, -1.0)
 
-    def write_new(self, index: Tensor, priority: Tensor | None) -> None:
+    def write_new(self, index: Tensor, priority: Tensor | None, kept: Tensor | None = None) -> None:
         """Give newly written slots their priority.
 
         Args:
             index: slots, int64 [n], without repetitions.
             priority: from `check_initial`, [n]; None, and -1, stand for that of `for_new`.
+            kept: bool [n], False for what was not written, whatever its index; None: all was.
+                Not for ranks, which count what is new.
 
         Raises:
             IndexRangeError: an index is not that of a slot (on the CPU, where it can be looked at).
@@ -176,26 +183,30 @@ class PriorityTable:
         if priority is not None:
             validation.require_same_shape("priority", priority, index)
         kernel, done = self.masses.kernels, None
-        if kernel is not None:
+        if kernel is not None and kept is None:
             done = priority_kernels.assign(
                 kernel, self, index, priority, self.capacity, eps=0.0, new=True
             )
         if done is None:
-            self._write_new_in_torch(index, priority)
+            self._write_new_in_torch(index, priority, kept)
         if self.ranks is not None:
             self._count_changes(self.ranks, len(index), new=True)
 
-    def _write_new_in_torch(self, index: Tensor, priority: Tensor | None) -> None:
-        if validation.can_raise(index):
+    def _write_new_in_torch(
+        self, index: Tensor, priority: Tensor | None, kept: Tensor | None
+    ) -> None:
+        if kept is None and validation.can_raise(index):
             validation.require_in_range(index, self.capacity)
-        self.replayed.index_fill_(0, index, False)
         if priority is None:
             priority = self.for_new().expand(index.shape)
         else:
-            refused = priority < 0
+            refused = priority < 0 if kept is None else (priority < 0) & kept
             self.refused += refused.sum()
             priority = torch.where(refused, self.for_new(), priority)
-        self._write(index, priority)
+        if kept is not None:
+            index, priority = validation.route(index, priority, kept, self.masses.layout.spare)
+        self._replayed.index_fill_(0, index, False)
+        self._write(index, priority, kept)
 
     def write_row(self, start: int, n: int) -> None:
         """`write_new` for the `n` slots, at most `capacity`, from `start` on and around the end.
@@ -304,11 +315,16 @@ class PriorityTable:
         self._write(*reference.keep_last(index, priority))
         return 0 if live is None else (~live).sum()
 
-    def _write(self, index: Tensor, priority: Tensor) -> None:
-        """Write valid priorities, and all that follows from them."""
+    def _write(self, index: Tensor, priority: Tensor, kept: Tensor | None = None) -> None:
+        """Write valid priorities, and all that follows from them.
+
+        What is not `kept` [n] has been sent to the spare leaf.
+        """
         launches = self._launches
         if launches is not None:
-            priority_kernels.launch(launches, self, index, priority)
+            if kept is not None:  # they would count the spare leaf as refused
+                index = torch.where(kept, index, 0)
+            priority_kernels.launch(launches, self, index, priority, live=kept)
             return
         self._raw[index] = priority
         if self.ranks is None:
@@ -343,7 +359,7 @@ class PriorityTable:
         """
         self._raw.zero_()
         self.raw[..., : priority.shape[-1]] = priority
-        self.replayed.zero_()
+        self._replayed.zero_()
         self._largest.refresh_all()
         if self.ranks is not None:
             self.ranks.filled = len(priority)

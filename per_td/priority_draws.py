@@ -35,7 +35,7 @@ def sample(
             raise EmptyBufferError(f"expected a positive priority, got 0 for all {size}")
         index = draws.multinomial(table.masses[:size], n, table.draw, generator)
         mass = table.masses.leaves.index_select(0, index)
-    table.replayed.index_fill_(0, index, True)
+    table._replayed.index_fill_(0, index, True)
     return index, mass
 
 

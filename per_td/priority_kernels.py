@@ -37,7 +37,7 @@ def _what_follows(table: "PriorityTable", *, new: bool) -> tuple[float, int, int
     """
     ever_max, ranks = table.ever_max.data_ptr(), table.ranks
     known = table._largest.root if table.new_priority == "buffer_max" else ever_max
-    replayed = table.replayed.data_ptr() if new else 0
+    replayed = table._replayed.data_ptr() if new else 0
     if ranks is None:
         return table._alpha, known, ever_max, replayed, 0
     return -table._alpha, known, ever_max, replayed, ranks.snapshot.data_ptr()
@@ -178,7 +178,7 @@ def draw(
         0 if table._smallest is None else table._smallest.root,
         size if table._weight_normalization == "none" else 0,
         weight.data_ptr(),
-        table.replayed.data_ptr(),
+        table._replayed.data_ptr(),
     )
     if not total > 0:
         raise EmptyBufferError("expected a positive mass to draw from, got only masses of 0")

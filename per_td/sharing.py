@@ -102,7 +102,7 @@ class SharedTable(PriorityTable):
     def __init__(self, capacity: int, **settings: Any) -> None:
         super().__init__(capacity, **settings)
         _share(self._settings, self._raw, self.masses.leaves, self.masses.nodes)
-        _share(self._largest.nodes, self.ever_max, self.replayed, self.refused)
+        _share(self._largest.nodes, self.ever_max, self._replayed, self.refused)
         if self._smallest is not None:
             _share(self._smallest.nodes)
 

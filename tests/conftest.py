@@ -67,6 +67,19 @@ def generator(device) -> torch.Generator:
     return torch.Generator(device).manual_seed(7)
 
 
+@pytest.fixture
+def pretended(monkeypatch):
+    """A pretended CUDA device, in plain torch; see `tests.support.pretended_cuda`."""
+    from per_td import kernels
+    from tests.support.pretended_cuda import pretended_cuda
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device: the tests marked cuda look there")
+    monkeypatch.setenv(kernels.VARIABLE, "off")
+    with pretended_cuda() as pretended:
+        yield pretended
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -91,8 +91,12 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
         n = len(tensordicts) if tensordicts.ndim else 0
         short = self._write_plain(tensordicts, n, single=False, supply=supply)
         if short is not None:
-            index, device = short[1], tensordicts.device
-            return index if index.is_cpu and device is None else index.to(device or "cpu")
+            start, index = short
+            device = tensordicts.device or torch.device("cpu")
+            if index.device == device:
+                return index
+            index = torch.arange(start, start + n, device=device)  # to copy it might mean to wait
+            return index.remainder_(self._storage.max_size)
         data = self._transform.inv(tensordicts)
         if data is None:
             return torch.zeros((0, self._storage.ndim), dtype=torch.long)
@@ -168,8 +172,7 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
         index = sampler._flat(index, storage)
         last = min(len(index), storage.max_size)  # of more than fit, the last remain
         index, priority = index[-last:], self._supplied[-last:].to(index.device)
-        written = index >= 0
-        sampler._table.write_new(index[written], priority[written])
+        sampler._write_new(index, priority)
 
     # --- reading ----------------------------------------------------------------------------------
 
@@ -277,10 +280,11 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
             flat = index if plain else sampler._flat(index, storage)
             flat = validation.to_device(flat, sampler.device)
             if live is not None:
-                live = live.to(flat.device)
+                live = validation.to_device(live, flat.device)
             sampler._table.update(flat, values, sampler._max_capacity, live)
             if live is not None:  # counted once nothing has been refused
-                self._stale = self._stale.to(flat.device) + (~live).sum()
+                stale = validation.to_device(self._stale, flat.device)
+                self._stale = stale + (~live).sum()
 
     def _settle(self, td_error: Tensor, index: Tensor, generation: Tensor | None) -> bool:
         """Set priorities by compiled kernels; False, and nothing is done, where that cannot be."""
@@ -299,7 +303,7 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
         writer = self._writer
         plain = type(writer) is GenerationWriter and self._storage.ndim == 1
         now: Tensor = writer.stamps(index) if plain else writer.generations_of(index)
-        generation = first_of_each(generation).to(now.device)
+        generation = validation.to_device(first_of_each(generation), now.device)
         if validation.can_raise(now) and torch.equal(now, generation):
             return None
         return now == generation

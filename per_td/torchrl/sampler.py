@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torchrl.data import replay_buffers as torchrl_buffers
@@ -14,7 +13,7 @@ from per_td import checkpoint, priority_draws, validation
 from per_td.errors import CheckpointError, EmptyBufferError, PriorityError
 from per_td.priorities import PriorityTable
 
-__all__ = ["TD_ERROR_UNITS", "PrioritizedSampler", "flat_index"]
+__all__ = ["TD_ERROR_UNITS", "PrioritizedSampler", "flat_index", "unravelled"]
 
 TD_ERROR_UNITS = ("abs", "squared")
 
@@ -30,11 +29,30 @@ def flat_index(index: Any, shape: torch.Size | tuple[int, ...], device: torch.de
         device: where the result goes.
     """
     index = torch.stack(index, -1) if isinstance(index, tuple) else torch.as_tensor(index)
-    if index.ndim > 1 and len(shape) > 1 and index.shape[-1] == len(shape):
-        strides = [int(np.prod(shape[dim + 1 :])) for dim in range(len(shape))]
-        outside = (index < 0).any(-1)
-        index = (index * index.new_tensor(strides)).sum(-1).masked_fill(outside, -1)
-    return validation.as_index(index.reshape(-1), device)
+    places: Tensor = validation.as_index(index.reshape(-1), device).view(index.shape)
+    if places.ndim > 1 and len(shape) > 1 and places.shape[-1] == len(shape):
+        outside, flat = (places < 0).any(-1), torch.zeros_like(places[..., 0])
+        for size, place in zip(shape, places.unbind(-1), strict=True):
+            flat = flat * size + place
+        places = flat.masked_fill_(outside, -1)
+    return places.reshape(-1)
+
+
+def unravelled(index: Tensor, shape: torch.Size | tuple[int, ...]) -> tuple[Tensor, ...]:
+    """The inverse of `flat_index`: `torch.unravel_index`, which makes the host wait on CUDA.
+
+    Args:
+        index: int64 [B], not negative.
+        shape: of the storage.
+
+    Returns:
+        One int64 [B] for each dimension.
+    """
+    places = []
+    for size in reversed(shape):
+        places.append(index % size)
+        index = index // size
+    return tuple(reversed(places))
 
 
 class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
@@ -218,7 +236,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         index, weight = priority_draws.sample_weighted(
             self._table, batch_size, size, self._rng, beta=self._beta, filled=size
         )
-        where = torch.unravel_index(index, storage.shape) if storage.ndim > 1 else index
+        where = unravelled(index, storage.shape) if storage.ndim > 1 else index
         return where, {"priority_weight": weight}
 
     def add(self, index: Any) -> None:
@@ -230,8 +248,18 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
     def mark_update(self, index: Any, *, storage: Storage | None = None) -> None:
         """Give the slots `index`, which have been written, the priority of new elements."""
         self._follow(storage)
-        index = self._flat(index, storage)
-        self._table.write_new(index[index >= 0], None)
+        self._write_new(self._flat(index, storage), None)
+
+    def _write_new(self, index: Tensor, priority: Tensor | None) -> None:
+        """Give written slots, int64 [n], their priority: [n], or None for that of new elements.
+
+        An index of -1 is `MaxValueWriter`'s mark for what it did not write.
+        """
+        written: Tensor | None = index >= 0
+        if validation.can_raise(index):
+            index, priority = index[written], None if priority is None else priority[written]
+            written = None
+        self._table.write_new(index, priority, written)
 
     @torch.no_grad()
     def update_priority(self, index: Any, priority: Any, *, storage: Storage | None = None) -> None:
@@ -252,7 +280,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         """
         self._follow(storage)
         index = self._flat(index, storage)
-        priority = torch.as_tensor(priority, device=self.device).detach()
+        priority = validation.to_device(torch.as_tensor(priority), self.device).detach()
         if priority.numel() == 1:
             priority = priority.reshape(1).expand(index.shape)
         elif priority.numel() != index.numel():

@@ -14,7 +14,7 @@ from torchrl.data.replay_buffers.storages import Storage
 from per_td import priority_draws, validation
 from per_td.errors import EmptyBufferError
 from per_td.torchrl import boundaries, slice_batches
-from per_td.torchrl.sampler import PrioritizedSampler
+from per_td.torchrl.sampler import PrioritizedSampler, unravelled
 from per_td.weights import importance_weights
 
 __all__ = ["PrioritizedSliceSampler"]
@@ -241,7 +241,7 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             there = over.cumsum(-1) - over.long() == 0  # up to the first end
             ends = (ends | over)[there]
             index, begins, weight = index[there], begins[there], weight[there]
-        where = torch.unravel_index(index.reshape(-1), storage.shape)
+        where = unravelled(index.reshape(-1), storage.shape)
         keys = self.truncated_key, self.init_key
         marks = slice_batches.marks(storage[:], where, begins, ends, *keys)
         return where, {"priority_weight": weight.reshape(-1)} | marks

@@ -16,8 +16,16 @@ from torchrl.data import (
 from torchrl.data import PrioritizedSampler as TorchRLSampler
 from torchrl.data.replay_buffers.scheduler import LinearScheduler
 
-from per_td import CheckpointError, EmptyBufferError, IndexRangeError, PriorityError
+from per_td import (
+    CheckpointError,
+    EmptyBufferError,
+    IndexRangeError,
+    PriorityError,
+    kernels,
+    validation,
+)
 from per_td.torchrl import PrioritizedSampler
+from per_td.torchrl.sampler import flat_index, unravelled
 from tests.oracle import assert_drawn_from
 
 ALPHA, BETA, EPS = 0.7, 0.9, 1e-8
@@ -149,6 +157,59 @@ def test_it_works_with_a_max_value_writer():
     buffer.add(TensorDict({"rank": torch.tensor(-1.0), "x": torch.tensor(9)}, []))
     assert (sampler.priority > 0).all()
     assert set(buffer.sample()["rank"].tolist()) == {3, 4, 5, 6}
+
+
+@pytest.mark.parametrize("supplied", [False, True])
+@pytest.mark.parametrize("way", ["torch", "launched"])
+def test_what_was_not_written_is_left_alone_without_looking(way, supplied, monkeypatch):
+    """On CUDA, where to look for -1 would stop the host, as on the CPU."""
+    index = torch.tensor([0, -1, 5, 3])
+
+    def marked(refused):
+        priority = torch.tensor([2.0, 9.0, 3.0, refused]) if supplied else None
+        sampler = PrioritizedSampler(6, ALPHA, BETA, weight_normalization="buffer")
+        sampler.update_priority(torch.arange(6), torch.tensor([1.0, 5, 2, 4, 3, 6]))
+        sampler._table.replayed[:] = True
+        sampler._write_new(index, priority)
+        sampler._write_new(torch.tensor([-1, -1]), None if priority is None else priority[:2])
+        return sampler._table
+
+    expected = marked(refused=6.0)  # the largest
+    monkeypatch.setattr(kernels, "wanted", lambda device: False)
+    monkeypatch.setattr(validation, "can_raise", lambda tensor: False)
+    if way == "launched":
+        pytest.importorskip("triton", reason="triton is not installed")
+        if torch.cuda.is_available():
+            pytest.skip("Triton's interpreter was not asked for")
+        monkeypatch.setattr(kernels, "launched", lambda device: True)
+    table = marked(refused=-1.0)
+    assert torch.equal(table.raw, expected.raw)
+    assert table.raw.tolist()[1:3] == pytest.approx([5, 2])
+    torch.testing.assert_close(table.masses[:], expected.masses[:], rtol=1e-6, atol=0)
+    torch.testing.assert_close(table.masses.total, table.masses[:].double().sum())
+    assert table._raw[6:].eq(0).all()
+    assert table.masses.leaves[6:].eq(0).all()
+    assert table.replayed.tolist() == expected.replayed.tolist()
+    assert table.replayed.tolist() == [False, True, True, False, True, False]
+    assert table.refused == int(supplied)
+    assert torch.equal(table.ever_max, expected.ever_max)
+    assert table._smallest.value == table.masses[:].min()
+
+
+def test_indices_of_several_dimensions_are_those_of_torch():
+    shape, flat = (4, 3, 5), torch.randperm(60)
+    places = unravelled(flat, shape)
+    for place, other in zip(places, torch.unravel_index(flat, shape), strict=True):
+        assert torch.equal(place, other)
+    index = torch.stack(places, -1)
+    device = torch.device("cpu")
+    for given in (index, places, index.int(), index.numpy(), index.view(4, 15, 3)):
+        assert torch.equal(flat_index(given, shape, device), flat)
+    index[7, 1] = -1
+    assert flat_index(index, shape, device)[7] == -1
+    assert torch.equal(flat_index(torch.tensor([2, 7]), shape, device), torch.tensor([2, 7]))
+    with pytest.raises(IndexRangeError, match="integer"):
+        flat_index(index.float(), shape, device)
 
 
 @pytest.mark.parametrize(("within", "expected"), [(True, 0.5), (False, 8.0)])

@@ -1,0 +1,452 @@
+"""Every public operation on a pretended CUDA device, which raises where the host would wait.
+
+What may wait does so by nature, and has tests of its own: making a buffer, which copies small
+tables to the device, and what gives numbers to the host.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+
+from per_td import (
+    ConfigurationError,
+    PrioritizedReplayBuffer,
+    SumTree,
+    TransitionReplayBuffer,
+    priority_draws,
+    validation,
+)
+from per_td.draws import DRAWS, METHODS
+from per_td.priorities import NEW_PRIORITIES
+from per_td.weights import NORMALIZATIONS
+from tests.support.pretended_cuda import WAITS, HostWaitError, MixedDevicesError
+
+CAPACITY, B, S = 20, 8, 3
+
+WAYS = [way for way in itertools.product(DRAWS, METHODS) if way != ("stratified", "multinomial")]
+
+
+def make(pretended, capacity=CAPACITY, **settings):
+    with pretended.copies():
+        return PrioritizedReplayBuffer(capacity, B, device="cuda", **settings)
+
+
+def rows(n, device="cuda:0"):
+    """`n` transitions that need not be copied."""
+    k = torch.arange(n, device=device)
+    return TensorDict(
+        {"x": torch.zeros(n, 3, device=device), "next": {"done": k % 3 == 0}},
+        batch_size=[n],
+        device=device,
+    )
+
+
+def rows_each(n, device="cuda:0"):
+    return TensorDict(
+        {"x": torch.zeros(S, n, 3, device=device), "k": torch.zeros(S, n, device=device).long()},
+        batch_size=[S, n],
+        device=device,
+    )
+
+
+def leaves(transitions):
+    return {
+        key if isinstance(key, tuple) else (key,): leaf
+        for key, leaf in transitions.items(True, True)
+    }
+
+
+def on_device(pretended, tree):
+    """Whether all tensors in a nest are on the pretended device."""
+    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if torch.is_tensor(leaf)]
+    return tensors and {tensor.device for tensor in tensors} == {pretended.device}
+
+
+def learn(buffer, batch, shape=(B,), device="cuda:0"):
+    buffer.update_priority(batch["index"], torch.ones(shape, device=device), batch["generation"])
+
+
+@pytest.mark.parametrize("new_priority", NEW_PRIORITIES)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize(("draw", "method"), WAYS)
+def test_no_way_to_draw_weigh_and_update_waits(
+    draw, method, normalization, new_priority, pretended
+):
+    buffer = make(
+        pretended,
+        draw=draw,
+        method=method,
+        weight_normalization=normalization,
+        new_priority=new_priority,
+    )
+    buffer.extend(rows(CAPACITY - 1))
+    buffer.extend(rows(4), torch.ones(4, device="cuda"))
+    batch = buffer.sample()
+    assert on_device(pretended, batch.to_dict())
+    assert batch["index"].shape == batch["priority_weight"].shape == (B,)
+    learn(buffer, batch)
+
+
+@pytest.mark.parametrize(("draw", "method"), WAYS)
+def test_ranks_are_sorted_without_waiting(draw, method, pretended):
+    buffer = make(pretended, draw=draw, method=method, prioritization="rank", sort_interval=3)
+    buffer.extend(rows(4))
+    buffer.extend(rows(CAPACITY))
+    learn(buffer, buffer.sample())
+    buffer.alpha = 0.3
+
+
+@pytest.mark.parametrize("prioritization", ["proportional", "rank"])
+@pytest.mark.parametrize("capacity", [CAPACITY, 5000])
+def test_no_public_operation_waits(capacity, prioritization, pretended):
+    buffer = make(pretended, capacity, prioritization=prioritization, beta_increment=0.1)
+    assert on_device(pretended, buffer.diagnostics())  # of an empty one
+    assert len(buffer.extend(rows(15))) == 15
+    assert buffer.extend(rows(CAPACITY), torch.ones(CAPACITY, device="cuda")).is_cuda
+    assert buffer.extend(rows(2 * CAPACITY)).is_cuda  # more than fit in the small one
+    assert buffer.add(rows(1)[0]).is_cuda
+    assert buffer.add(rows(1)[0], priority=torch.ones(1, device="cuda")).is_cuda
+    assert buffer.extend_leaves(leaves(rows(5))).is_cuda
+    assert len(buffer) == min(capacity, 82)
+    batch = buffer.sample()
+    assert buffer.sample(3).shape == (3,)
+    assert on_device(pretended, buffer.sample_leaves())
+    buffer.update_priority(batch["index"], torch.ones(B, 1, device="cuda", requires_grad=True))
+    learn(buffer, batch)
+    batch["td_error"] = torch.ones(B, dtype=torch.float64, device="cuda")
+    buffer.update_tensordict_priority(batch)
+    buffer.increase_beta()
+    buffer.beta, buffer.alpha, buffer.eps = 0.5, 0.9, 0.01
+    assert (buffer.alpha, buffer.eps) == (0.9, 0.01)
+    assert on_device(pretended, buffer.diagnostics())
+    assert on_device(pretended, buffer.state_dict())
+    assert on_device(pretended, [buffer.priority, buffer.lengths, buffer.transitions.to_dict()])
+    assert buffer.write_count == 82
+
+
+@pytest.mark.parametrize("layout", ["columns", "records"])
+def test_no_layout_waits(layout, pretended):
+    buffer = make(pretended, layout=layout)
+    buffer.extend(rows(15))
+    buffer.extend(rows(15))
+    assert on_device(pretended, buffer.sample().to_dict())
+
+
+def test_memory_allocated_at_once_is_on_the_device(pretended):
+    buffer = make(pretended, example=rows(1, "cpu")[0])
+    assert buffer.transitions.device == pretended.device
+    buffer.extend(rows(3))
+
+
+def test_what_comes_from_the_host_is_copied_without_waiting(pretended):
+    buffer = make(pretended)
+    host = {"device": "cpu"}
+    assert buffer.extend(rows(5, **host), torch.ones(5, **host)).is_cuda
+    assert buffer.extend(rows(5, **host), [1.0, 2, 3, 4, 5]).is_cuda
+    assert buffer.extend(rows(5), np.ones(5)).is_cuda
+    assert buffer.add(rows(1, **host)[0], 2.0).is_cuda
+    assert buffer.extend_leaves(leaves(rows(5, **host))).is_cuda
+    batch = buffer.sample()
+    buffer.update_priority(torch.arange(B), torch.ones(B), torch.zeros(B).long())
+    buffer.update_priority(batch["index"], torch.ones(B), batch["generation"])
+    buffer.update_priority(torch.arange(B), torch.ones(B, device="cuda"))
+    buffer.update_priority(np.arange(B), np.ones(B), np.zeros(B, np.int64))
+    buffer.update_priority([1, 2], [0.5, 0.5], [0, 0])
+    buffer.update_priority(3, 0.5)
+    buffer.update_tensordict_priority({"index": [1, 2], "td_error": [1.0, 2.0]})
+    assert on_device(pretended, buffer.diagnostics())
+
+
+def test_a_default_device_of_cuda_makes_a_buffer_there(pretended):
+    with torch.device("cuda"):
+        with pretended.copies():
+            buffer = PrioritizedReplayBuffer(CAPACITY, B)
+        buffer.extend(rows(5))
+        learn(buffer, buffer.sample())
+    assert buffer.device == pretended.device
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize(("draw", "method"), [way for way in WAYS if way[1] != "auto"])
+def test_many_buffers_never_wait(draw, method, normalization, pretended):
+    buffers = make(
+        pretended, num_buffers=S, draw=draw, method=method, weight_normalization=normalization
+    )
+    running = torch.ones(S, 8, dtype=torch.bool, device="cuda")
+    assert buffers.extend(rows_each(15)).shape == (S, 15)
+    buffers.extend(rows_each(8), mask=running)
+    batch = buffers.sample()
+    assert on_device(pretended, batch.to_dict())
+    assert batch.shape == (S, B)
+    learn(buffers, batch, (S, B))
+    buffers.update_priority(
+        batch["index"], torch.ones(S, B, device="cuda"), batch["generation"], mask=running
+    )
+
+
+@pytest.mark.parametrize("new_priority", NEW_PRIORITIES)
+@pytest.mark.parametrize("device", ["cuda:0", "cpu"])
+def test_no_public_operation_of_many_buffers_waits(device, new_priority, pretended):
+    buffers = make(pretended, num_buffers=S, new_priority=new_priority, beta_increment=0.1)
+    running = torch.ones(S, B, dtype=torch.bool, device=device)
+    priority = torch.ones(S, B, device=device)
+    for mask in (None, running):
+        buffers.extend(rows_each(B, device), mask=mask)
+        buffers.extend(rows_each(B, device), priority, mask)
+        one = None if mask is None else mask[:, 0]
+        assert buffers.add(rows_each(1, device)[:, 0], mask=one).is_cuda
+        assert buffers.add(rows_each(1, device)[:, 0], priority[:, 0], one).is_cuda
+    assert buffers.extend_leaves(leaves(rows_each(5, device))).is_cuda
+    assert on_device(pretended, buffers.sample_leaves())
+    index = torch.zeros(S, B, dtype=torch.int64, device=device)
+    buffers.update_priority(index, priority)
+    buffers.update_priority(index, priority, index)
+    buffers.update_priority(index, priority, index, running)
+    buffers.update_tensordict_priority({"index": index, "td_error": priority})
+    buffers.increase_beta()
+    buffers.beta, buffers.alpha, buffers.eps = 0.5, 0.9, 0.01
+    assert on_device(pretended, [buffers.priority, buffers.lengths, buffers.transitions.to_dict()])
+
+
+@pytest.mark.parametrize("prioritization", ["proportional", "rank"])
+@pytest.mark.parametrize("draw", DRAWS)
+def test_the_buffer_of_courses_never_waits(draw, prioritization, pretended):
+    with pretended.copies():
+        buffer = TransitionReplayBuffer(
+            CAPACITY, draw=draw, prioritization=prioritization, device="cuda"
+        )
+    state = torch.zeros(4, device="cuda")
+    flag = torch.zeros((), dtype=torch.bool, device="cuda")
+    buffer.push([0.0] * 4, 1, 1.0, [0.0] * 4, False)
+    buffer.push(np.zeros(4), np.int64(1), np.float32(1), np.zeros(4, np.float32), np.True_)
+    for _ in range(B):
+        buffer.push(state, flag.long(), flag.float(), state, flag)
+    *batch, index, weight = buffer.sample(B)
+    assert on_device(pretended, [batch, index, weight])
+    buffer.update_priorities(index, weight)
+    buffer.update_priorities(torch.arange(B), torch.ones(B))
+    buffer.increase_beta()
+    assert len(buffer) == len(buffer.priority) == 2 + B
+
+
+@pytest.mark.parametrize("num_trees", [None, S])
+@pytest.mark.parametrize("capacity", [5, 1000])
+def test_trees_never_wait(capacity, num_trees, pretended):
+    with pretended.copies():
+        tree = SumTree(capacity, "cuda", num_trees=num_trees)
+    each = () if num_trees is None else (S,)
+    index = torch.zeros(*each, 4, dtype=torch.int64, device="cuda")
+    tree.update(index, index.float())
+    tree.update(torch.zeros(*each, 4).long(), torch.ones(*each, 4))
+    tree.update(np.zeros((*each, 4), np.int64), np.ones((*each, 4)))
+    drawn = [tree.sample(4, draw=draw) for draw in DRAWS]
+    found = tree.find(torch.zeros(*each, 4, dtype=torch.float64, device="cuda"))
+    assert on_device(pretended, [drawn, found, tree.total, tree[1], tree[:3]])
+    assert {tuple(index.shape) for index in (*drawn, found)} == {(*each, 4)}
+    if num_trees is None:
+        tree.fill(torch.ones(capacity, device="cuda"))
+        assert on_device(pretended, tree[index])
+
+
+# --- what waits by nature -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda buffer: buffer.stats(),
+        lambda buffer: buffer.beta,
+        lambda buffer: repr(buffer),
+    ],
+    ids=["stats", "beta", "repr"],
+)
+@pytest.mark.parametrize("num_buffers", [None, S])
+def test_numbers_for_the_host_are_read_back(read, num_buffers, pretended):
+    buffer = make(pretended, num_buffers=num_buffers)
+    with pytest.raises(WAITS):
+        read(buffer)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [len, lambda buffers: buffers.write_count, lambda buffers: buffers.state_dict()],
+    ids=["len", "write_count", "state_dict"],
+)
+def test_how_far_many_buffers_are_filled_is_read_back(read, pretended):
+    buffers = make(pretended, num_buffers=S)
+    buffers.extend(rows_each(5))
+    with pytest.raises(WAITS):
+        read(buffers)
+
+
+def test_what_the_device_cannot_do_is_refused_as_anywhere(pretended):
+    with pytest.raises(ConfigurationError, match="multinomial"):
+        make(pretended, draw="stratified", method="multinomial")
+    with pytest.raises(ConfigurationError, match="diagnostics"):
+        make(pretended, num_buffers=S).diagnostics()
+
+
+# --- the pretended device itself ------------------------------------------------------------------
+
+
+@pytest.fixture
+def filled(pretended):
+    buffer = make(pretended)
+    buffer.extend(rows(CAPACITY))
+    return buffer
+
+
+def test_a_value_read_back_in_a_draw_raises(filled, monkeypatch):
+    draw = priority_draws.sample
+
+    def reading(table, *args):
+        table.masses.total.item()
+        return draw(table, *args)
+
+    filled.sample()
+    monkeypatch.setattr(priority_draws, "sample", reading)
+    with pytest.raises(WAITS):
+        filled.sample()
+
+
+def test_a_tensor_of_the_host_in_a_draw_raises(filled, monkeypatch):
+    weigh = priority_draws.importance_weights
+
+    def mixing(mass, *args, **settings):
+        return weigh(mass, *args, **settings) * torch.ones(len(mass))
+
+    monkeypatch.setattr(priority_draws, "importance_weights", mixing)
+    with pytest.raises(MixedDevicesError):
+        filled.sample()
+
+
+def test_a_copy_that_waits_raises(filled, monkeypatch):
+    monkeypatch.setattr(validation, "to_device", lambda tensor, device: tensor.to(device))
+    with pytest.raises(HostWaitError):
+        filled.update_priority(torch.arange(B), torch.ones(B))
+
+
+def _column():
+    return torch.zeros(5, device="cuda")
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda a, i: a[0].item(),
+        lambda a, i: bool(a[0] > 0),
+        lambda a, i: int(i[0]),
+        lambda a, i: float(a[0]),
+        lambda a, i: f"{a[0]}",
+        lambda a, i: a.tolist(),
+        lambda a, i: 1.0 in a,
+        lambda a, i: a.cpu(),
+        lambda a, i: a.to("cpu"),
+        lambda a, i: torch.zeros(5).copy_(a),
+        lambda a, i: a.copy_(torch.zeros(5)),
+        lambda a, i: a.__setitem__(slice(2), torch.zeros(2)),
+        lambda a, i: torch.zeros(5).to("cuda"),
+        lambda a, i: torch.zeros(5).cuda(),
+        lambda a, i: torch.tensor([1.0, 2.0], device="cuda"),
+        lambda a, i: torch.as_tensor([1.0, 2.0], device="cuda"),
+        lambda a, i: torch.as_tensor(torch.zeros(5), device="cuda"),
+        lambda a, i: torch.unravel_index(i, (5, 5)),
+        lambda a, i: a.nonzero(),
+        lambda a, i: a[a > 0],
+        lambda a, i: a.masked_select(a > 0),
+        lambda a, i: a.__setitem__(a > 0, torch.zeros(3, device="cuda")),
+        lambda a, i: a[[0, 1]],
+        lambda a, i: a[i[0]],
+        lambda a, i: a[: i[0]],
+        lambda a, i: i.unique(),
+        lambda a, i: i.bincount(),
+        lambda a, i: i.repeat_interleave(i),
+        lambda a, i: torch.equal(a, a),
+        lambda a, i: torch.allclose(a, a),
+    ],
+)
+def test_whatever_waits_raises(wait, pretended):
+    with pytest.raises(WAITS):
+        wait(_column(), torch.zeros(3, dtype=torch.int64, device="cuda"))
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda a: a + torch.zeros(5),
+        lambda a: a.add_(torch.zeros(5)),
+        lambda a: torch.where(a > 0, a, torch.zeros(5)),
+        lambda a: torch.cat([a, torch.zeros(5)]),
+        lambda a: a[torch.zeros(2).long()],
+        lambda a: a.index_select(0, torch.zeros(2).long()),
+        lambda a: a.index_fill_(0, torch.zeros(2).long(), 1.0),
+        lambda a: a.__setitem__(torch.zeros(2).long(), 1.0),
+        lambda a: a.__setitem__(torch.zeros(2, device="cuda").long(), torch.zeros(2)),
+        lambda a: torch.searchsorted(a, torch.zeros(2)),
+    ],
+)
+def test_whatever_mixes_devices_raises(mix, pretended):
+    with pytest.raises(MixedDevicesError):
+        mix(_column())
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda a: a[1:3],
+        lambda a: a[-1],
+        lambda a: a[..., None, ::2],
+        lambda a: a.__setitem__(slice(2), 1.0),
+        lambda a: a.__setitem__(a > 0, 1.0),
+        lambda a: a.__setitem__(torch.zeros(2, device="cuda").long(), 1.0),
+        lambda a: ~(a > 0),
+        lambda a: a[::2].contiguous(),
+        lambda a: a.copy_(torch.zeros(5), non_blocking=True),
+        lambda a: torch.zeros(5).to("cuda", non_blocking=True),
+        lambda a: a + torch.ones(()),  # a number of the host's is an argument of the kernel
+        lambda a: a.to(torch.float64),
+        lambda a: len(a),
+        lambda a: repr(a),
+    ],
+)
+def test_what_does_not_wait_passes(work, pretended):
+    work(_column())
+
+
+def test_indexing_gives_the_shapes_that_torch_gives(pretended):
+    keys = (
+        1,
+        -1,
+        slice(1, 3),
+        (slice(None), 2),
+        (..., 0),
+        (..., None, slice(1)),
+        (None, 1, ..., slice(None, None, 2)),
+        (slice(None), torch.zeros(2).long()),
+        (torch.zeros(2).long(), slice(1), torch.zeros(2).long()),
+        (0, torch.zeros(2, 2).long()),
+    )
+    host, device = torch.zeros(3, 4, 5), torch.zeros(3, 4, 5, device="cuda")
+
+    def there(key):
+        return key.to("cuda") if isinstance(key, torch.Tensor) else key
+
+    for key in keys:
+        with pretended.copies():
+            moved = tuple(map(there, key)) if isinstance(key, tuple) else key
+        assert device[moved].shape == host[key].shape, key
+        assert device[moved].is_cuda
+
+
+def test_nothing_is_pretended_any_more_after_a_block(monkeypatch):
+    from tests.support.pretended_cuda import pretended_cuda
+
+    before = torch.cuda._lazy_init, torch.cuda.current_device
+    with pytest.raises(ZeroDivisionError), pretended_cuda() as pretended, pretended.copies():
+        raise ZeroDivisionError
+    assert (torch.cuda._lazy_init, torch.cuda.current_device) == before
+    assert torch.zeros(2)[0].item() == 0
+    assert not pretended.may_copy
