@@ -168,6 +168,8 @@ def require_memory(name: str, tensor: Tensor, error: type[PerTdError]) -> None:
 
 
 def _has_memory(tensor: Tensor) -> bool:
+    if not tensor.is_cpu:  # only the CPU's kernels read addresses
+        return True
     try:
         return tensor.data_ptr() != 0 or not tensor.numel()
     except RuntimeError:  # torch refuses to tell, for those of vmap

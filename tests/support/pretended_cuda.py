@@ -243,6 +243,8 @@ class _Linked(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is Tensor.as_subclass:  # a tensor without values is one of a subclass already
             return args[0]
+        if func is Tensor.data_ptr:  # asked for only to see that there is memory
+            return 64
         if func is Tensor.__format__ and _devices(args[:1]) == {"cuda"}:
             raise HostWaitError("a value is read back from the device, to be formatted")
         try:
