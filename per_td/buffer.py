@@ -16,7 +16,13 @@ from per_td.priorities import PriorityTable
 from per_td.replay_state import ReplayState
 from per_td.storage import RingStorage
 
-__all__ = ["PrioritizedReplayBuffer"]
+__all__ = ["MANY_ALONE", "PrioritizedReplayBuffer"]
+
+MANY_ALONE = (
+    "many buffers in one set of tensors cannot be combined with shared, threads or prefetch: call"
+    " them from one thread, or make several buffers without num_buffers"
+)
+"""What errors say."""
 
 
 class PrioritizedReplayBuffer(ReplayState):
@@ -64,7 +70,8 @@ class PrioritizedReplayBuffer(ReplayState):
             without it, the first data does so.
         num_buffers: S makes S buffers of `capacity` slots each in one set of tensors, whose
             priorities never mix, for S runs in lockstep: everything gets a leading dimension [S],
-            see `per_td.many.ManyBuffers`. None: one buffer.
+            see `per_td.many.ManyBuffers`. None: one buffer. Not together with `shared`, `threads`
+            or `prefetch`.
         shared: put everything into shared memory, for processes that write and learn side by side;
             needs an `example`. See `per_td.sharing.SharedReplayBuffer`.
         threads: let several threads call it at the same time, for 0.3 us more per call. See
@@ -175,9 +182,12 @@ class PrioritizedReplayBuffer(ReplayState):
         """What `shared`, `threads` and `prefetch` need: this class can do none of it."""
         for name, value in wanted.items():
             if value:
+                hint = "see per_td.sharing and per_td.threads for classes to derive from"
+                if self.num_buffers is not None:
+                    hint = MANY_ALONE
                 raise ConfigurationError(
                     f"{name}: expected {type(value)()!r} for {type(self).__name__}, got {value!r}:"
-                    " see per_td.sharing and per_td.threads for classes to derive from"
+                    f" {hint}"
                 )
 
     def _allocate(self, example: TensorDictBase | None) -> None:
@@ -266,8 +276,14 @@ class PrioritizedReplayBuffer(ReplayState):
 
     def sample_leaves(self, batch_size: int | None = None) -> tuple[Leaves, Tensor, Tensor]:
         """`sample` without a TensorDict: tensors [B, ...] by key, index and weight."""
+        leaves, index, weight, _ = self._sample_leaves(batch_size)
+        return leaves, index, weight
+
+    def _sample_leaves(self, batch_size: int | None) -> tuple[Leaves, Tensor, Tensor, Tensor]:
+        """`sample_leaves`, and generations."""
         index, weight = self._draw(batch_size)
-        return self._storage.leaves(index), index, weight
+        leaves, generation = self._storage.leaves(index)
+        return leaves, index, weight, generation
 
     def _draw(self, batch_size: int | None) -> tuple[Tensor, Tensor]:
         """Slots and their weights."""
@@ -292,6 +308,11 @@ class PrioritizedReplayBuffer(ReplayState):
                 "batch_size: expected one in sample() or in the constructor, got none"
             )
         return validation.positive_int("batch_size", n)
+
+    def _generation(self, index: Tensor) -> Tensor:
+        """Generations that a batch would bring, were the slots `index` drawn now."""
+        generation, epoch = self._storage.generation(index), self._storage.epoch
+        return generation + epoch if epoch else generation
 
     def update_priority(
         self, index: Any, td_error: Any, generation: Any = None, mask: Any = None

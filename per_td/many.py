@@ -66,11 +66,6 @@ class ManyBuffers(PrioritizedReplayBuffer):
         self._storage = Rings(n, **ring)
         self._priorities = ManyPriorities(n, **table)
 
-    @property
-    def num_buffers(self) -> int:
-        """How many buffers there are side by side, S."""
-        return self._storage.num_buffers
-
     def diagnostics(self) -> dict[str, Tensor]:
         """Not for many buffers: it tells of one.
 
@@ -126,7 +121,7 @@ class ManyBuffers(PrioritizedReplayBuffer):
             Its slot in each buffer, int64 [S]; -1 where nothing was written.
         """
         leaves = self._storage.check_each(transition, 1)
-        size = torch.Size([self.num_buffers, 1])
+        size = torch.Size([self._storage.num_buffers, 1])
         if priority is not None:
             priority = validation.as_tensor("priority", priority, PriorityError).unsqueeze(-1)
         if mask is not None:
@@ -191,9 +186,10 @@ class ManyBuffers(PrioritizedReplayBuffer):
                 been written then; on CUDA see `PrioritizedReplayBuffer.update_priority`.
             SchemaError: the mask is not bool [S, B].
         """
-        index = as_index_each("index", index, self.num_buffers, self.device)
+        count = self._storage.num_buffers
+        index = as_index_each("index", index, count, self.device)
         if generation is not None:
-            generation = as_index_each("generation", generation, self.num_buffers, self.device)
+            generation = as_index_each("generation", generation, count, self.device)
             validation.require_same_shape("generation", generation, index)
         stale = self._priorities.update_each(
             index,

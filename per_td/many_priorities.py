@@ -50,17 +50,18 @@ class ManyPriorities(PriorityTable):
         forest = SumForest(capacity, device, num_trees=num_buffers)
         super().__init__(capacity, device=device, masses=forest, **settings)
         self._forest = forest.forest
-        if self.method == "auto":
-            self._method = self._faster(capacity)
         self.ever_max_each = torch.zeros(num_buffers, device=device)
 
-    def _faster(self, capacity: int) -> str:
-        """The method that "auto" stands for."""
+    def _faster(self) -> str:
+        """The method that draws, where "auto" leaves the choice."""
+        if self.method != "auto":
+            return self.method
         if self.device.type != "cpu":
             return "tree"
         if self.masses.kernels is not None and self.draw == "independent":
             return "tree"
-        return "multinomial" if capacity <= _MULTINOMIAL_UP_TO.get(self.draw, 0) else "tree"
+        few = self.masses.capacity <= _MULTINOMIAL_UP_TO.get(self.draw, 0)
+        return "multinomial" if few else "tree"
 
     @property
     def largest_each(self) -> Tensor:

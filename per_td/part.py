@@ -35,9 +35,7 @@ def draw(buffer: PrioritizedReplayBuffer, n: int) -> Draw:
     """
     slot, _ = buffer._draw(n)
     storage = buffer._storage
-    values, generation = storage.gather(slot)
-    leaves = dict(zip(storage._columns, values, strict=True))
-    generation = generation + storage.epoch if storage.epoch else generation
+    leaves, generation = storage.leaves(slot)
     return Draw(slot, leaves, generation, buffer._priorities.masses[slot])
 
 

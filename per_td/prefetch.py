@@ -28,6 +28,8 @@ class Prefetcher:
         self._owner, self._draw, self.ahead = weakref.ref(owner), draw, ahead
         self._starting = threading.Lock()
         self._work: _Work | None = None
+        self._begun: list[_Work] = []  # whose threads may be running
+        weakref.finalize(self, _end, self._begun)
 
     def next(self) -> TensorDict:
         """The oldest batch drawn ahead; waits for one.
@@ -45,8 +47,9 @@ class Prefetcher:
             work = self._work
             if work is None or work.ended.is_set():
                 work = _Work(self.ahead)
+                self._begun[:] = filter(_Work.is_running, self._begun)
                 start(work, self._owner, self._draw)
-                weakref.finalize(self, work.end)
+                self._begun.append(work)
                 self._work = work  # last: nobody waits for a thread that could not be started
             return work
 
@@ -55,12 +58,13 @@ class Prefetcher:
         with self._starting:
             if self._work is not None:
                 self._work.stop()
+                self._work = None
 
     def close(self) -> None:
         """`drop`, and wait for the end of the thread."""
         with self._starting:
-            if self._work is not None:
-                self._work.end()
+            _end(self._begun)
+            self._work = None
 
 
 class _Work:
@@ -89,11 +93,21 @@ class _Work:
         self.permits.release()
         self.ready.put(None)
 
+    def is_running(self) -> bool:
+        """Whether the thread has not come to its end."""
+        return self.thread is not None and self.thread.is_alive()
+
     def end(self) -> None:
         """`stop`, and wait for the thread."""
         self.stop()
         if self.thread is not None and self.thread is not threading.current_thread():
             self.thread.join()
+
+
+def _end(begun: list[_Work]) -> None:
+    """End all of these, and forget them."""
+    while begun:
+        begun.pop().end()
 
 
 def start(work: _Work, owner: "weakref.ref[Any]", draw: Callable[[Any], TensorDict]) -> None:

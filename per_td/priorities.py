@@ -1,6 +1,6 @@
 """PriorityTable: the raw priority of every slot, and the masses and extrema that follow from it."""
 
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 from per_td import draws, priority_kernels, validation
 from per_td.errors import IndexRangeError
 from per_td.memory import zeros
-from per_td.ranks import DEFAULT_ALPHA, RankMasses
+from per_td.ranks import DEFAULT_ALPHA, PRIORITIZATIONS, RankMasses
 from per_td.ring import generation_of
 from per_td.tree import ExtremumTree, SumTree, reference
 from per_td.weights import NORMALIZATIONS, mass_of, priority_of
@@ -16,6 +16,13 @@ from per_td.weights import NORMALIZATIONS, mass_of, priority_of
 __all__ = ["NEW_PRIORITIES", "PriorityTable"]
 
 NEW_PRIORITIES = ("buffer_max", "ever_max")
+
+
+class _Masses(SumTree):
+    """A tree that is sent wherever its table is, and as the table is: a copy, or shared."""
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        return object.__reduce_ex__(self, protocol)
 
 
 class PriorityTable:
@@ -54,21 +61,19 @@ class PriorityTable:
         masses: SumTree | None = None,
     ) -> None:
         self.ranks = RankMasses.wanted(prioritization, capacity, sort_interval, device)
-        self.prioritization, self.sort_interval = prioritization, sort_interval
-        alpha = DEFAULT_ALPHA[prioritization] if alpha is None else alpha
+        self.prioritization = validation.one_of("prioritization", prioritization, PRIORITIZATIONS)
+        self.sort_interval = None if self.ranks is None else self.ranks.sort_interval
+        alpha = DEFAULT_ALPHA[self.prioritization] if alpha is None else alpha
         self._settings = torch.zeros(2, dtype=torch.float64, device=device)
         self._alpha = validation.real("alpha", alpha)
         self._settings[0].fill_(self._alpha)
         self.eps = eps
-        self.draw = validation.one_of("draw", draw, draws.DRAWS)
-        self.method = validation.one_of("method", method, draws.METHODS)
-        draws.check_method(method, draw, capacity)
+        self.draw, self.method = self._way(draw, method, capacity)
         self.new_priority = validation.one_of("new_priority", new_priority, NEW_PRIORITIES)
-        self.masses = SumTree(capacity, device) if masses is None else masses
+        self.masses = _Masses(capacity, device) if masses is None else masses
         layout = self.masses.layout
         self._raw = zeros((layout.leaf_slots,), torch.float32, device)
-        compiled = self.masses.kernels is not None
-        self._method = draws.resolve_method(method, draw, capacity, device, compiled=compiled)
+        self._method = self._faster()
         self._largest = ExtremumTree(self._raw, layout, "max")
         self._smallest: ExtremumTree | None = None
         self.weight_normalization = weight_normalization
@@ -127,13 +132,42 @@ class PriorityTable:
 
     @weight_normalization.setter
     def weight_normalization(self, value: str) -> None:
-        self._weight_normalization = validation.one_of(
-            "weight_normalization", value, NORMALIZATIONS
+        value = validation.one_of("weight_normalization", value, NORMALIZATIONS)
+        smallest = self._smallest if value == "buffer" else None
+        if value == "buffer" and smallest is None:
+            smallest = ExtremumTree(self.masses.leaves, self.masses.layout, "min")
+        self._weight_normalization, self._smallest = value, smallest
+
+    @staticmethod
+    def _way(draw: str, method: str, capacity: int) -> tuple[str, str]:
+        """Check how to draw; returns `draw` and `method`."""
+        draw = validation.one_of("draw", draw, draws.DRAWS)
+        method = validation.one_of("method", method, draws.METHODS)
+        draws.check_method(method, draw, capacity)
+        return draw, method
+
+    def _faster(self) -> str:
+        """The method that draws, where "auto" leaves the choice."""
+        compiled, capacity = self.masses.kernels is not None, self.masses.capacity
+        return draws.resolve_method(
+            self.method, self.draw, capacity, self.device, compiled=compiled
         )
-        if value != "buffer":
-            self._smallest = None
-        elif self._smallest is None:
-            self._smallest = ExtremumTree(self.masses.leaves, self.masses.layout, "min")
+
+    def choose(self, **changes: str) -> None:
+        """Change settings; where one is refused, none is changed.
+
+        Args:
+            changes: draw, method, weight_normalization (O(N) for "buffer") or new_priority.
+
+        Raises:
+            ConfigurationError: a value is not one of those accepted, or two do not go together.
+        """
+        wanted = self.arguments | changes
+        draw, method = self._way(wanted["draw"], wanted["method"], self.masses.capacity)
+        new = validation.one_of("new_priority", wanted["new_priority"], NEW_PRIORITIES)
+        self.weight_normalization = wanted["weight_normalization"]  # the last that may be refused
+        self.draw, self.method, self.new_priority = draw, method, new
+        self._method = self._faster()
 
     @property
     def arguments(self) -> dict[str, Any]:

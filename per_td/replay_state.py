@@ -9,13 +9,14 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from per_td import checkpoint, diagnostics, states, validation
+from per_td.copies import Copied
 from per_td.priorities import PriorityTable
 from per_td.storage import RingStorage
 
 __all__ = ["ReplayState"]
 
 
-class ReplayState:
+class ReplayState(Copied):
     """Settings, counters and parts of a `PrioritizedReplayBuffer`, which changes them.
 
     The parts, transitions and priorities, are made there.
@@ -39,12 +40,10 @@ class ReplayState:
         device: torch.device | str | int | None,
         generator: torch.Generator | None,
     ) -> None:
-        if batch_size is not None:
-            batch_size = validation.positive_int("batch_size", batch_size)
+        self._device = validation.resolve_device(device)
         self.batch_size = batch_size
-        self.device = validation.resolve_device(device)
-        self.generator = validation.as_generator(generator, self.device)
-        self.beta_increment = validation.real("beta_increment", beta_increment)
+        self.generator = generator
+        self.beta_increment = beta_increment
         self._beta = torch.tensor(0.0, dtype=torch.float64, device=self.device)
         self.beta = beta
         self._stale = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -58,15 +57,70 @@ class ReplayState:
             f" alpha={self.alpha:g}, beta={self.beta:g}, eps={self.eps:g}, draw={self.draw!r})"
         )
 
-    @property
-    def capacity(self) -> int:
-        """Number of slots."""
-        return self._storage.capacity
+    capacity: int = validation.fixed(
+        "capacity",
+        lambda self: self._storage.capacity,
+        "load() and load_state_dict() move a state into a buffer of another capacity",
+    )
+    """Number of slots."""
+
+    device: torch.device = validation.fixed(
+        "device", lambda self: self._device, "load(path, device=...) makes a buffer elsewhere"
+    )
+    """Where batches are, and priorities live."""
+
+    prioritization: str = validation.fixed(
+        "prioritization", lambda self: self._priorities.prioritization
+    )
+    """What masses follow from: "proportional" or "rank"."""
+
+    sort_interval: int | None = validation.fixed(
+        "sort_interval", lambda self: self._priorities.sort_interval
+    )
+    """For "rank": changes of priorities from one exact order to the next; None: see there."""
+
+    num_buffers: int | None = validation.fixed(
+        "num_buffers", lambda self: self._storage.num_buffers
+    )
+    """How many buffers there are side by side; None: one, without a dimension for it."""
+
+    layout: str = validation.fixed("layout", lambda self: self._storage.layout)
+    """How transitions lie in memory; "auto" until the first of them is seen."""
+
+    epsilon = validation.fixed("epsilon", instead="expected eps, which can be set")
 
     @property
-    def num_buffers(self) -> int | None:
-        """How many buffers there are side by side; None: one, without a dimension for it."""
-        return None
+    def batch_size(self) -> int | None:
+        """Default for `sample`; may be set at any time."""
+        return self._batch
+
+    @batch_size.setter
+    def batch_size(self, value: int | None) -> None:
+        self._set_batch_size(value)
+
+    def _set_batch_size(self, value: int | None) -> None:
+        self._batch = None if value is None else validation.positive_int("batch_size", value)
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """Source of all random draws, None for torch's own; may be set at any time."""
+        return self._generator
+
+    @generator.setter
+    def generator(self, value: torch.Generator | None) -> None:
+        self._set_generator(value)
+
+    def _set_generator(self, value: torch.Generator | None) -> None:
+        self._generator = validation.as_generator(value, self._device)
+
+    @property
+    def beta_increment(self) -> float:
+        """Added to beta by `increase_beta`, at least 0; may be set at any time."""
+        return self._beta_increment
+
+    @beta_increment.setter
+    def beta_increment(self, value: float) -> None:
+        self._beta_increment = validation.real("beta_increment", value)
 
     @property
     def lengths(self) -> Tensor:
@@ -107,8 +161,43 @@ class ReplayState:
 
     @property
     def draw(self) -> str:
-        """How indices are drawn."""
+        """How indices are drawn; may be set at any time."""
         return self._priorities.draw
+
+    @draw.setter
+    def draw(self, value: str) -> None:
+        self._choose(draw=value)
+
+    @property
+    def method(self) -> str:
+        """What draws, as the constructor takes it; may be set at any time."""
+        return self._priorities.method
+
+    @method.setter
+    def method(self, value: str) -> None:
+        self._choose(method=value)
+
+    @property
+    def weight_normalization(self) -> str:
+        """What weights are divided by; may be set at any time, in O(N) for "buffer"."""
+        return self._priorities.weight_normalization
+
+    @weight_normalization.setter
+    def weight_normalization(self, value: str) -> None:
+        self._choose(weight_normalization=value)
+
+    @property
+    def new_priority(self) -> str:
+        """What transitions get that nobody gives a priority; may be set at any time."""
+        return self._priorities.new_priority
+
+    @new_priority.setter
+    def new_priority(self, value: str) -> None:
+        self._choose(new_priority=value)
+
+    def _choose(self, **changes: str) -> None:
+        """`PriorityTable.choose`."""
+        self._priorities.choose(**changes)
 
     @property
     def priority(self) -> Tensor:
@@ -201,6 +290,19 @@ class ReplayState:
         """
         checkpoint.write(path, self._state(copy=False))
 
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Take over the state in a file that `save` wrote, as `load_state_dict` does.
+
+        What this buffer was made with stays: capacity, draw, device, memory, lock.
+
+        Raises:
+            CheckpointError: the file is truncated, damaged, foreign, or of a later version of
+                per_td, or its state is not for this buffer; see `load_state_dict`.
+            SchemaError: its transitions are not like those that this buffer was made for.
+            FileNotFoundError: there is none.
+        """
+        self.load_state_dict(checkpoint.read(path))
+
     @classmethod
     def load(
         cls,
@@ -213,6 +315,10 @@ class ReplayState:
         folder: str | os.PathLike[str] | None = None,
     ) -> Self:
         """A buffer with the settings and the state of a file that `save` wrote.
+
+        It is of the class that this is called on: `type(buffer).load` makes a shared buffer of a
+        shared one, and one for threads, without `prefetch`, of one for threads. To read a file into
+        a buffer that there is already, see `restore`.
 
         Args:
             path: the file.
@@ -234,6 +340,11 @@ class ReplayState:
         settings = state["settings"] | ({} if capacity is None else {"capacity": capacity})
         where: dict[str, Any] = {"device": device, "storage": storage, "folder": folder}
         make: Callable[..., Self] = cls  # a buffer, whose constructor takes more than this one's
-        buffer = make(**settings, **where, generator=generator)
+        buffer = make(**settings, **where, **cls._to_make(state), generator=generator)
         buffer.load_state_dict(state)
         return buffer
+
+    @classmethod
+    def _to_make(cls, state: dict[str, Any]) -> dict[str, Any]:
+        """What the constructor needs to be told of a state, besides its settings."""
+        return {}

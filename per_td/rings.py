@@ -63,7 +63,7 @@ class Rings(RingStorage):
         place: Place | None = None,
     ) -> None:
         super().__init__(capacity, device, layout, place)
-        self.num_buffers = num_buffers
+        self.num_buffers: int = num_buffers
         self._rows = num_buffers * capacity + 1
         self._written_each = torch.zeros(num_buffers, dtype=torch.int64, device=device)
         self._starts = torch.arange(0, self._rows - 1, capacity, device=device).unsqueeze(-1)

@@ -2,15 +2,16 @@
 
 from multiprocessing.context import get_spawning_popen
 from types import TracebackType
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from per_td import states
+from per_td.buffer import MANY_ALONE
 from per_td.errors import CheckpointError, ConfigurationError, PerTdError, PriorityError
-from per_td.leaves import Leaves, count
+from per_td.leaves import Leaves, count, flattened, nested
 from per_td.mutex import RobustMutex
 from per_td.priorities import PriorityTable
 from per_td.storage import RingStorage
@@ -221,8 +222,8 @@ class SharedReplayBuffer(LockedReplayBuffer):
     processes as an argument when they are started: all of them, and all of their threads, may
     write, sample and update. Everything that changes is in shared memory: transitions, priorities
     and all that follows from them, how much was written, alpha, beta, eps, counters. Of each
-    process's own are `batch_size`, `beta_increment` and `generator`, which is not sent along:
-    started processes draw from torch's own, and should seed that.
+    process's own are `batch_size`, `beta_increment`, `draw`, `method` and `generator`, which is not
+    sent along: started processes draw from torch's own, and should seed that.
 
     One lock is held in every call. A process killed in the middle of one does not hold up the
     others: the next one repairs what it left. A transition is written when `extend` returns; one
@@ -246,7 +247,9 @@ class SharedReplayBuffer(LockedReplayBuffer):
         if storage != "memory":
             raise ConfigurationError(f"shared: expected storage='memory', got {storage!r}")
         if num_buffers is not None:
-            raise ConfigurationError(f"shared: expected num_buffers=None, got {num_buffers!r}")
+            raise ConfigurationError(
+                f"shared: expected num_buffers=None, got {num_buffers!r}: {MANY_ALONE}"
+            )
         if table["prioritization"] != "proportional":
             raise ConfigurationError(
                 f"shared: expected prioritization='proportional', got {table['prioritization']!r}"
@@ -270,7 +273,32 @@ class SharedReplayBuffer(LockedReplayBuffer):
         super()._allocate(example)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_lock": self._lock, "generator": None}
+        return super().__getstate__() | {"_lock": self._lock, "_generator": None}
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        return object.__reduce_ex__(self, protocol)  # torch's reducers share what is in there
+
+    @classmethod
+    def _to_make(cls, state: dict[str, Any]) -> dict[str, Any]:
+        leaves = flattened(state["transitions"])
+        if not leaves:
+            raise CheckpointError(
+                "expected a state that knows the keys of its transitions, with which to allocate"
+                " shared memory, got one without any: make a shared buffer with an example, and"
+                " read the file with restore()"
+            )
+        example = {key: leaf.new_zeros(leaf.shape[1:]) for key, leaf in leaves.items()}
+        return {"example": TensorDict(nested(example.items()), [])}
+
+    def _choose(self, **changes: str) -> None:
+        """As `PriorityTable.choose`, for this process; not what all processes have in common."""
+        for name in ("weight_normalization", "new_priority"):
+            if name in changes:
+                raise ConfigurationError(
+                    f"{name}: expected no change once a shared buffer is made, got"
+                    f" {changes[name]!r}: other processes would not know; the constructor takes it"
+                )
+        super()._choose(**changes)
 
     def update_priority(
         self, index: Any, td_error: Any, generation: Any = None, mask: Any = None

@@ -37,6 +37,9 @@ class RingStorage:
         ConfigurationError: `layout` is none of these.
     """
 
+    num_buffers: int | None = None
+    """How many rings there are; None: one, without a dimension for it."""
+
     epoch = 0
     """Added to the generations in batches: they were counted otherwise before a state moved."""
 
@@ -225,6 +228,7 @@ class RingStorage:
         """
         (move,) = moves
         if leaves:
+            self.allocate(leaves)  # of no transitions, too: they tell keys, shapes and dtypes
             self._count(0)
             step = max(1, _PIECE // max(1, sum(map(_row_bytes, leaves.values()))))
             for part in move.parts:
@@ -281,16 +285,20 @@ class RingStorage:
         records = self._block.index_select(0, index)
         return [view.contiguous() for view in self._views(records).values()]
 
-    def leaves(self, index: Tensor) -> Leaves:
-        """Copies of the transitions in the slots `index` [B], by key."""
-        return dict(zip(self._columns, self.gather(index)[0], strict=True))
+    def leaves(self, index: Tensor) -> tuple[Leaves, Tensor]:
+        """Copies of the transitions in the slots `index` [B], by key; their generations in batches.
+
+        Generations are those that `in_ring` takes back.
+        """
+        leaves, generation = self.gather(index)
+        if self.epoch:
+            generation = generation + self.epoch
+        return dict(zip(self._columns, leaves, strict=True)), generation
 
     def read(self, index: Tensor, extra: dict[str, Tensor]) -> TensorDict:
         """The transitions in the slots `index` [B], with these, `generation` and `extra`, [B]."""
-        leaves, generation = self.gather(index)
-        tree = nested(zip(self._columns, leaves, strict=True))
-        if self.epoch:
-            generation = generation + self.epoch
+        leaves, generation = self.leaves(index)
+        tree = nested(leaves.items())
         tree.update(extra, index=index, generation=generation)
         return batch.make(tree, index.shape, self.device)
 

@@ -3,13 +3,14 @@
 import threading
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
+import torch
 from tensordict import TensorDict
 from torch import Tensor
 
 from per_td import validation
-from per_td.buffer import PrioritizedReplayBuffer
+from per_td.buffer import MANY_ALONE, PrioritizedReplayBuffer
 from per_td.errors import ConfigurationError
 from per_td.prefetch import Prefetcher
 
@@ -50,9 +51,22 @@ class LockedReplayBuffer(PrioritizedReplayBuffer):
         ConfigurationError: an argument is not one of those accepted.
     """
 
+    _prefetch = 0
+    _ahead: Prefetcher | None = None
+
+    prefetch: int = validation.fixed("prefetch", lambda self: self._prefetch)
+    """How many batches are drawn ahead."""
+
+    def _make(self, num_buffers: int | None, ring: dict[str, Any], table: dict[str, Any]) -> None:
+        if num_buffers is not None:
+            raise ConfigurationError(
+                f"num_buffers: expected None, got {num_buffers!r}: {MANY_ALONE}"
+            )
+        super()._make(num_buffers, ring, table)
+
     def _arrange(self, **wanted: Any) -> None:
         ahead, n = wanted["prefetch"], self.batch_size
-        self._prefetch = validation.positive_int("prefetch", ahead) if ahead else 0
+        self._prefetch = validation.integer("prefetch", ahead, 0) if ahead else 0
         if ahead and n is None:
             raise ConfigurationError("batch_size: expected one beside prefetch, got None")
         super()._arrange(shared=wanted["shared"])
@@ -74,10 +88,18 @@ class LockedReplayBuffer(PrioritizedReplayBuffer):
             self._lock = threading.RLock()
         self._ahead = self._prefetcher()
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        with self._lock:
+            return super().__reduce_ex__(protocol)
+
+    __deepcopy__ = _alone(PrioritizedReplayBuffer.__deepcopy__)
+
     def sample(self, batch_size: int | None = None) -> TensorDict:
         """As `PrioritizedReplayBuffer.sample`; with `prefetch`, the oldest batch drawn ahead."""
         if self._ahead is not None and batch_size in (None, self.batch_size):
-            return self._ahead.next()
+            batch = self._ahead.next()
+            if batch_size is None or len(batch) == batch_size:  # or it has been set meanwhile
+                return batch
         return self._sample_now(batch_size)
 
     def _sample_now(self, batch_size: int | None) -> TensorDict:
@@ -96,8 +118,27 @@ class LockedReplayBuffer(PrioritizedReplayBuffer):
         """As `PrioritizedReplayBuffer.load_state_dict`; what was drawn ahead is dropped."""
         with self._lock:
             super().load_state_dict(state)
-            if self._ahead is not None:
-                self._ahead.drop()
+            self._drop_ahead()
+
+    def _drop_ahead(self) -> None:
+        """Forget what was drawn with other settings, which were changed before this is called."""
+        if self._ahead is not None:
+            self._ahead.drop()
+
+    def _set_batch_size(self, value: int | None) -> None:
+        if value is None and self._prefetch:
+            raise ConfigurationError("batch_size: expected one beside prefetch, got None")
+        super()._set_batch_size(value)
+        self._drop_ahead()
+
+    def _set_generator(self, value: torch.Generator | None) -> None:
+        super()._set_generator(value)
+        self._drop_ahead()
+
+    def _choose(self, **changes: str) -> None:
+        with self._lock:
+            super()._choose(**changes)
+            self._drop_ahead()
 
     def _set_alpha(self, value: float) -> None:
         with self._lock:

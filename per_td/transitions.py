@@ -1,20 +1,25 @@
 """TransitionReplayBuffer: the course's push / tuple interface."""
 
 import os
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from per_td import validation
+from per_td import checkpoint, states, validation
 from per_td.buffer import PrioritizedReplayBuffer
+from per_td.copies import Copied
 from per_td.errors import CheckpointError, SchemaError
 from per_td.leaves import Leaves
 
 __all__ = ["TransitionReplayBuffer"]
 
 _KEYS = {"state", "action", "reward", "next_state", "done"}
+
+_NEVER = 2**62
+"""More than any generation: of a slot that was never drawn."""
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -54,19 +59,33 @@ def _scalar(name: str, value: Any, dtype: torch.dtype) -> Tensor:
     return number.reshape(1).to(dtype)
 
 
-class TransitionReplayBuffer:
+def _passed_on(name: str, doc: str) -> Any:
+    """A setting of the buffer underneath, which is read and set there, or refused."""
+    return property(
+        lambda self: getattr(self.buffer, name),
+        lambda self, value: setattr(self.buffer, name, value),
+        doc=doc,
+    )
+
+
+class TransitionReplayBuffer(Copied):
     """Prioritized replay of (state, action, reward, next_state, done), as taught in courses.
 
     Priorities are |TD error| + epsilon, a new transition gets the largest in the buffer, and the
     weights are divided by the largest of the batch. `self.buffer` is the `PrioritizedReplayBuffer`
     underneath, with all that it offers (saving, settings, statistics).
 
+    An update whose transition has been overwritten since its slot was last drawn here is dropped
+    and counted in `stats`. A slot that was never drawn takes any update, and so does every slot
+    after a state has been loaded, until it is drawn again.
+
     Args:
         capacity: number of transitions kept; beyond it, the oldest makes room.
-        alpha: how much prioritization is used; 0 is uniform.
-        beta: how much of the bias the weights correct at first, in [0, 1].
-        beta_increment: what each `increase_beta` adds, up to 1.
-        epsilon: added to |TD error|.
+        alpha: how much prioritization is used, at least 0; 0 is uniform. May be set at any time.
+            None takes the paper's, 0.6 or, rank-based, 0.7.
+        beta: how much of the bias the weights correct at first, in [0, 1]. May be set at any time.
+        beta_increment: what each `increase_beta` adds, up to 1. May be set at any time.
+        epsilon: added to |TD error|. May be set at any time.
         draw, method, prioritization, device, generator: as for `PrioritizedReplayBuffer`.
 
     Raises:
@@ -86,7 +105,7 @@ class TransitionReplayBuffer:
     def __init__(
         self,
         capacity: int,
-        alpha: float = 0.6,
+        alpha: float | None = None,
         beta: float = 0.4,
         beta_increment: float = 0.001,
         epsilon: float = 0.001,
@@ -109,19 +128,34 @@ class TransitionReplayBuffer:
             device=device,
             generator=generator,
         )
+        self._forget_draws()
+
+    def _forget_draws(self) -> None:
+        # the generation of each slot when it was last drawn
+        self._drawn = torch.full((self.capacity,), _NEVER, device=self.buffer.device)
 
     def __len__(self) -> int:
         return len(self.buffer)
 
-    @property
-    def capacity(self) -> int:
-        """Number of transitions kept."""
-        return self.buffer.capacity
-
-    @property
-    def beta(self) -> float:
-        """Exponent of the weights, in [0, 1]."""
-        return self.buffer.beta
+    capacity: int = _passed_on("capacity", "Number of transitions kept; it cannot be set.")
+    device: torch.device = _passed_on("device", "Where batches are; it cannot be set.")
+    prioritization: str = _passed_on("prioritization", "The constructor's; it cannot be set.")
+    alpha: float = _passed_on("alpha", "Exponent of the priorities; setting it costs O(N).")
+    beta: float = _passed_on("beta", "Exponent of the weights, in [0, 1].")
+    beta_increment: float = _passed_on("beta_increment", "What `increase_beta` adds, at least 0.")
+    epsilon: float = _passed_on("eps", "Added to |TD error| by the updates from now on.")
+    draw: str = _passed_on("draw", "How indices are drawn.")
+    method: str = _passed_on("method", "What draws, as the constructor takes it.")
+    weight_normalization: str = _passed_on(
+        "weight_normalization", 'What the weights are divided by; the course\'s is "batch".'
+    )
+    new_priority: str = _passed_on(
+        "new_priority", 'What new transitions get; the course\'s is "buffer_max".'
+    )
+    generator: torch.Generator | None = _passed_on(
+        "generator", "Source of all random draws, None for torch's own."
+    )
+    eps = validation.fixed("eps", instead="expected epsilon, which can be set")
 
     @property
     def priority(self) -> Tensor:
@@ -170,7 +204,8 @@ class TransitionReplayBuffer:
         Raises:
             EmptyBufferError: nothing has been pushed.
         """
-        leaves, index, weight = self.buffer.sample_leaves(batch_size)
+        leaves, index, weight, generation = self.buffer._sample_leaves(batch_size)
+        self._drawn.scatter_(0, index, generation)
         return (
             leaves["state",].float(),
             leaves["action",].unsqueeze(-1),
@@ -184,6 +219,8 @@ class TransitionReplayBuffer:
     def update_priorities(self, indices: Any, td_errors: Any) -> None:
         """Set the priorities of `indices` [B] to |td_errors| + epsilon.
 
+        What has been overwritten since its slot was last drawn keeps its priority.
+
         Args:
             indices: as `sample` gave them, [B].
             td_errors: raw TD errors, [B] or [B, 1]; sign and gradient do not matter.
@@ -191,7 +228,19 @@ class TransitionReplayBuffer:
         Raises:
             IndexRangeError, PriorityError: see `PrioritizedReplayBuffer.update_priority`.
         """
-        self.buffer.update_priority(indices, td_errors)
+        indices = validation.as_index(indices, self.buffer.device)
+        self.buffer.update_priority(indices, td_errors, self._generations(indices))
+
+    def _generations(self, index: Tensor) -> Tensor | None:
+        """Generations at the last draws of the slots `index`, or those of now; None: all are now's.
+
+        Slots that do not exist, which the buffer will refuse, are looked at like those at the ends.
+        """
+        buffer = self.buffer
+        if self._drawn.is_cpu and buffer.write_count <= buffer.capacity:
+            return None  # nothing has been overwritten
+        drawn = self._drawn.index_select(0, index.clamp(0, buffer.capacity - 1))
+        return torch.minimum(drawn, buffer._generation(index))
 
     def increase_beta(self) -> None:
         """Add `beta_increment` to beta, up to 1; once per episode, as taught."""
@@ -201,6 +250,19 @@ class TransitionReplayBuffer:
         """Write the state to a file, whole or not at all; see `PrioritizedReplayBuffer.save`."""
         self.buffer.save(path)
 
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Take over the state in a file that `save` wrote; see `PrioritizedReplayBuffer.restore`.
+
+        Raises:
+            CheckpointError: the file is damaged, or it is not that of such a buffer.
+            SchemaError: its transitions are not like those in here.
+            FileNotFoundError: there is none.
+        """
+        state = states.check(checkpoint.read(path))
+        _require_course(path, state["transitions"], state["settings"].get("num_buffers"))
+        self.buffer.load_state_dict(state)
+        self._forget_draws()
+
     @classmethod
     def load(
         cls,
@@ -209,7 +271,7 @@ class TransitionReplayBuffer:
         capacity: int | None = None,
         device: torch.device | str | int | None = None,
         generator: torch.Generator | None = None,
-    ) -> "TransitionReplayBuffer":
+    ) -> Self:
         """A buffer with the settings and the state of a file that `save` wrote.
 
         Args:
@@ -222,12 +284,21 @@ class TransitionReplayBuffer:
         loaded = PrioritizedReplayBuffer.load(
             path, capacity=capacity, device=device, generator=generator
         )
-        keys = set() if loaded.transitions is None else set(loaded.transitions.keys())
-        if loaded.num_buffers is not None or keys - _KEYS or (keys and _KEYS - keys):
-            raise CheckpointError(
-                f"{os.fspath(path)}: expected the state of a TransitionReplayBuffer, got"
-                f" transitions of {sorted(keys)}, num_buffers={loaded.num_buffers}"
-            )
+        held = loaded.transitions
+        _require_course(path, () if held is None else held.keys(), loaded.num_buffers)
         buffer = cls.__new__(cls)
         buffer.buffer = loaded
+        buffer._forget_draws()
         return buffer
+
+
+def _require_course(
+    path: str | os.PathLike[str], names: Iterable[str], num_buffers: int | None
+) -> None:
+    """Refuse transitions of other keys than the course's; of none at all, they may be any."""
+    keys = set(names)
+    if num_buffers is not None or keys - _KEYS or (keys and _KEYS - keys):
+        raise CheckpointError(
+            f"{os.fspath(path)}: expected the state of a TransitionReplayBuffer, got"
+            f" transitions of {sorted(keys)}, num_buffers={num_buffers}"
+        )

@@ -8,6 +8,7 @@ counter tells.
 
 import math
 import operator
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -23,6 +24,8 @@ __all__ = [
     "as_tensor",
     "as_values",
     "can_raise",
+    "fixed",
+    "integer",
     "one_of",
     "positive_int",
     "real",
@@ -97,14 +100,25 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def positive_int(name: str, value: object) -> int:
     """`value` as an int of at least 1, or a ConfigurationError that names the argument."""
-    if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MOST:
+    if type(value) is int and 0 < value <= _MOST:
         return value
+    return integer(name, value, 1)
+
+
+def integer(name: str, value: object, low: int) -> int:
+    """`value` as Python's int of at least `low`, or a ConfigurationError that names the argument.
+
+    Args:
+        name: of the argument.
+        value: an integer of any kind: Python's, numpy's, or a tensor that holds one.
+        low: the smallest accepted, at least 0.
+    """
     try:
-        number = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+        number = -1 if isinstance(value, bool) else int(operator.index(value))  # type: ignore[arg-type]
     except _REFUSALS:
-        number = 0
-    if number < 1:
-        raise ConfigurationError(f"{name}: expected an integer of at least 1, got {value!r}")
+        number = -1
+    if number < low:
+        raise ConfigurationError(f"{name}: expected an integer of at least {low}, got {value!r}")
     if number > _MOST:
         raise ConfigurationError(f"{name}: expected at most 2**48, got more")
     return number
@@ -124,10 +138,32 @@ def real(name: str, value: float | Tensor, low: float = 0.0, high: float = math.
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
-    """`value` if it is one of `choices`, else a ConfigurationError that lists them."""
+    """The one of `choices` that `value` equals, else a ConfigurationError that lists them."""
     if not isinstance(value, str) or value not in choices:
         raise ConfigurationError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-    return value
+    return choices[choices.index(value)]
+
+
+def fixed(
+    name: str,
+    read: Callable[[Any], Any] | None = None,
+    instead: str = "the constructor takes it",
+) -> Any:
+    """A property that cannot be set: a ConfigurationError says what to do `instead`.
+
+    Args:
+        name: of the property.
+        read: gets its value; None: it has none.
+        instead: follows the colon.
+    """
+
+    def refuse(self: Any, value: object) -> None:
+        raise ConfigurationError(
+            f"{name}: expected no change once the {type(self).__name__} is made, got {value!r}:"
+            f" {instead}"
+        )
+
+    return property(read, refuse)
 
 
 def _is_plain(value: Any, dtype: torch.dtype, device: torch.device) -> TypeGuard[Tensor]:

@@ -1,8 +1,10 @@
 import pytest
 import torch
+from tensordict import TensorDict
 
 from per_td import CheckpointError, PrioritizedReplayBuffer, SchemaError, checkpoint
 from tests.oracle import data
+from tests.processes import handed_over, shared, torn, transitions
 
 
 def used(device="cpu", generator=None, **settings) -> PrioritizedReplayBuffer:
@@ -212,3 +214,110 @@ def test_a_state_with_values_that_no_buffer_has_changes_nothing(path, wrong):
     assert buffer.priority.tolist() == [1.0, 2.0, 3.0]
     assert buffer.transitions["action"].tolist() == data(0, 3)["action"].tolist()
     assert buffer.write_count == 3
+
+
+KINDS = [
+    {"layout": "columns"},
+    {"layout": "records"},
+    {"storage": "memmap"},
+    {"prioritization": "rank"},
+    {"num_buffers": 2},
+    {"threads": True},
+    {"prefetch": 2, "batch_size": 4},
+    {"shared": True},
+]
+
+
+def allocated(**settings):
+    """An empty buffer for `transitions`."""
+    return PrioritizedReplayBuffer(20, example=transitions(0), **settings)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_file_is_read_into_a_buffer_that_there_is_already(kind, tmp_path):
+    buffer, other = allocated(beta=0.5, **kind), allocated(alpha=0.9, **kind)
+    rows = (2,) if buffer.num_buffers else ()
+    for each, start in ((buffer, 0), (other, 100)):
+        each.extend(transitions(torch.arange(start, start + 30).expand(*rows, 30)))
+    buffer.save(tmp_path / "buffer.pt")
+    memory = other.transitions["id"].data_ptr()
+    other.restore(tmp_path / "buffer.pt")
+    same(buffer, other)
+    assert other.beta == 0.5
+    assert other.transitions["id"].data_ptr() == memory  # others who see it see what was read
+    with pytest.raises(FileNotFoundError):
+        other.restore(tmp_path / "nothing.pt")
+    (tmp_path / "damaged.pt").write_bytes((tmp_path / "buffer.pt").read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="truncated"):
+        other.restore(tmp_path / "damaged.pt")
+    same(buffer, other)
+
+
+def test_a_process_sees_what_its_parent_reads_into_a_shared_buffer(tmp_path):
+    saved, buffer = shared(20), shared(20)
+    saved.extend(transitions(range(30)))
+    saved.save(tmp_path / "buffer.pt")
+    other = handed_over(buffer)
+    buffer.restore(tmp_path / "buffer.pt")
+    assert other.write_count == 30
+    assert other.transitions["id"].sort().values.tolist() == list(range(10, 30))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_buffer_is_loaded_as_what_it_was(kind, tmp_path):
+    buffer, rows = allocated(**kind), (2,) if "num_buffers" in kind else ()
+    for n in (0, 30):
+        buffer.extend(transitions(torch.arange(n).expand(*rows, n)))
+        buffer.save(tmp_path / "buffer.pt")
+        loaded = type(buffer).load(tmp_path / "buffer.pt")
+        assert type(loaded) is type(buffer)
+        same(buffer, loaded)
+
+
+def test_a_loaded_shared_buffer_is_shared(tmp_path):
+    buffer = shared(20)
+    buffer.extend(transitions(range(30)))
+    buffer.save(tmp_path / "buffer.pt")
+    loaded = type(buffer).load(tmp_path / "buffer.pt")
+    other = handed_over(loaded)
+    loaded.extend(transitions(range(30, 35)))
+    assert other.write_count == 35
+    assert (other.transitions == loaded.transitions).all()
+
+
+def test_a_shared_buffer_cannot_be_made_of_a_file_that_knows_no_keys(tmp_path):
+    PrioritizedReplayBuffer(20).save(tmp_path / "buffer.pt")
+    buffer = shared(20)
+    with pytest.raises(CheckpointError, match=r"with an example, and read the file with restore"):
+        type(buffer).load(tmp_path / "buffer.pt")
+    buffer.restore(tmp_path / "buffer.pt")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_an_allocated_and_empty_buffer_keeps_keys_and_shapes_when_it_is_saved(kind, tmp_path):
+    buffer, rows = allocated(**kind), [2] if "num_buffers" in kind else []
+    buffer.save(tmp_path / "buffer.pt")
+    state = checkpoint.read(tmp_path / "buffer.pt")
+    assert list(state["transitions"]["observation"].shape) == [*rows, 0, 4]
+    taken = PrioritizedReplayBuffer(20, num_buffers=buffer.num_buffers)
+    taken.load_state_dict(buffer.state_dict())
+    loaded = [PrioritizedReplayBuffer.load(tmp_path / "buffer.pt", capacity=n) for n in (20, 7, 90)]
+    for other in (*loaded, taken):
+        assert len(other) == 0
+        assert other.transitions["next", "reward"].dtype == torch.float64
+        wrong = TensorDict({"x": torch.zeros(*rows, 3)}, [*rows, 3])
+        with pytest.raises(SchemaError, match="expected the keys 'id', 'observation'"):
+            other.extend(wrong)
+        other.extend(transitions(torch.arange(5).expand(*rows, 5)))
+        assert len(other) == 5
+        assert torn(other.sample(20)) == 0
+
+
+def test_states_that_know_no_keys_still_load():
+    buffer = PrioritizedReplayBuffer(20, example=transitions(0))
+    state = buffer.state_dict() | {"transitions": {}}  # as they were written before
+    buffer.load_state_dict(state)
+    assert buffer.transitions is not None
+    other = PrioritizedReplayBuffer(20)
+    other.load_state_dict(state)
+    assert other.transitions is None

@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -273,3 +274,43 @@ def test_a_state_may_be_loaded_before_anything_was_drawn_ahead():
     assert buffer.sample().batch_size == (8,)
     assert all(thread.daemon for thread in threads())  # or the process could not end before it
     buffer.close()
+
+
+def test_finalizers_do_not_pile_up():
+    def alive():
+        return len(weakref.finalize._registry)
+
+    buffer, before = make(prefetch=1), alive()
+    buffer.extend(transitions(range(10)))
+    for _ in range(5):
+        buffer.sample()
+        buffer.close()
+    for _ in range(5):
+        buffer.sample()
+        buffer.load_state_dict(buffer.state_dict())
+        with pytest.raises(EmptyBufferError):
+            make(prefetch=1).sample()
+    gc.collect()
+    assert alive() == before
+    buffer.close()
+    del buffer
+    gc.collect()
+    assert alive() == before - 1
+
+
+def test_close_waits_for_threads_that_were_told_to_end_before():
+    go_on, begun = threading.Event(), threading.Event()
+
+    def draw(owner):
+        begun.set()
+        go_on.wait(30)
+        return TensorDict({}, [1])
+
+    owner = make()
+    ahead = Prefetcher(owner, draw, 1)
+    work = ahead._working()
+    begun.wait(30)
+    ahead.drop()
+    threading.Timer(0.1, go_on.set).start()
+    ahead.close()
+    assert not work.is_running()

@@ -664,7 +664,7 @@ def test_what_cannot_be_shared_is_refused():
     with pytest.raises(ConfigurationError, match="'proportional', got 'rank'"):
         PrioritizedReplayBuffer(10, shared=True, prioritization="rank", example=example)
     elsewhere = PrioritizedReplayBuffer.__new__(SharedReplayBuffer)
-    elsewhere.device = torch.device("cuda:0")
+    elsewhere._device = torch.device("cuda:0")
     with pytest.raises(ConfigurationError, match="expected the device 'cpu', got 'cuda:0'"):
         elsewhere._make(None, {"place": Place()}, {"prioritization": "proportional"})
     with pytest.raises(ConfigurationError, match="storage='memory', got 'memmap'"):

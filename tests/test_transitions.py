@@ -3,7 +3,14 @@ import numpy as np
 import pytest
 import torch
 
-from per_td import EmptyBufferError, SchemaError, TransitionReplayBuffer
+from per_td import (
+    CheckpointError,
+    EmptyBufferError,
+    IndexRangeError,
+    PrioritizedReplayBuffer,
+    SchemaError,
+    TransitionReplayBuffer,
+)
 from tests.oracle import NaiveBuffer
 
 
@@ -121,3 +128,111 @@ def test_wrong_transitions_are_refused_by_name(transition, message):
 def test_sampling_before_any_push_is_an_error():
     with pytest.raises(EmptyBufferError):
         TransitionReplayBuffer(4).sample(1)
+
+
+def push(buffer, n):
+    for k in range(n):
+        buffer.push(np.full(4, float(k)), 0, 0.0, np.full(4, k + 1.0), False)
+
+
+def test_updates_of_what_was_overwritten_since_its_draw_are_dropped_and_counted(device):
+    buffer = pushed(4, capacity=4, device=device)
+    indices = buffer.sample(50)[5]
+    push(buffer, 4)
+    buffer.update_priorities(indices, torch.full((50,), 99.0))
+    assert buffer.stats()["stale_updates"] == 50
+    assert (buffer.priority == 1).all()
+    indices = buffer.sample(50)[5]  # what is drawn anew is current
+    buffer.update_priorities(indices, torch.full((50,), 7.0))
+    assert buffer.stats()["stale_updates"] == 50
+    assert buffer.priority[indices].tolist() == pytest.approx([7.001] * 50)
+
+
+def test_only_the_overwritten_part_of_a_batch_is_stale(device):
+    buffer = pushed(6, capacity=4, device=device)  # slots 0 and 1 have been written twice
+    buffer.buffer.update_priority(range(4), [1.0] * 4)
+    indices = buffer.sample(100)[5]
+    assert set(indices.tolist()) == {0, 1, 2, 3}
+    push(buffer, 1)  # over slot 2
+    buffer.update_priorities([3, 2, 0, 2, 1], [5.0, 99.0, 6.0, 98.0, 7.0])
+    assert buffer.stats()["stale_updates"] == 2
+    assert buffer.priority.tolist() == pytest.approx([6.001, 7.001, 1.001, 5.001])
+
+
+def test_a_slot_that_was_never_drawn_takes_any_update(device):
+    buffer = pushed(11, capacity=4, device=device)
+    buffer.update_priorities([0, 1, 2, 3], [1.0, 2.0, 3.0, 4.0])
+    assert buffer.stats()["stale_updates"] == 0
+    assert buffer.priority.tolist() == pytest.approx([1.001, 2.001, 3.001, 4.001])
+    push(buffer, 1)
+    buffer.update_priorities([3], [9.0])
+    assert buffer.priority[3] == pytest.approx(9.001)
+
+
+def test_the_last_draw_of_a_slot_is_what_counts():
+    """The updates of both draws look alike: indices are slots."""
+    buffer = pushed(1, capacity=1)
+    first = buffer.sample(1)[5]
+    push(buffer, 1)
+    buffer.sample(1)
+    buffer.update_priorities(first, [5.0])
+    assert buffer.priority.tolist() == pytest.approx([5.001])
+
+
+@pytest.mark.parametrize("wraps", [0, 2])
+def test_indices_that_name_no_transition_are_refused_whatever_was_drawn(wraps):
+    buffer = pushed(3, capacity=4)
+    push(buffer, 4 * wraps)
+    if len(buffer) == 4:
+        buffer.sample(8)
+    before = buffer.priority
+    for wrong in ([4], [-1], [2**62], [-(2**63)], [0, 7]):
+        with pytest.raises(IndexRangeError, match=f"0 <= index < {len(buffer)}"):
+            buffer.update_priorities(wrong, [1.0] * len(wrong))
+    with pytest.raises(IndexRangeError, match="expected an integer dtype"):
+        buffer.update_priorities([0.5], [1.0])
+    assert torch.equal(buffer.priority, before)
+
+
+@pytest.mark.parametrize("way", ["load", "restore"])
+def test_after_a_load_every_slot_takes_updates_until_it_is_drawn(way, tmp_path):
+    buffer = pushed(9, capacity=4)
+    buffer.sample(50)
+    buffer.save(tmp_path / "buffer.pt")
+    other = pushed(2, capacity=4)
+    other.sample(50)
+    if way == "load":
+        other = TransitionReplayBuffer.load(tmp_path / "buffer.pt")
+    else:
+        other.restore(tmp_path / "buffer.pt")
+    assert (other.buffer.transitions == buffer.buffer.transitions).all()
+    push(other, 4)
+    other.update_priorities([0, 1, 2, 3], [1.0, 2.0, 3.0, 4.0])
+    assert other.stats()["stale_updates"] == 0
+    assert other.priority.tolist() == pytest.approx([1.001, 2.001, 3.001, 4.001])
+    indices = other.sample(50)[5]
+    push(other, 4)
+    other.update_priorities(indices, torch.ones(50))
+    assert other.stats()["stale_updates"] == 50
+
+
+def test_after_a_load_into_another_capacity_updates_are_told_apart_as_before(tmp_path):
+    pushed(20, capacity=7).save(tmp_path / "buffer.pt")
+    for capacity in (3, 50):
+        buffer = TransitionReplayBuffer.load(tmp_path / "buffer.pt", capacity=capacity)
+        indices = buffer.sample(60)[5]
+        buffer.update_priorities(indices, torch.ones(60))
+        assert buffer.stats()["stale_updates"] == 0
+        push(buffer, capacity)
+        buffer.update_priorities(indices, torch.ones(60))
+        assert buffer.stats()["stale_updates"] == 60
+
+
+def test_a_file_of_something_else_is_not_read_into_the_courses_buffer(tmp_path):
+    buffer = pushed(3, capacity=4)
+    other = PrioritizedReplayBuffer(4, num_buffers=2)
+    other.save(tmp_path / "many.pt")
+    before = buffer.buffer.transitions.clone()
+    with pytest.raises(CheckpointError, match=r"many.pt: expected .* TransitionReplayBuffer"):
+        buffer.restore(tmp_path / "many.pt")
+    assert (buffer.buffer.transitions == before).all()

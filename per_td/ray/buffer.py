@@ -92,7 +92,7 @@ class ShardedReplayBuffer:
         name: str | None = None,
         actor_options: dict[str, Any] | None = None,
     ) -> None:
-        self.num_shards = validation.positive_int("num_shards", num_shards)
+        self._num_shards = num_shards = validation.positive_int("num_shards", num_shards)
         shared: dict[str, Any] = {
             "alpha": alpha,
             "eps": eps,
@@ -110,17 +110,9 @@ class ShardedReplayBuffer:
             "capacity": validation.positive_int("capacity_per_shard", capacity_per_shard),
             "device": shard_device,
         }
-        if isinstance(prefetch, bool) or not isinstance(prefetch, int) or prefetch < 0:
-            raise ConfigurationError(
-                f"prefetch: expected an integer of at least 0, got {prefetch!r}"
-            )
-        if generator is not None and generator.device.type != "cpu":
-            raise ConfigurationError(
-                f"generator: expected one on the CPU, got one on {generator.device}"
-            )
-        self.generator = generator
-        self.device = validation.resolve_device(device)
-        self._prefetch = prefetch
+        self._generator = validation.as_generator(generator, torch.device("cpu"))
+        self._device = validation.resolve_device(device)
+        self._prefetch = validation.integer("prefetch", prefetch, 0)
         self._timeout_s = validation.real("timeout_s", timeout_s)
         self._start_timeout_s = validation.real("start_timeout_s", start_timeout_s)
         if checkpoint_every is not None:
@@ -192,16 +184,55 @@ class ShardedReplayBuffer:
 
     # --- settings ---------------------------------------------------------------------------------
 
-    @property
-    def capacity(self) -> int:
-        """Number of slots in all shards."""
-        slots: int = self._settings["capacity"]
-        return self.num_shards * slots
+    num_shards: int = validation.fixed("num_shards", lambda self: self._num_shards)
+    """How many actors."""
+
+    capacity: int = validation.fixed(
+        "capacity", lambda self: self.num_shards * self._settings["capacity"]
+    )
+    """Number of slots in all shards."""
+
+    device: torch.device = validation.fixed("device", lambda self: self._device)
+    """Where batches go."""
+
+    generator: torch.Generator | None = validation.fixed("generator", lambda self: self._generator)
+    """Source of the counts."""
+
+    draw: str = validation.fixed("draw", lambda self: self._settings["draw"])
+    """How indices are drawn."""
+
+    weight_normalization: str = validation.fixed(
+        "weight_normalization", lambda self: self._settings["weight_normalization"]
+    )
+    """What weights are divided by."""
+
+    new_priority: str = validation.fixed(
+        "new_priority", lambda self: self._settings["new_priority"]
+    )
+    """What transitions get that nobody gives a priority."""
+
+    prefetch: int = validation.fixed("prefetch", lambda self: self._prefetch)
+    """How many batches are asked for ahead."""
+
+    epsilon = validation.fixed("epsilon", instead="expected eps, which can be set")
 
     @property
     def batch_size(self) -> int | None:
-        """Default for `sample`."""
+        """Default for `sample`; may be set at any time."""
         return self._rules.batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int | None) -> None:
+        self._rules.batch_size = value
+
+    @property
+    def beta_increment(self) -> float:
+        """Added to beta by `increase_beta`, at least 0; may be set at any time."""
+        return self._rules.beta_increment
+
+    @beta_increment.setter
+    def beta_increment(self, value: float) -> None:
+        self._rules.beta_increment = value
 
     @property
     def beta(self) -> float:
@@ -394,7 +425,7 @@ class ShardedReplayBuffer:
             "batch_size": self.batch_size,
             "settings": settings | {"alpha": self.alpha, "eps": self.eps},
             "beta": self.beta,
-            "beta_increment": self._rules.beta_increment,
+            "beta_increment": self.beta_increment,
             "generator": None if self.generator is None else self.generator.get_state(),
         }
         saving.write(folder, state, token)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from tensordict import TensorDict
 
-from per_td import checkpoint, part
+from per_td import part
 from per_td.buffer import PrioritizedReplayBuffer
 from per_td.errors import CheckpointError
 from per_td.ray import wire
@@ -203,7 +203,7 @@ class Shard:
     # --- restoring --------------------------------------------------------------------------------
 
     def _read(self, path: Path) -> None:
-        self._buffer.load_state_dict(checkpoint.read(path))
+        self._buffer.restore(path)
 
     def _log(self, kind: str, values: dict[str, Any], arrays: Packed) -> None:
         """Write down what was done. After a failure only a checkpoint makes the log true again."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from per_td import draws, kernels, validation
+from per_td.copies import Copied
 from per_td.errors import ConfigurationError, EmptyBufferError, IndexRangeError, PriorityError
 from per_td.memory import zeros
 from per_td.tree import reference
@@ -15,7 +16,7 @@ from per_td.tree.layout import Layout
 __all__ = ["SumTree"]
 
 
-class SumTree:
+class SumTree(Copied):
     """A fixed number of non-negative masses from which one draws in proportion to mass.
 
     A tree of fan-out 16 with float32 leaves and float64 sums. Every sum is recomputed from its

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import chi2_contingency, chisquare
@@ -212,6 +213,8 @@ def test_kinds_that_differ_between_shards_are_recognised():
         ({"capacity_per_shard": 0}, "capacity_per_shard"),
         ({"draw": "without_replacement"}, "draw: expected one of independent, stratified"),
         ({"prefetch": -1}, "prefetch"),
+        ({"prefetch": True}, "prefetch"),
+        ({"generator": 5}, "generator: expected a torch.Generator, got int"),
         ({"beta": 2.0}, "beta"),
         ({"new_priority": "?"}, "new_priority"),
         ({"timeout_s": -1.0}, "timeout_s"),
@@ -317,3 +320,65 @@ def test_what_a_dead_learner_was_told_is_there_for_the_next(sharded, numbered):
     assert len(again) == 30
     assert again.priority.tolist() == [3.0] * 10 + [5.0] * 20
     assert set(again.sample(2000)["id"].tolist()) == set(range(30))
+
+
+def test_settings_are_plain_numbers_and_take_effect_when_set_or_are_refused(
+    sharded, numbered, tmp_path
+):
+    number, real = np.int64, np.float32
+    buffer = sharded(
+        number(1),
+        number(64),
+        number(16),
+        alpha=real(0.5),
+        beta=real(0.25),
+        eps=real(0.5),
+        beta_increment=real(0.125),
+        prefetch=number(1),
+        draw=np.str_("stratified"),
+    )
+    buffer.extend(numbered(0, 20))
+    assert len(buffer.sample()) == 16
+    buffer.batch_size = number(8)
+    assert [len(buffer.sample()) for _ in range(3)] == [8] * 3
+    buffer.beta_increment = 0.5
+    buffer.increase_beta()
+    assert buffer.beta == 0.75
+    for name, value in {
+        "batch_size": 0,
+        "beta_increment": -1,
+        "alpha": "x",
+        "num_shards": 2,
+        "capacity": 128,
+        "device": "cpu",
+        "generator": torch.Generator(),
+        "draw": "independent",
+        "weight_normalization": "none",
+        "new_priority": "ever_max",
+        "prefetch": 3,
+        "epsilon": 0.1,
+    }.items():
+        with pytest.raises(ConfigurationError, match=rf"^{name}: expected"):
+            setattr(buffer, name, value)
+    assert (buffer.batch_size, buffer.beta_increment, buffer.alpha) == (8, 0.5, 0.5)
+    assert (buffer.num_shards, buffer.capacity, buffer.prefetch) == (1, 64, 1)
+    assert (buffer.draw, buffer.weight_normalization) == ("stratified", "batch")
+    assert buffer.new_priority == "buffer_max"
+    assert buffer.generator is not None
+    buffer.save(tmp_path)
+    from per_td.ray import saving
+
+    state = saving.read(tmp_path)
+    assert {type(value) for value in state["settings"].values()} <= {int, float, str}
+    assert (state["batch_size"], state["beta_increment"]) == (8, 0.5)
+
+
+def test_a_shard_keeps_what_transitions_are_like_when_an_empty_one_is_saved(tmp_path):
+    from per_td.ray.shard import Shard
+
+    example = TensorDict({"x": torch.zeros(3)}, [])
+    Shard({"capacity": 8, "example": example}, seed=0).save(str(tmp_path / "shard.pt"))
+    other = Shard({"capacity": 8}, seed=0)
+    other.load(str(tmp_path / "shard.pt"))
+    with pytest.raises(SchemaError, match="per transition"):
+        other.extend([(("x",), "float32", np.zeros((2, 4), np.float32))])
