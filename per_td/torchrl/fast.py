@@ -180,7 +180,7 @@ def read(
     buffer: ReplayBuffer, cache: ColumnCache, columns: Columns, n: int
 ) -> tuple[TensorDict, dict[str, Any]]:
     """Draw n elements: the batch, and what was added to it. The caller holds the locks."""
-    sampler, size = buffer._sampler, buffer._storage._len_value.get_obj().value
+    sampler, size = buffer._sampler, _length(buffer._storage)
     if not size:
         raise EmptyBufferError("Cannot sample from an empty storage.")
     index, weight = priority_draws.sample_weighted(
@@ -220,12 +220,18 @@ def settle(
             table,
             index,
             td_error,
-            min(len(buffer._storage), capacity),
+            min(_length(buffer._storage), capacity),
             drawn=generation,
             generation=now,
             squared=sampler.td_error_unit == "squared",
         )
     )
+
+
+def _length(storage: Storage) -> int:
+    """How many elements are stored; the number, which processes share, is read without its lock."""
+    shared = getattr(storage, "_len_value", 0)
+    return len(storage) if isinstance(shared, int) else int(shared.get_obj().value)
 
 
 def _packed(tensor: Tensor, n: int, dtype: torch.dtype) -> bool:

@@ -10,6 +10,7 @@ from torchrl.data import replay_buffers as torchrl_buffers
 from torchrl.data.replay_buffers import ReplayBuffer, TensorDictReplayBuffer
 
 from per_td import validation
+from per_td.errors import IndexRangeError, PriorityError
 from per_td.torchrl import fast
 from per_td.torchrl.sampler import PrioritizedSampler
 from per_td.torchrl.slices import PrioritizedSliceSampler
@@ -119,6 +120,7 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
 
     def _magnitudes(self, td_error: Tensor, rows: int) -> Tensor:
         sampler = self.prioritized_sampler
+        validation.require_plain(str(self.priority_key), td_error, PriorityError)
         td_error = validation.to_device(td_error, sampler.device)
         return magnitudes(
             td_error,
@@ -276,6 +278,7 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
             rows = len(index)
         else:
             index = first_of_each(index)
+            index = validation.as_index(index, sampler.device)
             rows = data.batch_size[0] if data.ndim else 1
         values = self._magnitudes(td_error, rows)
         with self._replay_lock, self._write_lock:
@@ -306,7 +309,12 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
         writer = self._writer
         plain = type(writer) is GenerationWriter and self._storage.ndim == 1
         now: Tensor = writer.stamps(index) if plain else writer.generations_of(index)
-        generation = first_of_each(generation).to(now.device)
+        generation = validation.as_index(first_of_each(generation), now.device, "index_generation")
+        if generation.shape != now.shape:
+            raise IndexRangeError(
+                f"index_generation: expected one for each of {len(now)} indices,"
+                f" got {len(generation)}"
+            )
         if validation.can_raise(now) and torch.equal(now, generation):
             return None
         return now == generation

@@ -261,6 +261,39 @@ def test_updates_of_slots_that_are_not_filled_are_late_and_of_others_refused(
         assert buffer.stats()["stale_updates"] == 6
 
 
+@pytest.mark.parametrize(
+    ("key", "change", "error", "message"),
+    [
+        ("td_error", torch.Tensor.to_sparse, PriorityError, "td_error: expected a dense tensor"),
+        ("td_error", lambda values: values.to("meta"), PriorityError, "td_error: expected values"),
+        ("index", torch.Tensor.to_sparse, IndexRangeError, "index: expected a dense tensor"),
+        ("index", torch.Tensor.float, IndexRangeError, "index: expected an integer dtype"),
+        ("index", lambda values: values.to("meta"), IndexRangeError, "index: expected values"),
+        (
+            "index_generation",
+            torch.Tensor.to_sparse,
+            IndexRangeError,
+            "index_generation: expected a dense tensor",
+        ),
+        (
+            "index_generation",
+            lambda values: values[:5],
+            IndexRangeError,
+            "index_generation: expected one for each of 32 indices, got 5",
+        ),
+    ],
+)
+def test_tensors_that_cannot_be_read_are_refused_by_name(key, change, error, message):
+    buffer = make(10)
+    buffer.extend(data(10))
+    batch = buffer.sample()
+    batch["td_error"] = torch.full((32,), 9.0)
+    batch._tensordict[key] = change(batch[key])
+    with pytest.raises(error, match=message):
+        buffer.update_tensordict_priority(batch)
+    assert (buffer.sampler.priority == 1).all()
+
+
 @pytest.mark.parametrize("index", [-1, [-1, -3], torch.tensor([-1])])
 def test_updates_of_negative_indices_are_skipped_and_not_counted(index):
     for buffer in (make(10), with_torchrls_buffer(10)):
