@@ -312,8 +312,13 @@ def require_finite(name: str, values: Tensor, *, low: float = -math.inf) -> Tens
     return valid
 
 
-def require_in_range(index: Tensor, size: Tensor | int) -> Tensor:
+def require_in_range(index: Tensor, size: Tensor | int, slots: str = "the filled slots") -> Tensor:
     """Which of `index` [B] lie in [0, size), bool [B].
+
+    Args:
+        index: int64 [B].
+        size: number of slots that may be named.
+        slots: which those are, for the message.
 
     Raises:
         IndexRangeError: one does not, and it can be looked at without a host sync.
@@ -322,7 +327,7 @@ def require_in_range(index: Tensor, size: Tensor | int) -> Tensor:
     if can_raise(index) and not valid.all():
         at = _first_wrong(valid)
         raise IndexRangeError(
-            f"index: expected 0 <= index < {int(size)}, the filled slots,"
+            f"index: expected 0 <= index < {int(size)}, {slots},"
             f" got {index[at].item()} at position {at}; nothing was written"
         )
     return valid

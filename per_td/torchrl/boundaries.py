@@ -141,16 +141,22 @@ def given_flags(end: Tensor, shape: torch.Size) -> Tensor:
 
 
 def right_span(
-    span: bool | int | tuple[bool | int, bool | int],
+    span: bool | int | Sequence[bool | int],
 ) -> tuple[bool | int, bool | int]:
     """Span to the left, which is always off, and to the right.
 
+    Args:
+        span: for both, or a tuple or list of the two.
+
     Raises:
-        ConfigurationError: one is negative.
+        ConfigurationError: one is negative or no number, or there are not two.
     """
-    left, right = span if isinstance(span, tuple) else (span, span)
-    if left < 0 or right < 0:
-        raise ConfigurationError(f"span: expected booleans or counts of records, got {span!r}")
+    both = tuple(span) if isinstance(span, tuple | list) else (span, span)
+    if len(both) != 2 or not all(isinstance(one, int) and one >= 0 for one in both):
+        raise ConfigurationError(
+            f"span: expected booleans or counts of records, one or two, got {span!r}"
+        )
+    left, right = both
     if left:
         warnings.warn("span: slices never span to the left; that is turned off", stacklevel=3)
     return (0, right)

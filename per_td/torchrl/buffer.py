@@ -1,6 +1,7 @@
 """TensorDictPrioritizedReplayBuffer: TorchRL's, on per_td's priorities."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
@@ -14,14 +15,30 @@ from torchrl.data.replay_buffers.storages import Storage
 from per_td import validation
 from per_td.errors import ConfigurationError
 from per_td.torchrl.fast import ColumnCache
+from per_td.torchrl.plain import as_plain, from_plain
 from per_td.torchrl.reductions import REDUCTIONS
 from per_td.torchrl.replay import PrioritizedReplay
 from per_td.torchrl.sampler import PrioritizedSampler
-from per_td.torchrl.writer import GenerationWriter
+from per_td.torchrl.writer import GenerationWriter, slots_of
 
 __all__ = ["TensorDictPrioritizedReplayBuffer"]
 
 _EPS = 1e-8
+
+_OF_SAMPLER = frozenset(
+    (
+        "alpha",
+        "beta",
+        "eps",
+        "reduction",
+        "draw",
+        "method",
+        "weight_normalization",
+        "td_error_unit",
+        "max_priority_within_buffer",
+    )
+)
+"""Settings that have no effect on the buffer."""
 
 
 class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
@@ -118,9 +135,10 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
                 f"sync: expected True for a storage of several dimensions, got False with"
                 f" kept.ndim={kept.ndim}"
             )
+        capacity = slots_of(kept)
         if sampler is None:
             sampler = PrioritizedSampler(
-                kept.max_size,
+                capacity,
                 alpha,
                 beta,
                 _EPS if eps is None else eps,
@@ -137,16 +155,16 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
                 f"sampler: expected the buffer's alpha={alpha} and beta={beta},"
                 f" got alpha={sampler.alpha} and beta={sampler.beta}"
             )
+        _checked(sampler)._follow(kept)
         self._sync = sync
         self._prioritized_sampler = None  # TorchRL's name for the one that it keeps aside
         self._seen_writes = 0
         self._cache = ColumnCache()
-        self._stale = torch.zeros((), dtype=torch.int64, device=sampler.device)
         TensorDictReplayBuffer.__init__(
             self,
             priority_key=priority_key,
             storage=kept,
-            sampler=_checked(sampler),
+            sampler=sampler,
             sample_unit=sample_unit,
             writer=partial(GenerationWriter, compilable=compilable),
             collate_fn=collate_fn,
@@ -162,6 +180,14 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
             transport_options=transport_options,
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OF_SAMPLER:
+            raise ConfigurationError(
+                f"{name}: expected to be set on the buffer's sampler, got {value!r} for the buffer;"
+                f" use buffer.sampler.{name}"
+            )
+        super().__setattr__(name, value)
+
     def _initialize_prioritized_sampler(self) -> None:
         if len(self._storage) > 0:
             filled = torch.arange(len(self._storage))
@@ -174,9 +200,13 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
 
         Returns:
             The sampler used so far.
+
+        Raises:
+            ConfigurationError: it is not one of per_td's, or cannot take up the storage's size.
         """
         with self._replay_lock, self._write_lock:
-            previous = ReplayBuffer.set_sampler(self, _checked(sampler))
+            _checked(sampler)._follow(self._storage)
+            previous = ReplayBuffer.set_sampler(self, sampler)
             sampler._rng = self._rng
             self._initialize_prioritized_sampler()
         return previous
@@ -198,6 +228,7 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
             )
         with self._replay_lock, self._write_lock:
             previous = ReplayBuffer.set_storage(self, storage, collate_fn)
+            previous._attached_entities.remove(self)  # of whose writes it is not told any more
             storage.attach(self)
             self._writer.register_storage(storage)
             self._sampler._empty()
@@ -221,15 +252,21 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
     def stats(self) -> dict[str, int | float | bool]:
         """TorchRL's counters, and how many priorities were stale or refused."""
         stats: dict[str, int | float | bool] = super().stats()
-        stats["stale_updates"] = int(self._stale)
+        stats["stale_updates"] = 0
         if isinstance(self._sampler, PrioritizedSampler):
+            stats["stale_updates"] = self._sampler.stale_updates
             stats["refused_priorities"] = int(self._sampler._table.refused)
         return stats
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot of storage, sampler, writer and transforms."""
-        self._catch_up()
-        return dict(super().state_dict())
+        """A snapshot of storage, sampler, writer, transforms and batches drawn ahead.
+
+        It consists of tensors and plain values, which `torch.load(weights_only=True)` reads.
+        """
+        with self._at_rest():
+            state = dict(super().state_dict())
+        state["_prefetch_state"] = as_plain(state["_prefetch_state"])
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state.
@@ -239,13 +276,15 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
                 changed then.
         """
         self.prioritized_sampler.check_state(state_dict["_sampler"])
-        super().load_state_dict(state_dict)
-        self._seen_writes = int(self.write_count)
+        ahead = from_plain(state_dict.get("_prefetch_state"))
+        with self._at_rest():
+            super().load_state_dict(state_dict | {"_prefetch_state": ahead})
+            self._seen_writes = int(self.write_count)
 
     def dumps(self, path: str | Path) -> None:
         """Write storage, sampler, writer and transforms into the folder `path`."""
-        self._catch_up()
-        super().dumps(path)
+        with self._at_rest():
+            super().dumps(path)
 
     def loads(self, path: str | Path) -> None:
         """Take over what `dumps` wrote into the folder `path`.
@@ -255,8 +294,18 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
         """
         sampler = self.prioritized_sampler
         sampler.check_state(sampler.saved(Path(path) / "sampler"))
-        super().loads(path)
-        self._seen_writes = int(self.write_count)
+        with self._at_rest():
+            super().loads(path)
+            self._seen_writes = int(self.write_count)
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """Keep out all that writes or draws, once the priorities know of every write."""
+        with self._futures_lock:
+            self.synchronize()  # what draws ahead needs the locks below
+            with self._replay_lock, self._write_lock:
+                self._catch_up()
+                yield
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = ReplayBuffer.__getstate__(self)

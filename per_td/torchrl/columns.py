@@ -11,7 +11,7 @@ import torch
 from tensordict import MemoryMappedTensor, TensorDict
 from torch import Tensor
 
-from per_td import batch, kernels, validation
+from per_td import batch, kernels
 from per_td import rows as row_copies
 
 __all__ = ["Columns"]
@@ -34,21 +34,31 @@ class _Node(NamedTuple):
     device: torch.device | None
 
 
-def _explore(data: Any, capacity: int, columns: list[Tensor]) -> _Node | None:
+def _explore(data: Any, capacity: int, device: torch.device, columns: list[Tensor]) -> _Node | None:
     """The node of `data`, its tensors appended to `columns`; None if something else is in it."""
     if type(data) is not TensorDict or data.batch_size[:1] != (capacity,) or _named(data):
         return None
     node = _Node({}, {}, data.batch_size[1:], data.device)
     for name, value in data.items():
-        if type(value) in _TENSORS and not value.is_nested and value.layout == torch.strided:
+        if type(value) in _TENSORS and _is_column(value, device):
             node.leaves[name] = _Leaf(len(columns), value.shape[1:], value.dtype)
             # a plain tensor on the same memory: subclasses slow every operation down
             columns.append(value.as_subclass(Tensor))
-        elif (child := _explore(value, capacity, columns)) is not None:
+        elif (child := _explore(value, capacity, device, columns)) is not None:
             node.children[name] = child
         else:
             return None
     return node
+
+
+def _is_column(value: Tensor, device: torch.device) -> bool:
+    """Whether the memory of `value`, which is on `device`, holds its numbers as they are."""
+    return (
+        value.layout == torch.strided
+        and not value.is_nested
+        and value.device == device
+        and not (value.is_neg() or value.is_conj())
+    )
 
 
 def _named(data: TensorDict) -> bool:
@@ -125,20 +135,21 @@ class Columns:
         self._columns = columns
         self._keys = set(_keys(root))
         self._index = root.leaves["index"].place
-        self._capacity = len(columns[0])
-        self._on_cpu = all(column.device.type == "cpu" for column in columns)
-        packed = self._on_cpu and all(column[:1].is_contiguous() for column in columns)
-        self._compiled = packed and kernels.wanted(torch.device("cpu"))
+        self._no_slots = columns[self._index][:0]
+        self.capacity = len(columns[0])
+        packed = all(column[:1].is_contiguous() for column in columns)
+        self._compiled = packed and kernels.wanted(columns[0].device)
         self._sizes = row_copies.steps(columns)
         self._drawn = columns[: self._index] + columns[self._index + 1 :]  # all but "index"
-        self._drawn_sizes = row_copies.steps([*self._drawn, columns[self._index]])
+        generation = torch.empty(0, dtype=torch.int64, device="cpu")  # lies close together
+        self._drawn_sizes = row_copies.steps([*self._drawn, generation])
         self._like: list[Tensor] = []
 
     @classmethod
-    def of(cls, data: Any, capacity: int) -> "Columns | None":
-        """The columns of `data`, or None if it is anything but nested TensorDicts of tensors."""
+    def of(cls, data: Any, capacity: int, device: torch.device) -> "Columns | None":
+        """The columns of `data`; None for all but nested TensorDicts of tensors on `device`."""
         columns: list[Tensor] = []
-        root = _explore(data, capacity, columns)
+        root = _explore(data, capacity, device, columns)
         if root is None or root.batch_size or "index" not in root.leaves:
             return None
         fits = root.leaves["index"][1:] == (torch.Size([]), torch.int64)
@@ -160,14 +171,23 @@ class Columns:
             single: whether `data` is one row.
 
         Returns:
-            In the order of the columns; None if `data` has other entries, shapes or dtypes.
+            In the order of the columns, contiguous and on their device, so that nothing is left
+            to be refused while they are written; None if `data` has other entries, shapes or
+            dtypes.
+
+        Raises:
+            SchemaError: a tensor has no values, or not in memory.
         """
         if type(data) is not TensorDict or data.batch_dims != (0 if single else 1):
             return None
         if self._expected is None or self._expected.batch_size != data.batch_size:
             self._expected = _expected(self._root, data.batch_size)
         rows = list(self._columns)
-        return rows if _collect(self._expected, data, rows, skip="index") else None
+        if not _collect(self._expected, data, rows, skip="index"):
+            return None
+        device = self._columns[0].device
+        rows[self._index] = self._no_slots  # until `write` knows them
+        return [row_copies.plain(row, device) for row in rows]
 
     def write(self, rows: list[Tensor], start: int, n: int, generation: Tensor) -> Tensor:
         """Write rows, and the slots that they go to.
@@ -176,7 +196,8 @@ class Columns:
             rows: from `rows_of`.
             start: the first slot.
             n: how many rows, at most `capacity`.
-            generation: of all slots, int64 [capacity], to be counted up.
+            generation: of all slots, int64 [capacity], contiguous, on the columns' device, to be
+                counted up.
 
         Returns:
             The slots, one after the other and around the end, int64 [n].
@@ -190,8 +211,8 @@ class Columns:
             kernel,
             self._columns,
             self._sizes,
-            [row_copies.plain(row, device) for row in rows],
-            capacity=self._capacity,
+            rows,
+            capacity=self.capacity,
             start=start,
             n=n,
             generation=generation,
@@ -201,14 +222,12 @@ class Columns:
 
     def _copy(self, rows: list[Tensor], start: int, n: int, generation: Tensor) -> Tensor:
         index = torch.arange(start, start + n, device=generation.device)
-        whole = start + n <= self._capacity
+        whole = start + n <= self.capacity
         if not whole:
-            index.remainder_(self._capacity)
+            index.remainder_(self.capacity)
         rows[self._index] = index
         generation[index] += 1
         for column, new in zip(self._columns, rows, strict=True):
-            if not self._on_cpu:
-                new = validation.to_device(new, column.device)
             if whole:
                 column.narrow(0, start, n).copy_(new)  # a single row is broadcast
             else:
@@ -220,7 +239,7 @@ class Columns:
 
         Args:
             index: slots that exist, int64 [B].
-            generation: of all slots, int64 [capacity], to be read as a column is.
+            generation: of all slots, as for `write`, to be read as a column is.
             extra: takes up "index" and "index_generation", int64 [B], too.
         """
         kernel = self._kernels

@@ -27,11 +27,17 @@ from per_td.torchrl.writer import GenerationWriter
 __all__ = ["ColumnCache", "read", "settle", "write"]
 
 
-def _is_plain(buffer: ReplayBuffer) -> bool:
-    """Whether nothing about the buffer but its transforms asks for TorchRL's own way."""
+def _is_plain(buffer: ReplayBuffer, generation: Tensor | None) -> bool:
+    """Whether nothing about the buffer but its transforms asks for TorchRL's own way.
+
+    Args:
+        buffer: the buffer.
+        generation: of all slots, as its writer has them.
+    """
     storage, writer = buffer._storage, buffer._writer
     return (
         type(writer) is GenerationWriter
+        and writer._storage is storage  # it may have been given to another buffer since
         and not writer._compilable
         and type(storage) in (LazyTensorStorage, LazyMemmapStorage)
         and storage.ndim == 1
@@ -42,11 +48,21 @@ def _is_plain(buffer: ReplayBuffer) -> bool:
         and buffer._sample_unit is None
         and buffer._sample_dependency is None
         and buffer._collate_fn is _collate_id
+        and generation is not None
+        and generation.device == storage.device
+        and _is_row(generation, storage.max_size, torch.int64)
     )
 
 
 class ColumnCache:
-    """The columns of a buffer's storage, looked up again whenever anything has been replaced."""
+    """The columns of a buffer's storage, looked up again whenever anything has been replaced.
+
+    Attributes:
+        generation: of all slots, which goes with the columns: int64 [capacity], contiguous, on
+            their device.
+    """
+
+    generation: Tensor
 
     def __init__(self) -> None:
         self._parts: tuple[Any, ...] = (self,)  # which is none of them
@@ -57,20 +73,23 @@ class ColumnCache:
     def of(self, buffer: ReplayBuffer, *, marks: bool) -> Columns | None:
         """The columns, to be read and written past TorchRL; None if something asks for its way.
 
-        That is: a part of another kind, a transform, or data other than TensorDicts of tensors.
+        That is: a part of another kind or of another size, a transform, or data other than
+        TensorDicts of tensors on the storage's device.
 
         Args:
             buffer: the buffer.
             marks: whether writing marks priorities, for which the sampler must be a plain one too.
         """
         storage, sampler = buffer._storage, buffer._sampler
-        data = storage._storage
+        data, table = storage._storage, getattr(sampler, "_table", None)  # a PriorityTable
+        generation = getattr(buffer._writer, "_generation", None)
         parts = (
             data,
             storage,
             buffer._writer,
+            generation,
             sampler,
-            getattr(sampler, "_table", None),
+            table,
             buffer._prefetch,
             buffer._pin_memory,
             buffer._sample_unit,
@@ -79,14 +98,25 @@ class ColumnCache:
         )
         if not all(map(is_, parts, self._parts)):
             self._parts, self._revision = parts, -1
-            self._plain = _is_plain(buffer)
-            self._marks = type(sampler) is PrioritizedSampler and sampler.device == storage.device
+            self._plain = _is_plain(buffer, generation)
+            self._marks = (
+                type(sampler) is PrioritizedSampler
+                and table is not None
+                and table.device == storage.device
+                and table.capacity == storage.max_size
+            )
+            if generation is not None:
+                self.generation = generation
         if not self._plain or (marks and not self._marks) or len(buffer._transform):
             return None
         revision = storage._mutation_revision_value.get_obj().value
         if revision != self._revision:
-            self._columns, self._revision = Columns.of(data, storage.max_size), revision
-        return self._columns
+            self._columns = Columns.of(data, storage.max_size, storage.device)
+            self._revision = revision
+        columns = self._columns
+        # `max_size` decides where rows go, and is an attribute that anybody can set
+        fits = columns is not None and columns.capacity == storage.max_size
+        return columns if fits else None
 
     def wrote(self, storage: Storage, index: Tensor, end: int) -> None:
         """Have the storage know of rows written; none of its tensors was replaced.
@@ -134,7 +164,7 @@ def write(
     """
     storage, table = buffer._storage, buffer._sampler._table if marks else None
     start = buffer._writer.claim(n)
-    index = columns.write(rows, start, n, buffer._writer._generation)
+    index = columns.write(rows, start, n, cache.generation)
     cache.wrote(storage, index, start + n)
     if table is not None and priority is None:
         table.write_row(start, n)
@@ -146,16 +176,18 @@ def write(
     return start, index
 
 
-def read(buffer: ReplayBuffer, columns: Columns, n: int) -> tuple[TensorDict, dict[str, Any]]:
+def read(
+    buffer: ReplayBuffer, cache: ColumnCache, columns: Columns, n: int
+) -> tuple[TensorDict, dict[str, Any]]:
     """Draw n elements: the batch, and what was added to it. The caller holds the locks."""
-    sampler, size = buffer._sampler, buffer._storage._len_value.get_obj().value
+    sampler, size = buffer._sampler, _length(buffer._storage)
     if not size:
         raise EmptyBufferError("Cannot sample from an empty storage.")
     index, weight = priority_draws.sample_weighted(
         sampler._table, n, size, sampler._rng, beta=sampler._beta, filled=size
     )
     info = {"priority_weight": weight}
-    return columns.gather(index, buffer._writer._generation, info), info
+    return columns.gather(index, cache.generation, info), info
 
 
 def settle(
@@ -173,19 +205,22 @@ def settle(
         wrong.
     """
     sampler, now = buffer._sampler, buffer._writer._generation
-    n = index.numel()
+    table, n = sampler._table, index.numel()
+    capacity = table.capacity
     return (
         generation is not None
+        and now is not None
         and now.is_cpu
-        and now.shape[0] == sampler._max_capacity
+        and _is_row(now, capacity, torch.int64)
+        and index.ndim == 1
         and _packed(index, n, torch.int64)
         and _packed(generation, n, torch.int64)
         and _packed(td_error, n, torch.float32)
         and priority_kernels.settle(
-            sampler._table,
+            table,
             index,
             td_error,
-            sampler._max_capacity,
+            min(_length(buffer._storage), capacity),
             drawn=generation,
             generation=now,
             squared=sampler.td_error_unit == "squared",
@@ -193,8 +228,19 @@ def settle(
     )
 
 
+def _length(storage: Storage) -> int:
+    """How many elements are stored; the number, which processes share, is read without its lock."""
+    shared = getattr(storage, "_len_value", 0)
+    return len(storage) if isinstance(shared, int) else int(shared.get_obj().value)
+
+
 def _packed(tensor: Tensor, n: int, dtype: torch.dtype) -> bool:
     """Whether a kernel can read n numbers of this type from the tensor."""
     return (
         tensor.is_cpu and tensor.dtype == dtype and tensor.numel() == n and tensor.is_contiguous()
     )
+
+
+def _is_row(tensor: Tensor, n: int, dtype: torch.dtype) -> bool:
+    """Whether the tensor has shape [n], this dtype, and its numbers close together."""
+    return tensor.dtype == dtype and tensor.shape == (n,) and tensor.is_contiguous()

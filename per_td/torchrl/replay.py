@@ -10,6 +10,7 @@ from torchrl.data import replay_buffers as torchrl_buffers
 from torchrl.data.replay_buffers import ReplayBuffer, TensorDictReplayBuffer
 
 from per_td import validation
+from per_td.errors import IndexRangeError, PriorityError
 from per_td.torchrl import fast
 from per_td.torchrl.sampler import PrioritizedSampler
 from per_td.torchrl.slices import PrioritizedSliceSampler
@@ -28,7 +29,6 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
 
     _sync: bool
     _cache: fast.ColumnCache
-    _stale: Tensor  # int64 []: updates dropped
     _seen_writes: int  # with sync=False: how many writes the priorities know of
     _supplied: Tensor | None = None  # priorities of what is being written by TorchRL's means
 
@@ -124,6 +124,7 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
 
     def _magnitudes(self, td_error: Tensor, rows: int) -> Tensor:
         sampler = self.prioritized_sampler
+        validation.require_plain(str(self.priority_key), td_error, PriorityError)
         td_error = validation.to_device(td_error, sampler.device)
         return magnitudes(
             td_error,
@@ -204,13 +205,14 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
                 if columns is not None:
                     with self._write_lock:
                         self._catch_up()
-                        batch, info = fast.read(self, columns, size)
+                        batch, info = fast.read(self, self._cache, columns, size)
                     return (batch, info) if return_info else batch
         return TensorDictReplayBuffer.sample(self, batch_size, return_info, include_info)
 
     def _sample(self, batch_size: int) -> Any:
-        self.prioritized_sampler._follow(self._storage)
+        sampler = self.prioritized_sampler
         with self._replay_lock, self._write_lock:
+            sampler._follow(self._storage)
             self._catch_up()
         return TensorDictReplayBuffer._sample(self, batch_size)
 
@@ -232,11 +234,20 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
     # --- priorities -------------------------------------------------------------------------------
 
     def update_priority(self, index: Any, priority: Any) -> None:
-        """Set priorities; of equal indices the last one holds.
+        """Set priorities; of equal indices the last one holds, and negative ones are skipped.
+
+        An update of a slot that is not filled comes too late, since whatever lived there has been
+        emptied: it is dropped, and counted as stale in `stats`. An index that is not that of a slot
+        of the storage is an error.
 
         Args:
             index: int, int64 [B], or [B, ndim] or a tuple of ndim [B].
             priority: as losses write TD errors, [B], or one number for all.
+
+        Raises:
+            IndexRangeError: an index is not below the storage's size; nothing is written then.
+            PriorityError: NaN, infinite, or neither one value nor one per index; nothing is
+                written then.
         """
         with self._replay_lock, self._write_lock:
             self._catch_up()
@@ -245,14 +256,16 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
     def update_tensordict_priority(self, data: TensorDictBase) -> None:
         """Set the priorities of a batch from the TD errors that a loss left in it.
 
-        Elements whose slot has been overwritten since they were drawn are skipped and counted. With
-        a `PrioritizedSliceSampler` whose `reduction` is "r2d2", the first record of each slice gets
-        the priority of the slice (see its `slice_priorities`).
+        Elements whose slot has been overwritten or emptied since they were drawn are dropped, and
+        counted as stale in `stats`. With a `PrioritizedSliceSampler` whose `reduction` is "r2d2",
+        the first record of each slice gets the priority of the slice (see its `slice_priorities`).
 
         Args:
             data: from `sample`, TensorDict [B], with the priority entry.
 
         Raises:
+            IndexRangeError: an index is not that of a slot of the storage; no priority is changed
+                then (an IndexError).
             PriorityError: the priority entry or "index" is missing, or holds NaN or infinite values
                 or too few; no priority is changed then (a ValueError).
         """
@@ -268,6 +281,7 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
             rows = len(index)
         else:
             index = first_of_each(index)
+            index = validation.as_index(index, sampler.device)
             rows = data.batch_size[0] if data.ndim else 1
         values = self._magnitudes(td_error, rows)
         with self._replay_lock, self._write_lock:
@@ -276,15 +290,11 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
             live = self._live(index, generation)
             if self._sample_unit is not None:
                 index, values, live = self._anchored(data, index, values, live)
-            plain = storage.ndim == 1 and index.dtype == torch.int64
-            flat = index if plain else sampler._flat(index, storage)
-            flat = validation.to_device(flat, sampler.device)
-            if live is not None:
-                live = validation.to_device(live, flat.device)
-            sampler._table.update(flat, values, sampler._max_capacity, live)
-            if live is not None:  # counted once nothing has been refused
-                stale = validation.to_device(self._stale, flat.device)
-                self._stale = stale + (~live).sum()
+            plain = storage.ndim == 1
+            device = sampler.device
+            flat = validation.as_index(index, device) if plain else sampler._flat(index, storage)
+            live = None if live is None else validation.to_device(live, device)
+            sampler._update(flat, values, storage, live=live)
 
     def _settle(self, td_error: Tensor, index: Tensor, generation: Tensor | None) -> bool:
         """Set priorities by compiled kernels; False, and nothing is done, where that cannot be."""
@@ -296,14 +306,18 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
             return fast.settle(self, td_error, index, generation)
 
     def _live(self, index: Tensor, generation: Tensor | None) -> Tensor | None:
-        """Which elements are still where they were drawn from, bool [B]; None: all are."""
+        """Which elements are as they were drawn, bool [B]; None: all, as far as can be told."""
         if generation is None:
-            sampler, storage = self.prioritized_sampler, self._storage
-            return sampler._flat(index, storage) < len(storage)
+            return None
         writer = self._writer
         plain = type(writer) is GenerationWriter and self._storage.ndim == 1
         now: Tensor = writer.stamps(index) if plain else writer.generations_of(index)
-        generation = validation.to_device(first_of_each(generation), now.device)
+        generation = validation.as_index(first_of_each(generation), now.device, "index_generation")
+        if generation.shape != now.shape:
+            raise IndexRangeError(
+                f"index_generation: expected one for each of {len(now)} indices,"
+                f" got {len(generation)}"
+            )
         if validation.can_raise(now) and torch.equal(now, generation):
             return None
         return now == generation

@@ -1,5 +1,6 @@
 """PrioritizedSampler: TorchRL's, on per_td's priorities."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,16 @@ from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.storages import Storage
 
 from per_td import checkpoint, priority_draws, validation
-from per_td.errors import CheckpointError, EmptyBufferError, PriorityError
+from per_td.errors import (
+    CheckpointError,
+    ConfigurationError,
+    EmptyBufferError,
+    IndexRangeError,
+    PriorityError,
+)
 from per_td.priorities import PriorityTable
+from per_td.torchrl.reductions import REDUCTIONS
+from per_td.torchrl.writer import SLOTS, slots_of
 
 __all__ = ["TD_ERROR_UNITS", "PrioritizedSampler", "flat_index", "unravelled"]
 
@@ -63,14 +72,18 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
     seed the draws, NaN and infinite priorities are refused, and it may be sent to other processes
     (spawned ones share its memory).
 
+    `alpha`, `beta`, `eps`, `reduction`, `td_error_unit` and `weight_normalization` may be set at
+    any time; the other arguments are chosen in the constructor, and setting them later is refused.
+
     Args:
-        max_capacity: number of elements that the storage can hold, all its dimensions counted.
+        max_capacity: number of elements that the storage can hold, all its dimensions counted. With
+            a storage of another size, the sampler takes up that size when the two first meet.
         alpha: exponent of the priorities; may be set at any time.
         beta: exponent of the importance-sampling weights; may be set at any time.
         eps: added to every priority.
         dtype: torch.float or torch.double; accepted for compatibility, the precision is fixed.
         reduction: how `TensorDictReplayBuffer` reduces a priority of several values per element:
-            "max", "min", "median" or "mean".
+            "max", "min", "median" or "mean"; per_td's own buffer also takes "sum" and "r2d2".
         max_priority_within_buffer: new elements get the largest priority in the buffer (True), or
             the largest that it ever held.
         device: where priorities live; None follows the storage.
@@ -116,15 +129,14 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
     ) -> None:
         if dtype not in (torch.float, torch.double):
             raise NotImplementedError(f"dtype: expected torch.float or torch.double, got {dtype}")
-        self._max_capacity = validation.positive_int("max_capacity", max_capacity)
         self.dtype = dtype
         self.reduction = reduction
-        self.td_error_unit = validation.one_of("td_error_unit", td_error_unit, TD_ERROR_UNITS)
+        self.td_error_unit = td_error_unit
         self.beta = beta
         self._max_priority_within_buffer = max_priority_within_buffer
         self._device = None if device is None else torch.device(device)
-        self._table = PriorityTable(
-            self._max_capacity,
+        table = PriorityTable(
+            validation.positive_int("max_capacity", max_capacity),
             alpha=alpha,
             eps=eps,
             draw=draw,
@@ -133,6 +145,26 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             new_priority="buffer_max" if max_priority_within_buffer else "ever_max",
             device=validation.resolve_device(self._device or "cpu"),
         )
+        self._stale = torch.zeros((), dtype=torch.int64, device=table.device)
+        self._table = table  # from now on, `_FIXED` are
+
+    _FIXED: tuple[str, ...] = (
+        "max_capacity",
+        "dtype",
+        "max_priority_within_buffer",
+        "device",
+        "draw",
+        "method",
+    )
+    """What is chosen in the constructor only."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._FIXED and "_table" in self.__dict__:
+            raise ConfigurationError(
+                f"{name}: expected to be chosen in the constructor of {type(self).__name__},"
+                f" got {value!r} afterwards"
+            )
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         return (
@@ -167,12 +199,68 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         self._beta = validation.real("beta", value)
 
     @property
+    def eps(self) -> float:
+        """Added to |TD error| by the updates from now on."""
+        return self._table.eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._table.eps = value
+
+    @property
+    def reduction(self) -> str:
+        """How several TD errors of one element become one priority, from now on."""
+        return self._reduction
+
+    @reduction.setter
+    def reduction(self, value: str) -> None:
+        self._reduction = validation.one_of("reduction", value, REDUCTIONS)
+
+    @property
+    def td_error_unit(self) -> str:
+        """Unit of the TD errors that are handed in from now on: "abs" or "squared"."""
+        return self._td_error_unit
+
+    @td_error_unit.setter
+    def td_error_unit(self, value: str) -> None:
+        self._td_error_unit = validation.one_of("td_error_unit", value, TD_ERROR_UNITS)
+
+    @property
+    def weight_normalization(self) -> str:
+        """Divisor of the weights: "buffer", "batch" or "none"; setting "buffer" costs O(N)."""
+        return self._table.weight_normalization
+
+    @weight_normalization.setter
+    def weight_normalization(self, value: str) -> None:
+        if value == "buffer" != self.weight_normalization and self._is_shared:
+            raise ConfigurationError(
+                "weight_normalization: expected 'buffer' to be chosen before the sampler is shared"
+                " with other processes, which would not keep the smallest priority up to date"
+            )
+        self._table.weight_normalization = value
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether other processes may work on the priorities."""
+        raw: Any = self._table.raw
+        return bool(raw.is_cpu and raw.is_shared())
+
+    @property
+    def stale_updates(self) -> int:
+        """How many updates were dropped because their slot holds something else, or nothing."""
+        return int(self._stale)
+
+    @property
     def _alpha(self) -> float:
         return self._table.alpha
 
     @property
     def _eps(self) -> float:
         return self._table.eps
+
+    @property
+    def _max_capacity(self) -> int:
+        return self._table.capacity
 
     @property
     def priority(self) -> Tensor:
@@ -192,20 +280,29 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         return priority.item() if validation.can_raise(priority) else priority
 
     def _follow(self, storage: Storage | None) -> None:
-        """Take up the storage's device, unless told another, and its size if it has grown.
+        """Take up the storage's size, and its device unless told another.
 
         Storages of several dimensions round their size up when the first data comes in.
+
+        Raises:
+            ConfigurationError: the storage has no limited size, or this sampler shares its memory
+                with other processes, which would not know of another size.
         """
-        device, size = self.device, self._max_capacity
+        device, capacity = self.device, self._max_capacity
+        size = capacity if storage is None else slots_of(storage)
         held = getattr(storage, "device", None)
         if self._device is None and held not in (None, "auto", device):
             held = validation.resolve_device(held)
             device = held if held.type == "cuda" else device
-        if storage is not None and storage.ndim > 1:
-            size = max(size, storage.max_size)
-        if device != self.device or size != self._max_capacity:
-            self._max_capacity = size
-            self._table = self._table.moved(size, device)
+        if device == self.device and size == capacity:
+            return
+        if size != capacity and self._is_shared:
+            raise ConfigurationError(
+                f"max_capacity: expected {size}, the size of the storage, for a sampler that is"
+                f" shared with other processes, got {capacity}"
+            )
+        self._table = self._table.moved(size, device)
+        self._stale = self._stale.to(device)
 
     def _flat(self, index: Any, storage: Storage | None) -> Tensor:
         shape = () if storage is None else getattr(storage, "shape", None) or ()
@@ -246,7 +343,13 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         """Nothing to do: `mark_update` sets the priority of what was written."""
 
     def mark_update(self, index: Any, *, storage: Storage | None = None) -> None:
-        """Give the slots `index`, which have been written, the priority of new elements."""
+        """Give the slots `index`, which have been written, the priority of new elements.
+
+        Negative indices are skipped.
+
+        Raises:
+            IndexRangeError: an index is not that of a slot of the storage.
+        """
         self._follow(storage)
         self._write_new(self._flat(index, storage), None)
 
@@ -259,13 +362,16 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         if validation.can_raise(index):
             index, priority = index[written], None if priority is None else priority[written]
             written = None
+            validation.require_in_range(index, self._max_capacity, SLOTS)
         self._table.write_new(index, priority, written)
 
     @torch.no_grad()
     def update_priority(self, index: Any, priority: Any, *, storage: Storage | None = None) -> None:
         """Set priorities; of equal indices the last one holds, and negative ones are skipped.
 
-        So are slots beyond those that `storage` has filled: what lived there has been emptied.
+        An update of a slot that `storage` has, but that is not filled, comes too late, since
+        whatever lived there has been emptied: it is dropped, and counted in `stale_updates`. An
+        index that is not that of a slot of the storage is an error.
 
         Args:
             index: int, [B], or [B, ndim] for a storage of several dimensions.
@@ -274,7 +380,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
                 dimensions.
 
         Raises:
-            IndexRangeError: an index is not below `max_capacity`.
+            IndexRangeError: an index is not below the number of slots; nothing is written then.
             PriorityError: NaN, infinite, or neither one value nor one per index; nothing is
                 written then.
         """
@@ -291,12 +397,50 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         priority = priority.reshape(-1).float()
         if self.td_error_unit == "squared":
             priority = priority.abs().sqrt()
-        kept = index >= 0  # MaxValueWriter marks with -1 what it did not write
-        if storage is not None and len(storage) < self._max_capacity:
-            kept &= (index < len(storage)) | (index >= self._max_capacity)  # these are refused
+        written = index >= 0  # MaxValueWriter marks with -1 what it did not write
         if validation.can_raise(index):
-            index, priority, kept = index[kept], priority[kept], None
-        self._table.update(index, priority, self._max_capacity, kept)
+            self._update(index[written], priority[written], storage)
+        else:
+            self._update(index, priority, storage, written=written)
+
+    def _update(
+        self,
+        index: Tensor,
+        priority: Tensor,
+        storage: Storage | None,
+        *,
+        live: Tensor | None = None,
+        written: Tensor | None = None,
+    ) -> None:
+        """Set the priorities of the slots that are filled, and count what is stale.
+
+        Args:
+            index: slots, int64 [B], on this device.
+            priority: |TD error|, float32 [B].
+            storage: tells which slots are filled; None: all are.
+            live: bool [B], False for updates that are stale; None: none is known to be.
+            written: bool [B], False for updates to be skipped; None skips none.
+
+        Raises:
+            IndexRangeError, PriorityError: as `update_priority`.
+        """
+        capacity = self._max_capacity
+        size = capacity if storage is None else len(storage)
+        if size < capacity:
+            filled = index < size
+            live = filled | (index >= capacity) if live is None else live & filled
+        if live is not None and validation.can_raise(live) and live.all():
+            live = None
+        kept = live
+        if written is not None:
+            kept = written if live is None else live & written
+        try:
+            self._table.update(index, priority, capacity, kept)
+        except IndexRangeError:
+            validation.require_in_range(index, capacity, SLOTS)
+            raise
+        if live is not None:  # counted once nothing has been refused
+            self._stale += (~live).sum()
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot: tensors and plain values."""
@@ -314,7 +458,8 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         """Refuse what `load_state_dict` would, before a buffer takes over anything else.
 
         Raises:
-            CheckpointError: it is another kind of state, or of another capacity.
+            CheckpointError: it is another kind of state, or of another capacity, or its values are
+                not those of a sampler.
         """
         if state_dict.get("format") != _FORMAT:
             raise CheckpointError(
@@ -325,12 +470,32 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
                 f"expected a state of max_capacity {self._max_capacity},"
                 f" got {state_dict['max_capacity']}"
             )
+        for name, shape in (("priority", (self._max_capacity,)), ("ever_max", ())):
+            values = state_dict.get(name)
+            if not isinstance(values, Tensor) or (values.dtype, values.shape) != (
+                torch.float32,
+                shape,
+            ):
+                found = (
+                    f"{values.dtype} {list(values.shape)}"
+                    if isinstance(values, Tensor)
+                    else repr(values)
+                )
+                raise CheckpointError(f"{name}: expected float32 {list(shape)}, got {found}")
+            if not (values.isfinite() & (values >= 0)).all():
+                raise CheckpointError(f"{name}: expected finite values of at least 0, got others")
+        for name in ("alpha", "beta", "eps"):
+            try:
+                high = torch.finfo(torch.float32).max if name == "eps" else math.inf
+                validation.real(name, state_dict.get(name, "nothing"), high=high)
+            except ConfigurationError as error:
+                raise CheckpointError(str(error)) from error
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state of a sampler of the same capacity.
 
         Raises:
-            CheckpointError: it is another kind of state, or of another capacity.
+            CheckpointError: as `check_state`; nothing is changed then.
         """
         self.check_state(state_dict)
         self.alpha, self.beta = state_dict["alpha"], state_dict["beta"]

@@ -12,7 +12,7 @@ from torchrl.data.replay_buffers.samplers import SliceSampler
 from torchrl.data.replay_buffers.storages import Storage
 
 from per_td import priority_draws, validation
-from per_td.errors import EmptyBufferError
+from per_td.errors import ConfigurationError, EmptyBufferError
 from per_td.torchrl import boundaries, slice_batches
 from per_td.torchrl.sampler import PrioritizedSampler, unravelled
 from per_td.weights import importance_weights
@@ -26,6 +26,9 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
     Draws slices of consecutive records that cross neither the end of a trajectory nor the place
     where the ring is being overwritten. A slice is drawn in proportion to priority^alpha of its
     first record, among the records that can begin one; priorities are never touched by a draw.
+
+    Beside those of `PrioritizedSampler`, these may be set at any time: `num_slices` or `slice_len`,
+    whichever was given, `cache_values`, `truncated_key`, `init_key`, `strict_length` and `span`.
 
     Args:
         max_capacity: as all up to `dtype`, `max_priority_within_buffer` and `td_error_unit`: see
@@ -52,7 +55,8 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             their beginning, so that batches may be smaller.
         compile: accepted for compatibility: there is nothing to compile.
         span: how much of a slice may be missing on the right because its trajectory ends: an
-            int for so many records, True for all but the first. Never on the left.
+            int for so many records, True for all but the first. Never on the left. Of a tuple or
+            list of two, the second.
         max_priority_within_buffer: what new records get.
         draw: "independent", "stratified" or "without_replacement" (different first records).
         method: "auto", "tree" or "multinomial".
@@ -101,16 +105,13 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
         init_key: NestedKey | None = "is_init",
         strict_length: bool = True,
         compile: bool | dict[str, Any] = False,  # noqa: A002  TorchRL's name
-        span: bool | int | tuple[bool | int, bool | int] = False,
+        span: bool | int | Sequence[bool | int] = False,
         max_priority_within_buffer: bool = False,
         draw: str = "independent",
         method: str = "auto",
         weight_normalization: str = "buffer",
         td_error_unit: str = "abs",
     ) -> None:
-        for name, value in (("num_slices", num_slices), ("slice_len", slice_len)):
-            if value is not None:
-                validation.positive_int(name, value)
         SliceSampler.__init__(
             self,
             num_slices=num_slices,
@@ -124,8 +125,9 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             truncated_key=truncated_key,
             init_key=init_key,
             strict_length=strict_length,
-            span=boundaries.right_span(span),
+            span=span,
         )
+        self.compile = bool(compile)
         PrioritizedSampler.__init__(
             self,
             max_capacity,
@@ -140,10 +142,33 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             weight_normalization=weight_normalization,
             td_error_unit=td_error_unit,
         )
-        self.compile = bool(compile)
         self._given_end_keys = self.end_keys if end_key is None else (end_key,)
         self._given_ends = ends if trajectories is None else boundaries.ends_of(trajectories)
         self._forget()
+
+    _FIXED = (
+        *PrioritizedSampler._FIXED,
+        "end_key",
+        "end_keys",
+        "traj_key",
+        "ends",
+        "trajectories",
+        "compile",
+    )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "span":
+            value = boundaries.right_span(value)
+        elif name in ("num_slices", "slice_len"):
+            if name in self.__dict__ and self.__dict__[name] is None:
+                other = "slice_len" if name == "num_slices" else "num_slices"
+                raise ConfigurationError(
+                    f"{name}: expected {other} to be set, which was given to the constructor,"
+                    f" got {name}={value!r}"
+                )
+            if value is not None or name in self.__dict__:
+                value = validation.positive_int(name, value)
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         return (

@@ -1,10 +1,12 @@
 import copy
 import inspect
 import pickle
+import threading
 
 import pytest
 import torch
 from torchrl.data import (
+    LazyMemmapStorage,
     LazyTensorStorage,
     ListStorage,
     RandomSampler,
@@ -18,7 +20,7 @@ from torchrl.envs import RenameTransform
 
 from per_td import CheckpointError, ConfigurationError, EmptyBufferError
 from per_td.torchrl import PrioritizedSampler, TensorDictPrioritizedReplayBuffer
-from tests.replay import ALPHA, BETA, data, learn, make
+from tests.replay import ALPHA, BETA, data, learn, make, same
 
 
 def test_it_has_torchrls_arguments_in_torchrls_order():
@@ -138,6 +140,73 @@ def test_a_state_moves_to_another_buffer_however_it_is_carried(tmp_path):
         assert buffer.write_count == 25
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("saving", ["state_dict", "dumps"])
+def test_a_state_is_not_taken_in_the_middle_of_a_write(saving, shared, tmp_path):
+    buffer = make(10, sync=False, shared=shared)
+    buffer.extend(data(6))
+    lock = buffer._write_lock if shared else buffer._replay_lock
+    save = {"state_dict": buffer.state_dict, "dumps": lambda: buffer.dumps(tmp_path / "saved")}
+    thread = threading.Thread(target=save[saving])
+    with lock:  # as a writer does
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        assert buffer.sampler.priority.sum() == 0
+    thread.join()
+    assert buffer.sampler.priority.sum() == 6
+
+
+@pytest.mark.parametrize("loading", ["load_state_dict", "loads"])
+def test_what_is_written_while_a_state_is_loaded_gets_its_priority(loading, tmp_path, monkeypatch):
+    buffer, other = make(10, sync=False), make(10, sync=False)
+    other.extend(data(6))
+    other.dumps(tmp_path / "saved")
+    buffer.extend(data(1))
+    writer = threading.Thread(target=buffer.extend, args=(data(2, 6),))
+    load = getattr(ReplayBuffer, loading)
+
+    def then_write(self, state):
+        load(self, state)
+        writer.start()
+        writer.join(0.2)
+
+    monkeypatch.setattr(ReplayBuffer, loading, then_write)
+    getattr(buffer, loading)(tmp_path / "saved" if loading == "loads" else other.state_dict())
+    writer.join()
+    buffer.sample()
+    assert buffer.sampler.priority.tolist() == [1.0] * 8 + [0.0] * 2
+
+
+@pytest.mark.parametrize("storage", [LazyTensorStorage, ListStorage, LazyMemmapStorage])
+@pytest.mark.parametrize("prefetch", [None, 2])
+def test_a_state_is_made_of_what_a_file_without_code_may_hold(prefetch, storage, tmp_path):
+    def fresh(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return make(storage=storage, prefetch=prefetch, generator=generator)
+
+    buffer, other = fresh(3), fresh(4)
+    buffer.extend(data(20))
+    other.extend(data(20, 50))  # TorchRL's storages want to be allocated
+    for _ in range(3):
+        learn(buffer, buffer.sample())
+    torch.save(buffer.state_dict(), tmp_path / "state.pt")
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for _ in range(5):  # the batches drawn ahead are the first of them
+        same(buffer.sample(), other.sample())
+
+
+def test_a_state_with_batches_as_tensordicts_is_loaded_too():
+    """As it was before they became dictionaries."""
+    buffer, other = make(prefetch=2), make(prefetch=2)
+    buffer.extend(data(20))
+    other.extend(data(20, 50))
+    buffer.sample()
+    other.load_state_dict(super(type(buffer), buffer).state_dict())
+    for _ in range(2):
+        same(buffer.sample(), other.sample())
+
+
 def test_a_state_of_another_capacity_is_refused_before_any_of_it_is_taken_over(tmp_path):
     buffer, other = make(20), make(21)
     buffer.extend(data(15))
@@ -237,6 +306,12 @@ def test_stats_count_what_was_refused():
         "stale_updates": 0,
         "refused_priorities": 0,
     }
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta", "eps", "reduction", "draw", "td_error_unit"])
+def test_a_setting_of_the_sampler_is_refused_on_the_buffer(name):
+    with pytest.raises(ConfigurationError, match=rf"{name}: .* use buffer\.sampler\.{name}"):
+        setattr(make(), name, 0.5)
 
 
 def test_schedulers_and_generators_drive_the_sampler():

@@ -1,10 +1,16 @@
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ListStorage
+from torchrl.data import (
+    LazyMemmapStorage,
+    LazyTensorStorage,
+    ListStorage,
+    TensorDictReplayBuffer,
+)
 from torchrl.data.replay_buffers import Sequence
 
-from per_td import IndexRangeError, PriorityError
+from per_td import IndexRangeError, PriorityError, kernels
+from per_td.torchrl import PrioritizedSampler
 from tests.oracle import assert_drawn_from
 from tests.replay import ALPHA, BETA, data, learn, make
 
@@ -196,6 +202,105 @@ def test_an_update_by_index_after_emptying_does_not_bring_back_what_was_emptied(
     assert set(buffer.sample()["x"].tolist()) == {100}
     with pytest.raises(IndexRangeError, match="got 10"):
         buffer.update_priority(10, 1.0)
+
+
+def with_torchrls_buffer(capacity):
+    return TensorDictReplayBuffer(
+        storage=LazyTensorStorage(capacity),
+        sampler=PrioritizedSampler(capacity, ALPHA, BETA),
+        batch_size=32,
+    )
+
+
+@pytest.mark.parametrize("choice", kernels.CHOICES)
+@pytest.mark.parametrize(
+    "fresh",
+    [make, lambda n: make(n, collate_fn=lambda batch: batch), with_torchrls_buffer],
+    ids=["short way", "long way", "torchrl"],
+)
+@pytest.mark.parametrize("how", ["by index", "batch", "stamped batch", "unwritten batch"])
+def test_updates_of_slots_that_are_not_filled_are_late_and_of_others_refused(
+    how, fresh, choice, monkeypatch
+):
+    monkeypatch.setenv(kernels.VARIABLE, choice)
+    buffer = fresh(1000)
+    buffer.extend(data(100))
+    sampler, before = buffer.sampler, buffer.sampler.priority
+
+    def update(*index):
+        index = torch.tensor(index)
+        if how == "by index":
+            buffer.update_priority(index, torch.full(index.shape, 9.0))
+            return
+        batch = TensorDict({"index": index, "td_error": torch.full(index.shape, 9.0)}, [len(index)])
+        if how != "batch":
+            batch["index_generation"] = torch.where(index < 100, 0, -1 if how[0] == "u" else 0)
+        buffer.update_tensordict_priority(batch)
+
+    update(500, 100, 999)
+    assert torch.equal(sampler.priority, before)
+    assert sampler.stale_updates == 3
+    update(500, 7)
+    assert sampler.priority[7] == 9
+    assert sampler.stale_updates == 4
+    after = sampler.priority
+    message = r"expected 0 <= index < 1000, the slots of the storage, got 1000 at position 1"
+    with pytest.raises(IndexRangeError, match=message):
+        update(500, 1000)
+    with pytest.raises(IndexRangeError, match=message):
+        update(8, 1000)
+    assert torch.equal(sampler.priority, after)
+    assert sampler.stale_updates == 4
+    buffer.empty()
+    update(7, 500)
+    assert sampler.priority.sum() == 0
+    assert sampler.stale_updates == 6
+    with pytest.raises(IndexRangeError, match=message):
+        update(7, 1000)
+    if fresh is not with_torchrls_buffer:
+        assert buffer.stats()["stale_updates"] == 6
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "error", "message"),
+    [
+        ("td_error", torch.Tensor.to_sparse, PriorityError, "td_error: expected a dense tensor"),
+        ("td_error", lambda values: values.to("meta"), PriorityError, "td_error: expected values"),
+        ("index", torch.Tensor.to_sparse, IndexRangeError, "index: expected a dense tensor"),
+        ("index", torch.Tensor.float, IndexRangeError, "index: expected an integer dtype"),
+        ("index", lambda values: values.to("meta"), IndexRangeError, "index: expected values"),
+        (
+            "index_generation",
+            torch.Tensor.to_sparse,
+            IndexRangeError,
+            "index_generation: expected a dense tensor",
+        ),
+        (
+            "index_generation",
+            lambda values: values[:5],
+            IndexRangeError,
+            "index_generation: expected one for each of 32 indices, got 5",
+        ),
+    ],
+)
+def test_tensors_that_cannot_be_read_are_refused_by_name(key, change, error, message):
+    buffer = make(10)
+    buffer.extend(data(10))
+    batch = buffer.sample()
+    batch["td_error"] = torch.full((32,), 9.0)
+    batch._tensordict[key] = change(batch[key])
+    with pytest.raises(error, match=message):
+        buffer.update_tensordict_priority(batch)
+    assert (buffer.sampler.priority == 1).all()
+
+
+@pytest.mark.parametrize("index", [-1, [-1, -3], torch.tensor([-1])])
+def test_updates_of_negative_indices_are_skipped_and_not_counted(index):
+    for buffer in (make(10), with_torchrls_buffer(10)):
+        buffer.extend(data(4))
+        buffer.update_priority(index, 9.0)
+        assert buffer.sampler.priority.tolist() == [1.0] * 4 + [0.0] * 6
+        assert buffer.sampler.stale_updates == 0
 
 
 @pytest.mark.parametrize("way", [None, lambda batch: batch])

@@ -18,6 +18,7 @@ from torchrl.data.replay_buffers.scheduler import LinearScheduler
 
 from per_td import (
     CheckpointError,
+    ConfigurationError,
     EmptyBufferError,
     IndexRangeError,
     PriorityError,
@@ -369,6 +370,78 @@ def test_wrong_updates_are_refused_by_name(index, priority, error, message):
     with pytest.raises(error, match=message):
         sampler.update_priority(torch.tensor(index), torch.tensor(priority))
     assert sampler.priority.tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        *[(name, wrong) for name in ("alpha", "beta", "eps") for wrong in (-1.0, "x", torch.nan)],
+        ("reduction", "garbage"),
+        ("td_error_unit", "x"),
+        ("weight_normalization", "garbage"),
+    ],
+)
+def test_settings_are_looked_at_in_the_constructor_and_later(name, wrong):
+    with pytest.raises(ConfigurationError, match=f"{name}: expected"):
+        PrioritizedSampler(**{"max_capacity": 4, "alpha": ALPHA, "beta": BETA, name: wrong})
+    sampler = PrioritizedSampler(4, ALPHA, BETA)
+    before = getattr(sampler, name)
+    with pytest.raises(ConfigurationError, match=f"{name}: expected"):
+        setattr(sampler, name, wrong)
+    assert getattr(sampler, name) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_capacity", 8),
+        ("dtype", torch.double),
+        ("max_priority_within_buffer", True),
+        ("device", "cpu"),
+        ("draw", "stratified"),
+        ("method", "tree"),
+    ],
+)
+def test_what_is_chosen_in_the_constructor_is_refused_later(name, value):
+    sampler = PrioritizedSampler(4, ALPHA, BETA)
+    with pytest.raises(ConfigurationError, match=f"{name}: expected to be chosen in the constr"):
+        setattr(sampler, name, value)
+
+
+def test_eps_reduction_and_unit_that_are_set_take_effect():
+    sampler = PrioritizedSampler(2, ALPHA, BETA)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(2), sampler=sampler)
+    buffer.extend(data(2))
+    sampler.eps, sampler.reduction, sampler.td_error_unit = 0.5, "min", "squared"
+    td_error = torch.tensor([[16.0, 9.0], [4.0, 25.0]])
+    batch = TensorDict({"index": torch.arange(2), "td_error": td_error}, [2])
+    buffer.update_tensordict_priority(batch)
+    assert sampler.priority.tolist() == [3.5, 2.5]
+
+
+def test_a_normalization_that_is_set_takes_effect():
+    buffer, expected = trained(LazyTensorStorage(20), weight_normalization="none")
+    mass = (expected.double() + EPS) ** ALPHA
+    weight = (20 * mass / mass.sum()) ** -BETA
+    for normalization in ("buffer", "batch", "none", "buffer"):
+        buffer.sampler.weight_normalization = normalization
+        batch = buffer.sample()
+        index = batch["index"]
+        largest = {"buffer": weight.max(), "batch": weight[index].max(), "none": 1.0}
+        torch.testing.assert_close(
+            batch["priority_weight"].double(),
+            weight[index] / largest[normalization],
+            rtol=1e-5,
+            atol=0,
+        )
+
+
+def test_a_normalization_that_others_would_not_follow_is_refused():
+    sampler = PrioritizedSampler(4, ALPHA, BETA, weight_normalization="batch")
+    sampler._table._raw.share_memory_()
+    with pytest.raises(ConfigurationError, match="weight_normalization: expected 'buffer' to be"):
+        sampler.weight_normalization = "buffer"
+    sampler.weight_normalization = "none"
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,45 @@ def test_a_draw_that_fails_changes_nothing():
     buffer.sample(24)
 
 
+def test_a_span_may_be_a_list():
+    for span in ([False, True], (False, True)):
+        sampler = PrioritizedSliceSampler(6, ALPHA, BETA, slice_len=2, span=span)
+        assert sampler.span == (0, True)
+    sampler.span = [0, 1]
+    assert sampler.span == (0, 1)
+
+
+@pytest.mark.parametrize("span", ["x", [1, 2, 3], [], (0, "x"), (0, -1), -2, None, 0.5])
+def test_what_is_no_span_is_refused_also_later(span):
+    message = "span: expected booleans or counts of records"
+    with pytest.raises(ConfigurationError, match=message):
+        PrioritizedSliceSampler(6, ALPHA, BETA, slice_len=2, span=span)
+    sampler = PrioritizedSliceSampler(6, ALPHA, BETA, slice_len=2)
+    with pytest.raises(ConfigurationError, match=message):
+        sampler.span = span
+    assert sampler.span == (0, False)
+
+
+@pytest.mark.parametrize("name", ["end_key", "end_keys", "traj_key", "ends", "compile", "draw"])
+def test_what_is_chosen_in_the_constructor_is_not_changed_later(name):
+    sampler = PrioritizedSliceSampler(6, ALPHA, BETA, slice_len=2)
+    with pytest.raises(ConfigurationError, match=f"{name}: expected to be chosen in the constru"):
+        setattr(sampler, name, "x")
+
+
+def test_the_length_or_the_number_of_slices_may_be_set_whichever_was_given():
+    buffer = filled(30, [Stream(30, 0)], 30, slice_len=2)
+    buffer.sampler.slice_len = 3
+    for ks in slices_of(buffer.sample(12), 3):
+        assert ks == list(range(ks[0], ks[0] + 3))
+    with pytest.raises(ConfigurationError, match="num_slices: expected slice_len to be set"):
+        buffer.sampler.num_slices = 4
+    for wrong in (0, None, "x"):
+        with pytest.raises(ConfigurationError, match="slice_len: expected an integer"):
+            buffer.sampler.slice_len = wrong
+    assert buffer.sampler.slice_len == 3
+
+
 def test_spanning_to_the_left_is_turned_off_with_a_warning():
     with pytest.warns(UserWarning, match="span: slices never span to the left"):
         sampler = PrioritizedSliceSampler(6, ALPHA, BETA, slice_len=2, span=True)

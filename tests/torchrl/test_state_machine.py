@@ -214,7 +214,7 @@ class DropInMachine(BesideTheModel):
         data=st.data(), n=st.integers(0, 12), form=CAN_BE(["tensor", "list", "int", "one for all"])
     )
     def update_priority(self, data, n, form):
-        """By index, whatever lives there; nothing does beyond the filled slots."""
+        """By index, whatever lives there; beyond the filled slots, updates are late."""
         n = 1 if form == "int" else n
         random = np.random.default_rng(data.draw(st.integers(0, 999)))
         index = random.integers(-1, self.ring.capacity, size=n)  # -1: what was not written
@@ -231,6 +231,7 @@ class DropInMachine(BesideTheModel):
         self.buffer.update_priority(*given[form]())
         live = (index >= 0) & (index < len(self.ring))
         self.ring.update(index[live].tolist(), self.root(np.abs(td_error[live])))
+        self.ring.stale += int((index >= len(self.ring)).sum())
 
     @precondition(lambda self: len(self.ring))
     @rule(wrong=CAN_BE(["index", "nan", "inf", "count", "td_error", "no index", "extend", "state"]))
@@ -326,6 +327,7 @@ class SamplerMachine(DropInMachine):
     def updated(self, index, magnitude, generation):
         live = [j for j, i in enumerate(index) if i < len(self.ring)]
         self.ring.update([index[j] for j in live], magnitude[live])
+        self.ring.stale += len(index) - len(live)
 
     @precondition(lambda self: len(self.ring))
     @rule()
@@ -335,7 +337,7 @@ class SamplerMachine(DropInMachine):
         refuse_by_index(self)
 
     def agree_on_late_updates(self):
-        assert self.table.refused == 0
+        assert (self.buffer.sampler.stale_updates, self.table.refused) == (self.ring.stale, 0)
 
 
 MACHINES = {DropInMachine: 100, SamplerMachine: 60}
