@@ -237,6 +237,10 @@ _BY_HAND: dict[str, Callable[..., Any]] = {
 class _Linked(TorchFunctionMode):
     """Has the operators do what torch's functions refuse on a build without CUDA."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._refused: dict[Any, Callable[..., Any]] = {}  # functions, and what stands in
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -247,18 +251,21 @@ class _Linked(TorchFunctionMode):
             return 64
         if func is Tensor.__format__ and _devices(args[:1]) == {"cuda"}:
             raise HostWaitError("a value is read back from the device, to be formatted")
-        try:
-            return func(*args, **kwargs)
-        except RuntimeError as error:
-            if "not linked with support for cuda" not in str(error):
-                raise
-            refusal = error
-        name = func.__name__
+        if func not in self._refused or _devices(args[:1]) != {"cuda"}:
+            try:
+                return func(*args, **kwargs)
+            except RuntimeError as error:
+                if "not linked with support for cuda" not in str(error):
+                    raise
+                self._refused[func] = self._stand_in(func.__name__, error)
+        with self:
+            return self._refused[func](*args, **kwargs)
+
+    def _stand_in(self, name: str, refusal: RuntimeError) -> Callable[..., Any]:
         operator = _BY_HAND.get(name) or getattr(_aten, name, None)
         if operator is None:
             raise NotImplementedError(f"no operator stands in for {name}") from refusal
-        with self:
-            return operator(*args, **kwargs)
+        return operator
 
 
 @contextmanager
