@@ -232,14 +232,23 @@ class TransitionReplayBuffer(Copied):
         self.buffer.update_priority(indices, td_errors, self._generations(indices))
 
     def _generations(self, index: Tensor) -> Tensor | None:
-        """Generations at the last draws of the slots `index`, or those of now; None: all are now's.
+        """Generations at the last draws of the slots `index`; of those never drawn, that of now.
 
-        Slots that do not exist, which the buffer will refuse, are looked at like those at the ends.
+        None stands for that of now for all: nothing has been overwritten, or a slot does not exist,
+        which the buffer will refuse.
         """
-        buffer = self.buffer
-        if self._drawn.is_cpu and buffer.write_count <= buffer.capacity:
-            return None  # nothing has been overwritten
-        drawn = self._drawn.index_select(0, index.clamp(0, buffer.capacity - 1))
+        buffer, capacity = self.buffer, len(self._drawn)
+        if not self._drawn.is_cpu:
+            drawn = self._drawn.index_select(0, index.clamp(0, capacity - 1))
+            return torch.minimum(drawn, buffer._generation(index))
+        if buffer.write_count <= capacity:
+            return None
+        try:
+            drawn = self._drawn.index_select(0, index)
+        except IndexError:
+            return None
+        if drawn.numpy().max(initial=0) < _NEVER:  # as usual, and what is below takes a while
+            return drawn
         return torch.minimum(drawn, buffer._generation(index))
 
     def increase_beta(self) -> None:
