@@ -4,7 +4,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 from torch import Tensor
 
 from per_td import batch, kernels, layouts, rows, validation
@@ -135,7 +135,7 @@ class RingStorage:
         """Generations that a batch brings back, as `generation` counts them."""
         return generation - self.epoch if self.epoch else generation
 
-    def check(self, transitions: TensorDictBase, *, batched: bool = True) -> Leaves:
+    def check(self, transitions: Any, *, batched: bool = True) -> Leaves:
         """The leaves of `transitions`, if they fit; nothing is written. See `Schema.check`."""
         return self._schema.check(transitions, batched=batched)
 
