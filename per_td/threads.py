@@ -52,7 +52,7 @@ class LockedReplayBuffer(PrioritizedReplayBuffer):
 
     def _arrange(self, **wanted: Any) -> None:
         ahead, n = wanted["prefetch"], self.batch_size
-        self._prefetch = validation.positive_int("prefetch", ahead) if ahead else 0
+        self._prefetch = validation.integer("prefetch", ahead, 0) if ahead else 0
         if ahead and n is None:
             raise ConfigurationError("batch_size: expected one beside prefetch, got None")
         super()._arrange(shared=wanted["shared"])

@@ -120,7 +120,7 @@ class ShardedReplayBuffer:
                 f"generator: expected one on the CPU, got one on {generator.device}"
             )
         self.generator = generator
-        self.device = validation.resolve_device(device)
+        self.device = validation.resolve_device(device, sums=False)
         self._prefetch = prefetch
         self._timeout_s = validation.real("timeout_s", timeout_s)
         self._start_timeout_s = validation.real("start_timeout_s", start_timeout_s)

@@ -181,7 +181,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         device, size = self.device, self._max_capacity
         held = getattr(storage, "device", None)
         if self._device is None and held not in (None, "auto", device):
-            held = validation.resolve_device(held)
+            held = validation.resolve_device(held, sums=False)
             device = held if held.type == "cuda" else device
         if storage is not None and storage.ndim > 1:
             size = max(size, storage.max_size)
