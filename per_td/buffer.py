@@ -108,6 +108,7 @@ class PrioritizedReplayBuffer(ReplayState):
             return super().__new__(ManyBuffers)
         return super().__new__(cls)
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         capacity: int,
@@ -203,7 +204,10 @@ class PrioritizedReplayBuffer(ReplayState):
             Their slots, int64 [n].
 
         Raises:
-            SchemaError: keys, shapes or dtypes differ from those that came before.
+            SchemaError: keys, shapes or dtypes differ from those that came before, something is
+                not a tensor, or the batch size is not [n].
+            AllocationError, DiskAllocationError: the first transitions tell how much memory is
+                needed, and there is not enough; the buffer takes others then.
             PriorityError: `priority` has a wrong shape or dtype, or a value is NaN, infinite or
                 negative (on CUDA such a value is replaced by that of `new_priority`, and counted).
         """

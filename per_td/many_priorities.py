@@ -52,7 +52,7 @@ class ManyPriorities(PriorityTable):
         self._forest = forest.forest
         if self.method == "auto":
             self._method = self._faster(capacity)
-        self.ever_max_each = torch.zeros(num_buffers, device=device)
+        self.ever_max_each = torch.zeros(num_buffers, dtype=torch.float32, device=device)
 
     def _faster(self, capacity: int) -> str:
         """The method that "auto" stands for."""

@@ -37,6 +37,7 @@ class PriorityTable:
         ConfigurationError: an argument is not one of those accepted.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         capacity: int,
@@ -71,7 +72,7 @@ class PriorityTable:
         self._largest = ExtremumTree(self._raw, layout, "max")
         self._smallest: ExtremumTree | None = None
         self.weight_normalization = weight_normalization
-        self.ever_max = torch.zeros((), device=device)
+        self.ever_max = torch.zeros((), dtype=torch.float32, device=device)
         self.replayed = zeros((layout.capacity,), torch.bool, device)
         self.refused = torch.zeros((), dtype=torch.int64, device=device)
         self._points = torch.empty(0, dtype=torch.float64, device=device)

@@ -164,7 +164,7 @@ class ReplayState:
                 normalization=table.weight_normalization,
             ),
             "beta": self._beta.float(),
-            "size": torch.full((), size, device=self.device),
+            "size": torch.full((), size, dtype=torch.int64, device=self.device),
             "stale_updates": self._stale.clone(),
             "refused_priorities": table.refused.clone(),
         }
@@ -227,7 +227,7 @@ class ReplayState:
                 per_td; it says which.
             FileNotFoundError: there is none.
         """
-        state = states.check(checkpoint.read(path))
+        state = states.check(checkpoint.read(path, states.FORMAT))
         device = validation.resolve_device(device)
         if generator is None and state["generator"] is not None:
             generator = torch.Generator(device)

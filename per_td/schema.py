@@ -22,12 +22,10 @@ class Schema:
         self.fields: dict[Key, Field] = {}
         self._usual: tuple[tuple[int, ...], list[torch.Size]] = (), []
 
-    def fix(self, leaves: Leaves) -> list[Field]:
-        """Accept only what is like `leaves` [n, ...] from now on."""
-        fields = [Field(key, leaf.shape[1:], leaf.dtype) for key, leaf in leaves.items()]
+    def fix(self, fields: list[Field]) -> None:
+        """Accept only transitions of these fields from now on."""
         self.fields = {field.key: field for field in fields}
         self._usual = (), [field.shape for field in fields]
-        return fields
 
     def check(self, transitions: Any, *, batched: bool = True) -> Leaves:
         """The leaves of `transitions`, if they fit.

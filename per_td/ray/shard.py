@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from tensordict import TensorDict
 
-from per_td import checkpoint, part
+from per_td import checkpoint, part, states
 from per_td.buffer import PrioritizedReplayBuffer
 from per_td.errors import CheckpointError
 from per_td.ray import wire
@@ -203,7 +203,7 @@ class Shard:
     # --- restoring --------------------------------------------------------------------------------
 
     def _read(self, path: Path) -> None:
-        self._buffer.load_state_dict(checkpoint.read(path))
+        self._buffer.load_state_dict(checkpoint.read(path, states.FORMAT))
 
     def _log(self, kind: str, values: dict[str, Any], arrays: Packed) -> None:
         """Write down what was done. After a failure only a checkpoint makes the log true again."""
@@ -236,6 +236,6 @@ class Shard:
 def _warm_up(settings: dict[str, Any]) -> None:
     """Load the kernels now: the first message must not look like a shard that is too slow."""
     small = PrioritizedReplayBuffer(**settings | {"capacity": 2, "example": None})
-    data = torch.zeros(2, device=small.device)
+    data = torch.zeros(2, dtype=torch.float32, device=small.device)
     small.extend(TensorDict({"x": data}, [2]))
     small.update_priority(small.sample(2)["index"], data)

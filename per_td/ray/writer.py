@@ -116,7 +116,8 @@ def checked(transitions: Any, *, batched: bool = True) -> Leaves:
 def _priority(priority: Any, n: int) -> Any:
     if priority is None:
         return None
-    values = validation.as_values("priority", priority, torch.empty(n, dtype=torch.int64)).cpu()
+    index = torch.empty(n, dtype=torch.int64, device="cpu")
+    values = validation.as_values("priority", priority, index).cpu()
     validation.require_finite("priority", values, low=0.0)
     return wire.array(values)
 

@@ -263,7 +263,7 @@ def test_a_saved_buffer_comes_back(sharded, numbered, tmp_path):
     from per_td import checkpoint
 
     checkpoint.write(tmp_path / "learner.pt", {"format": "?"})
-    with pytest.raises(CheckpointError, match="expected a saved ShardedReplayBuffer"):
+    with pytest.raises(CheckpointError, match="expected the state of a ShardedReplayBuffer"):
         ShardedReplayBuffer.load(tmp_path)
 
 
