@@ -2,8 +2,10 @@
 
 from per_td.buffer import PrioritizedReplayBuffer
 from per_td.errors import (
+    AllocationError,
     CheckpointError,
     ConfigurationError,
+    DiskAllocationError,
     EmptyBufferError,
     IndexRangeError,
     KernelWarning,
@@ -17,8 +19,10 @@ from per_td.tree import SumTree
 __version__ = "0.1.0"
 
 __all__ = [
+    "AllocationError",
     "CheckpointError",
     "ConfigurationError",
+    "DiskAllocationError",
     "EmptyBufferError",
     "IndexRangeError",
     "KernelWarning",

@@ -1,5 +1,6 @@
 """Files that are replaced whole or not at all, whatever ends the process."""
 
+import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -32,10 +33,24 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _create(path: Path) -> tuple[Path, IO[bytes]]:
-    """A new file beside `path`, locked, and of a name that no other writer has."""
+    """A new file beside `path`, locked, and of a name that no other writer has.
+
+    Raises:
+        OSError: there cannot be one; it names `path`, or its folder.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(
+            errno.EISDIR, "expected the name of a file, got a folder", str(path)
+        )
     while True:
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_SUFFIX}")
-        file = partial.open("xb")
+        try:
+            file = partial.open("xb")
+        except OSError as error:  # which names a file that nobody has heard of
+            expected = f"expected a folder that {path.name!r} can be written to"
+            raise OSError(
+                error.errno, f"{expected}, got: {error.strerror}", str(path.parent)
+            ) from error
         _lock(file, wait=True)
         if partial.exists():  # else somebody took it for a leftover before it was locked
             return partial, file

@@ -1,7 +1,6 @@
 """PrioritizedReplayBuffer: storage and priorities wired together to write, draw and update."""
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from per_td import priority_draws, validation
 from per_td.errors import ConfigurationError, EmptyBufferError, SchemaError
-from per_td.leaves import Leaves, count
+from per_td.leaves import Leaves, count, entries_of
 from per_td.memory import Place
 from per_td.priorities import PriorityTable
 from per_td.replay_state import ReplayState
@@ -116,6 +115,7 @@ class PrioritizedReplayBuffer(ReplayState):
             return super().__new__(ManyBuffers)
         return super().__new__(cls)
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         capacity: int,
@@ -190,16 +190,22 @@ class PrioritizedReplayBuffer(ReplayState):
                     f" {hint}"
                 )
 
-    def _allocate(self, example: TensorDictBase | None) -> None:
-        if example is not None:
-            self._storage.allocate(self._storage.check(example, batched=False))
+    def _allocate(self, example: Any) -> None:
+        if example is None:
+            return
+        try:
+            leaves = self._storage.check(example, batched=False)
+        except SchemaError as error:
+            raise SchemaError(f"example: {error}") from error
+        self._storage.allocate(leaves)
 
-    def extend(self, transitions: TensorDictBase, priority: Any = None, mask: Any = None) -> Tensor:
+    def extend(self, transitions: Any, priority: Any = None, mask: Any = None) -> Tensor:
         """Write transitions.
 
         Args:
-            transitions: TensorDict of batch size [n]; where n exceeds the capacity, the last ones
-                remain, as if they had been added one by one.
+            transitions: TensorDict or tensorclass of batch size [n], or a dict, also nested, of
+                tensors or arrays [n, ...]; where n exceeds the capacity, the last ones remain, as
+                if they had been added one by one.
             priority: raw priorities for them, finite and not negative, [n]; 0 is never drawn. None
                 gives them that of `new_priority`.
             mask: only with `num_buffers`.
@@ -208,26 +214,24 @@ class PrioritizedReplayBuffer(ReplayState):
             Their slots, int64 [n].
 
         Raises:
-            SchemaError: keys, shapes or dtypes differ from those that came before.
+            SchemaError: keys, shapes or dtypes differ from those that came before, something is
+                not a tensor, or the batch size is not [n].
+            AllocationError, DiskAllocationError: the first transitions tell how much memory is
+                needed, and there is not enough; the buffer takes others then.
             PriorityError: `priority` has a wrong shape or dtype, or a value is NaN, infinite or
                 negative (on CUDA such a value is replaced by that of `new_priority`, and counted).
         """
         self._refuse(mask)
         leaves = self._storage.check(transitions)
-        return self._extend(leaves, transitions.batch_size[0], priority)
+        return self._extend(leaves, count(leaves), priority)
 
-    def add(self, transition: TensorDictBase, priority: Any = None, mask: Any = None) -> Tensor:
-        """Write one transition, a TensorDict of batch size []; see `extend`.
+    def add(self, transition: Any, priority: Any = None, mask: Any = None) -> Tensor:
+        """Write one transition: a TensorDict of batch size [], or a dict; see `extend`.
 
         Returns:
             Its slot, int64 [].
         """
         self._refuse(mask)
-        if isinstance(transition, TensorDictBase) and transition.batch_dims:
-            raise SchemaError(
-                f"expected a TensorDict of batch size [], got {list(transition.batch_size)}:"
-                " use extend() for several transitions"
-            )
         leaves = self._storage.check(transition, batched=False)
         return self._extend(leaves, 1, priority).squeeze_(0)
 
@@ -350,17 +354,11 @@ class PrioritizedReplayBuffer(ReplayState):
         if isinstance(stale, Tensor) or stale:
             self._stale += stale
 
-    def update_tensordict_priority(self, batch: TensorDictBase) -> None:
+    def update_tensordict_priority(self, batch: Any) -> None:
         """`update_priority` with "index", "td_error" and "generation" (if any) of a batch [B].
 
         Raises:
             SchemaError: the batch has no "index" or no "td_error".
         """
-        if not isinstance(batch, TensorDictBase | Mapping):
-            raise SchemaError(f"expected a TensorDict, got {type(batch).__name__}")
-        for key in ("index", "td_error"):
-            if batch.get(key, None) is None:
-                raise SchemaError(
-                    f"expected the key {key!r} in the batch, got {list(batch.keys())}"
-                )
-        self.update_priority(batch["index"], batch["td_error"], batch.get("generation", None))
+        index, td_error = entries_of(batch, "index", "td_error")
+        self.update_priority(index, td_error, batch.get("generation", None))

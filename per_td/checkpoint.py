@@ -29,7 +29,7 @@ from torch import Tensor
 from per_td.atomic import replacing
 from per_td.errors import CheckpointError
 
-__all__ = ["VERSION", "read", "write"]
+__all__ = ["VERSION", "read", "require", "write"]
 
 VERSION = 2
 _MAGIC = b"per_td\r\n"
@@ -142,7 +142,9 @@ class _Writer:
             }
             block = self._shared.get(value.untyped_storage().data_ptr())
             if block is None or value.is_contiguous():
-                entry["stride"] = list(torch.empty(value.shape, device="meta").stride())
+                entry["stride"] = list(
+                    torch.empty(value.shape, dtype=value.dtype, device="meta").stride()
+                )
                 block = self._add(value)
             else:
                 first = self.blocks[block].source
@@ -301,17 +303,49 @@ def _read_first_version(path: str | os.PathLike[str]) -> Any:
         ) from error
 
 
-def read(path: str | os.PathLike[str]) -> Any:
+def require(expected: str, state: Any, path: str | os.PathLike[str] | None = None) -> None:
+    """Refuse a state whose "format" is not `expected`, such as that of a network.
+
+    Raises:
+        CheckpointError: it says what came instead, and the `path` that it is from.
+    """
+    known = state.get("format") if isinstance(state, dict) else None
+    if known == expected and isinstance(known, str):
+        return
+    if isinstance(known, str):
+        got = f"that of {known!r}"
+    elif isinstance(state, dict):
+        keys = [*map(repr, state)]
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        got = f"a dict with the keys {', '.join(keys[:3]) or '(none)'}{more}, such as of a network"
+    else:
+        got = f"{type(state).__name__}, no dict"
+    place = "" if path is None else f"{os.fspath(path)}: "
+    raise CheckpointError(f"{place}expected the state of a {expected.split('.')[-1]}, got {got}")
+
+
+def read(path: str | os.PathLike[str], expected: str | None = None) -> Any:
     """What is in the file `path`, on the CPU; no code in the file is run.
 
     All checksums have been looked at then. Tensors are views of the file: they may not be written
     to, and take no memory that the system could not take back.
 
+    Args:
+        path: of the file.
+        expected: the format of the state in it; None takes any.
+
     Raises:
-        CheckpointError: the file is truncated, damaged, foreign, or of a later version: it says
-            which.
+        CheckpointError: the file is truncated, damaged, foreign, of a later version, or does not
+            hold what is `expected`: it says which.
         FileNotFoundError: there is none.
     """
+    state = _read(path)
+    if expected is not None:
+        require(expected, state, path)
+    return state
+
+
+def _read(path: str | os.PathLike[str]) -> Any:
     with open(path, "rb") as file:
         if file.read(len(_ZIP)) == _ZIP:
             return _read_first_version(path)

@@ -1,8 +1,10 @@
 """Every error that per_td raises on purpose, all derived from `PerTdError`; and its warning."""
 
 __all__ = [
+    "AllocationError",
     "CheckpointError",
     "ConfigurationError",
+    "DiskAllocationError",
     "EmptyBufferError",
     "IndexRangeError",
     "KernelWarning",
@@ -38,6 +40,14 @@ class EmptyBufferError(PerTdError, RuntimeError):
 
 class CheckpointError(PerTdError, RuntimeError):
     """A saved state that cannot be loaded into this buffer."""
+
+
+class AllocationError(PerTdError, MemoryError):
+    """There is not enough memory. Whatever asked for it is as it was before."""
+
+
+class DiskAllocationError(PerTdError, OSError):
+    """There is not enough space on a disk. Whatever asked for it is as it was before."""
 
 
 class KernelWarning(UserWarning):

@@ -3,15 +3,24 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tensordict import TensorDictBase, is_leaf_nontensor
+from tensordict import (
+    LazyStackedTensorDict,
+    TensorDict,
+    TensorDictBase,
+    is_non_tensor,
+    is_tensor_collection,
+    is_tensorclass,
+)
 from torch import Tensor
 
+from per_td import validation
 from per_td.errors import SchemaError
 
 __all__ = [
     "Key",
     "Leaves",
     "count",
+    "entries_of",
     "flattened",
     "leaves_of",
     "named",
@@ -79,30 +88,86 @@ def flattened(tree: Mapping[str, Any], prefix: Key = ()) -> Leaves:
     return out
 
 
-def leaves_of(transitions: TensorDictBase) -> Leaves:
-    """The tensors of a TensorDict by key.
+def entries_of(batch: Any, *keys: str) -> list[Any]:
+    """The entries of a TensorDict, of a tensorclass or of a dict under `keys`.
 
     Raises:
-        SchemaError: something in it is not a tensor.
+        SchemaError: it is none of these, or lacks one of the keys.
+    """
+    if is_tensorclass(batch):
+        batch = batch._tensordict
+    if not isinstance(batch, Mapping):
+        raise SchemaError(f"expected a TensorDict, got {type(batch).__name__}")
+    values = [batch.get(key, None) for key in keys]
+    for key, value in zip(keys, values, strict=True):
+        if value is None:
+            raise SchemaError(f"expected the key {key!r} in the batch, got {[*batch.keys()]}")
+    return values
+
+
+def leaves_of(transitions: Any) -> Leaves:
+    """The tensors of a TensorDict, of a tensorclass, or of a dict of them, by key.
+
+    In a plain dict, arrays and numbers become tensors. Nothing is left out.
+
+    Raises:
+        SchemaError: it is none of these, or something in it is not a tensor; it says which key.
     """
     leaves: Leaves = {}
-    if _collect(transitions, (), leaves):
-        return leaves
-    for name, leaf in transitions.items(True, True, is_leaf=is_leaf_nontensor):
-        key = (name,) if isinstance(name, str) else name
-        if not isinstance(leaf, Tensor):
-            raise SchemaError(f"{named(key)}: expected a tensor, got {type(leaf).__name__}")
-        leaves[key] = leaf
+    _collect(transitions, (), leaves)
     return leaves
 
 
-def _collect(transitions: TensorDictBase, prefix: Key, leaves: Leaves) -> bool:
-    """Add its tensors to `leaves`; False where it holds more than those and TensorDicts."""
-    for name, value in transitions.items():
+def _collect(source: Any, prefix: Key, leaves: Leaves) -> None:
+    """Add the tensors of `source`, which lies under the key `prefix`, to `leaves`."""
+    usual = type(source) is TensorDict
+    for name, value in source.items() if usual else _items(source, prefix):
         if isinstance(value, Tensor):
             if value.is_nested:  # it has no shape that could be looked at
                 raise SchemaError(f"{named((*prefix, name))}: expected a dense tensor, got nested")
             leaves[*prefix, name] = value
-        elif not (isinstance(value, TensorDictBase) and _collect(value, (*prefix, name), leaves)):
-            return False
-    return True
+        else:
+            _collect(value, (*prefix, name), leaves)
+
+
+def _items(source: Any, prefix: Key) -> Iterable[tuple[str, Any]]:
+    """The entries of all that is not a plain TensorDict."""
+    if not is_non_tensor(source):
+        if is_tensorclass(source):
+            source = source._tensordict  # its own items() leave out what lazy stacks cannot stack
+        if isinstance(source, LazyStackedTensorDict):
+            return _stacked(source, prefix)
+        if isinstance(source, TensorDictBase):
+            return source.items()  # type: ignore[no-any-return]
+        if isinstance(source, Mapping):
+            return [_entry(name, value, prefix) for name, value in source.items()]
+    kind = type(source).__name__
+    if prefix:
+        raise SchemaError(f"{named(prefix)}: expected a tensor, got {kind}")
+    raise SchemaError(f"expected a TensorDict or a dict of tensors, got {kind}")
+
+
+def _stacked(source: LazyStackedTensorDict, prefix: Key) -> Iterable[tuple[str, Any]]:
+    """The entries of TensorDicts that are stacked when they are read.
+
+    Those that not all of them have would be left out, and others may not fit together.
+    """
+    parts = [set(part.keys()) for part in source.tensordicts]
+    for name in sorted(set.union(set(), *parts)):
+        key = named((*prefix, name))
+        if not all(name in part for part in parts):
+            raise SchemaError(f"{key}: expected it in all stacked TensorDicts, got some without")
+        try:
+            value = source.get(name)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise SchemaError(f"{key}: expected tensors of one shape and dtype: {error}") from error
+        yield name, value
+
+
+def _entry(name: Any, value: Any, prefix: Key) -> tuple[str, Any]:
+    """An entry of a plain dict."""
+    if not isinstance(name, str):
+        raise SchemaError(f"expected names (str) as keys of a dict, got {name!r}: nest dicts")
+    if isinstance(value, Tensor | Mapping) or is_tensor_collection(value):
+        return name, value
+    return name, validation.as_tensor(named((*prefix, name)), value, SchemaError)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 from torch import Tensor
 
 from per_td import validation
@@ -89,12 +89,12 @@ class ManyBuffers(PrioritizedReplayBuffer):
         """
         return self._storage.data
 
-    def extend(self, transitions: TensorDictBase, priority: Any = None, mask: Any = None) -> Tensor:
+    def extend(self, transitions: Any, priority: Any = None, mask: Any = None) -> Tensor:
         """Write transitions to every buffer.
 
         Args:
-            transitions: TensorDict of batch size [S, n]; of more than fit in a buffer, the last
-                ones remain, as if they had been added one by one.
+            transitions: TensorDict of batch size [S, n], or a dict of tensors [S, n, ...]; of more
+                than fit in a buffer, the last ones remain, as if they had been added one by one.
             priority: raw priorities for them, finite and not negative, [S, n]; 0 is never drawn.
                 None gives them that of `new_priority` in their buffer.
             mask: bool [S, n]; where it is False, nothing is written. None writes all.
@@ -109,10 +109,10 @@ class ManyBuffers(PrioritizedReplayBuffer):
                 NaN, infinite or negative (on CUDA such a value is replaced by that of
                 `new_priority`, and counted).
         """
-        leaves = self._storage.check_each(transitions, 2)
-        return self._extend_each(leaves, transitions.batch_size, priority, mask)
+        leaves, size = self._storage.check_each(transitions, batched=True)
+        return self._extend_each(leaves, size, priority, mask)
 
-    def add(self, transition: TensorDictBase, priority: Any = None, mask: Any = None) -> Tensor:
+    def add(self, transition: Any, priority: Any = None, mask: Any = None) -> Tensor:
         """Write one transition to every buffer, a TensorDict of batch size [S]; see `extend`.
 
         `priority` and `mask` are [S].
@@ -120,7 +120,7 @@ class ManyBuffers(PrioritizedReplayBuffer):
         Returns:
             Its slot in each buffer, int64 [S]; -1 where nothing was written.
         """
-        leaves = self._storage.check_each(transition, 1)
+        leaves, _ = self._storage.check_each(transition, batched=False)
         size = torch.Size([self._storage.num_buffers, 1])
         if priority is not None:
             priority = validation.as_tensor("priority", priority, PriorityError).unsqueeze(-1)

@@ -50,7 +50,7 @@ class ManyPriorities(PriorityTable):
         forest = SumForest(capacity, device, num_trees=num_buffers)
         super().__init__(capacity, device=device, masses=forest, **settings)
         self._forest = forest.forest
-        self.ever_max_each = torch.zeros(num_buffers, device=device)
+        self.ever_max_each = torch.zeros(num_buffers, dtype=torch.float32, device=device)
 
     def _faster(self) -> str:
         """The method that draws, where "auto" leaves the choice."""

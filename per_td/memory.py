@@ -1,27 +1,66 @@
-"""Memory for large tensors: ordinary, in files, and where a CUDA device can read from the host."""
+"""Memory that lasts: ordinary, in files, and where a CUDA device can read from the host.
 
+It is never made in the caller's inference mode, beyond which nobody could write to it.
+"""
+
+import errno
 import math
 import mmap
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from per_td import validation
-from per_td.errors import ConfigurationError
+from per_td.errors import AllocationError, ConfigurationError, DiskAllocationError, PerTdError
 
-__all__ = ["STORAGES", "Place", "mapped_zeros", "zeros"]
+__all__ = ["STORAGES", "Place", "allocating", "mapped_zeros", "zeros"]
 
 STORAGES = ("memory", "memmap", "pinned")
 
 _LARGE = 4 * 2**20
 _CACHE_LINE = 64
+_LARGEST_FILE = 2**63 - 1
 
 
+@contextmanager
+def allocating(what: str, size: int, advice: str) -> Iterator[None]:
+    """Say what was to be allocated, where torch, numpy or the system refuse.
+
+    Args:
+        what: it is for.
+        size: in bytes.
+        advice: what else to do.
+
+    Raises:
+        AllocationError: there is not enough memory.
+        DiskAllocationError: there is not enough space on a disk.
+    """
+    try:
+        yield
+    except (MemoryError, OSError, OverflowError, RuntimeError, ValueError) as error:
+        known = isinstance(error, AllocationError | DiskAllocationError)
+        if isinstance(error, PerTdError) and not known:
+            raise
+        cause = error.__cause__ if known and error.__cause__ is not None else error
+        if isinstance(cause, torch.AcceleratorError) and "out of memory" not in str(cause):
+            raise  # something else went wrong on the device, maybe long before
+        text = (
+            f"{what}: expected {size / 2**30:.3g} GiB ({size} bytes) in all, got"
+            f" {str(cause).partition(chr(10))[0]!r}; nothing was written. {advice}"
+        )
+        if isinstance(error, OSError):
+            raise DiskAllocationError(error.errno or errno.ENOSPC, text) from cause
+        raise AllocationError(text) from cause
+
+
+@torch.inference_mode(False)
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """`torch.zeros`, on the CPU in huge pages where the system has them.
 
@@ -29,15 +68,20 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     10^8 slots, a sample and an update took 1.5 times as long. numpy asks Linux for pages of 2 MiB,
     which torch does only if an environment variable tells it to. It also leaves memory that
     nobody has written to unused.
+
+    Raises:
+        AllocationError: there is not enough memory.
     """
     size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < _LARGE:
-        return torch.zeros(tuple(shape), dtype=dtype, device=device)
-    memory = torch.from_numpy(np.zeros(size + _CACHE_LINE, np.uint8))
+    with allocating(f"{dtype} of shape {[*shape]} on {device}", size, "Take a smaller capacity"):
+        if device.type != "cpu" or size < _LARGE:
+            return torch.zeros(tuple(shape), dtype=dtype, device=device)
+        memory = torch.from_numpy(np.zeros(size + _CACHE_LINE, np.uint8))
     start = -memory.data_ptr() % _CACHE_LINE  # 16 leaves of a tree are to be in one cache line
     return memory[start : start + size].view(dtype).view(tuple(shape))
 
 
+@torch.inference_mode(False)
 def mapped_zeros(
     shape: Sequence[int], dtype: torch.dtype, folder: str | os.PathLike[str] | None = None
 ) -> Tensor:
@@ -52,15 +96,20 @@ def mapped_zeros(
         folder: on which disk; None takes the system's folder for temporary files.
 
     Raises:
-        OSError: there is no such folder, or not enough space.
+        DiskAllocationError: there is no such folder, or not enough space.
     """
     size = max(1, math.prod(shape) * dtype.itemsize)
-    with tempfile.TemporaryFile(dir=folder) as file:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-        else:
-            file.truncate(size)
-        memory = mmap.mmap(file.fileno(), size)
+    disk = tempfile.gettempdir() if folder is None else os.fspath(folder)
+    advice = "Take a folder on a disk with more space, or a smaller capacity"
+    with allocating(f"{dtype} of shape {[*shape]} in a file in {disk!r}", size, advice):
+        if size > _LARGEST_FILE:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        with tempfile.TemporaryFile(dir=folder) as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+            memory = mmap.mmap(file.fileno(), size)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     return whole[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
 
@@ -75,7 +124,8 @@ class Place:
         folder: for the files.
 
     Raises:
-        ConfigurationError: `storage` is none of these, or has no use for a folder.
+        ConfigurationError: `storage` is none of these, or has no use for a folder; or that is not a
+            folder that can be written to.
     """
 
     storage: str = "memory"
@@ -86,6 +136,10 @@ class Place:
         if self.folder is not None and self.storage != "memmap":
             raise ConfigurationError(
                 f"folder: expected None with storage={self.storage!r}, got {self.folder!r}"
+            )
+        if self.folder is not None and not _writable(self.folder):
+            raise ConfigurationError(
+                f"folder: expected an existing folder that can be written to, got {self.folder!r}"
             )
 
     def home(self, device: torch.device) -> torch.device:
@@ -106,5 +160,21 @@ class Place:
         if self.storage == "memmap":
             return mapped_zeros(shape, dtype, self.folder)
         if self.storage == "pinned":
-            return torch.zeros(tuple(shape), dtype=dtype, device=device, pin_memory=True)
+            with torch.inference_mode(False):
+                return torch.zeros(tuple(shape), dtype=dtype, device=device, pin_memory=True)
         return zeros(shape, dtype, device)
+
+    @property
+    def advice(self) -> str:
+        """What to do where there is not enough of it."""
+        if self.storage == "memmap":
+            where = "another disk (folder=...)"
+        else:
+            where = "files in place of memory (storage='memmap')"
+        return f"Take {where}, or a smaller capacity"
+
+
+def _writable(folder: Any) -> bool:
+    """Whether files can be made in it."""
+    named = isinstance(folder, str | os.PathLike)
+    return named and os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)

@@ -45,6 +45,7 @@ class PriorityTable:
         ConfigurationError: an argument is not one of those accepted.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         capacity: int,
@@ -77,7 +78,7 @@ class PriorityTable:
         self._largest = ExtremumTree(self._raw, layout, "max")
         self._smallest: ExtremumTree | None = None
         self.weight_normalization = weight_normalization
-        self.ever_max = torch.zeros((), device=device)
+        self.ever_max = torch.zeros((), dtype=torch.float32, device=device)
         self._replayed = zeros((layout.leaf_slots,), torch.bool, device)
         self.refused = torch.zeros((), dtype=torch.int64, device=device)
         self._points = torch.empty(0, dtype=torch.float64, device=device)

@@ -63,7 +63,8 @@ def sample_weighted(
         index, mass = sample(table, n, size, generator)
         return index, _weights_of(table, mass, beta, filled)
     if table._points.shape[0] != n:
-        table._points = torch.empty(n, dtype=torch.float64, device=table.device)
+        with torch.inference_mode(False):  # or nobody could draw into them beyond it
+            table._points = torch.empty(n, dtype=torch.float64, device=table.device)
     point = draws.uniform_like(table._points, generator)
     return priority_kernels.draw(kernel, table, point, size, float(beta))
 

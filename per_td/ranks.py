@@ -14,6 +14,7 @@ from torch import Tensor
 
 from per_td import validation
 from per_td.errors import ConfigurationError
+from per_td.memory import zeros
 from per_td.weights import mass_of
 
 __all__ = ["DEFAULT_ALPHA", "PRIORITIZATIONS", "RankMasses", "order_of"]
@@ -69,7 +70,7 @@ class RankMasses:
         if sort_interval is not None:
             sort_interval = validation.positive_int("sort_interval", sort_interval)
         self.sort_interval = sort_interval
-        self.snapshot = torch.zeros(capacity, device=device)
+        self.snapshot = zeros((capacity,), torch.float32, device)
         """Priorities at the last sort, ascending, float32 [capacity]; 0 for empty slots."""
         self.filled = 0
         self.changes = 0

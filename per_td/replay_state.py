@@ -253,7 +253,7 @@ class ReplayState(Copied):
                 normalization=table.weight_normalization,
             ),
             "beta": self._beta.float(),
-            "size": torch.full((), size, device=self.device),
+            "size": torch.full((), size, dtype=torch.int64, device=self.device),
             "stale_updates": self._stale.clone(),
             "refused_priorities": table.refused.clone(),
         }
@@ -301,7 +301,7 @@ class ReplayState(Copied):
             SchemaError: its transitions are not like those that this buffer was made for.
             FileNotFoundError: there is none.
         """
-        self.load_state_dict(checkpoint.read(path))
+        self.load_state_dict(checkpoint.read(path, states.FORMAT))
 
     @classmethod
     def load(
@@ -333,7 +333,7 @@ class ReplayState(Copied):
                 per_td; it says which.
             FileNotFoundError: there is none.
         """
-        state = states.check(checkpoint.read(path))
+        state = states.check(checkpoint.read(path, states.FORMAT))
         device = validation.resolve_device(device)
         if generator is None and state["generator"] is not None:
             generator = torch.Generator(device)

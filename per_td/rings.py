@@ -5,7 +5,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 from torch import Tensor
 
 from per_td import rows, validation
@@ -115,26 +115,29 @@ class Rings(RingStorage):
         """How often a ring had wrapped when its slots `index` [S, B] were written; -1 if never."""
         return generation_of(index, self._written_each.unsqueeze(-1), self.capacity)
 
-    def check_each(self, transitions: TensorDictBase, dims: int) -> Leaves:
-        """The leaves of transitions [S] or [S, n], as `dims` says; nothing is written.
+    def check_each(self, transitions: Any, *, batched: bool) -> tuple[Leaves, torch.Size]:
+        """The leaves of transitions [S, n], or of one for each ring [S]; nothing is written.
 
         Returns:
-            Leaves [S, ...] or [S * n, ...] by key.
+            Leaves [S * n, ...] or [S, ...] by key, and the batch size.
 
         Raises:
             SchemaError: see `Schema.check`; or the batch size is not that.
         """
-        if not isinstance(transitions, TensorDictBase):
-            raise SchemaError(f"expected a TensorDict, got {type(transitions).__name__}")
-        size = transitions.batch_size
-        if len(size) != dims or size[0] != self.num_buffers:
-            expected = f"[{self.num_buffers}]" if dims == 1 else f"[{self.num_buffers}, n]"
-            other = "extend()" if dims == 1 else "add()"
-            hint = f": use {other}" if len(size) == 3 - dims else ""
-            raise SchemaError(
-                f"expected a TensorDict of batch size {expected}, got {list(size)}{hint}"
-            )
-        return self.flat(leaves_of(transitions), size)
+        leaves, lead = leaves_of(transitions), (self.num_buffers,)
+        size = getattr(transitions, "batch_size", None)
+        if size is None:  # a plain dict: the first tensor tells
+            for key, leaf in leaves.items():
+                if leaf.ndim <= batched:
+                    expected = f"[{self.num_buffers}{', n' * batched}, ...]"
+                    raise SchemaError(
+                        f"{named(key)}: expected shape {expected}, got {list(leaf.shape)}"
+                    )
+            first = next(iter(leaves.values())).shape if leaves else ()
+            size = torch.Size((*lead, *first[1 : 1 + batched]))
+        elif len(size) != 1 + batched or size[:1] != lead:
+            raise self._schema.wrong_batch_size(leaves, size, lead, batched=batched)
+        return self.flat(leaves, size), size
 
     def size_of(self, leaves: Leaves) -> torch.Size:
         """The [S, n] of leaves [S, n, ...], as the first of them has it.

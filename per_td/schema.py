@@ -1,7 +1,8 @@
 """Schema: which tensors a transition consists of, and whether what comes in is like that."""
 
+from typing import Any
+
 import torch
-from tensordict import TensorDictBase
 
 from per_td import validation
 from per_td.errors import SchemaError
@@ -29,18 +30,17 @@ class Schema:
         self.fields: dict[Key, Field] = {}
         self._usual: tuple[tuple[int, ...], list[torch.Size]] = (), []
 
-    def fix(self, leaves: Leaves) -> list[Field]:
-        """Accept only what is like `leaves` [n, ...] from now on."""
-        fields = [Field(key, leaf.shape[1:], leaf.dtype) for key, leaf in leaves.items()]
+    def fix(self, fields: list[Field]) -> None:
+        """Accept only transitions of these fields from now on."""
         self.fields = {field.key: field for field in fields}
         self._usual = (), [field.shape for field in fields]
-        return fields
 
-    def check(self, transitions: TensorDictBase, *, batched: bool = True) -> Leaves:
+    def check(self, transitions: Any, *, batched: bool = True) -> Leaves:
         """The leaves of `transitions`, if they fit.
 
         Args:
-            transitions: TensorDict of batch size [n, ...], or of one transition.
+            transitions: TensorDict or tensorclass of batch size [n], or of one transition [];
+                or a dict of tensors like that.
             batched: whether the first dimension counts transitions.
 
         Returns:
@@ -48,22 +48,47 @@ class Schema:
 
         Raises:
             SchemaError: keys, shapes or dtypes are not those of the fields, a key is reserved, a
-                leaf is not a tensor, or the batch size has no first dimension.
+                leaf is not a tensor, or the batch size is another one.
         """
-        if not isinstance(transitions, TensorDictBase):
-            raise SchemaError(f"expected a TensorDict, got {type(transitions).__name__}")
-        if batched and not transitions.batch_dims:
-            raise SchemaError(
-                "expected a TensorDict of batch size [n], got batch size []: use add()"
-                " for one transition"
-            )
         leaves = leaves_of(transitions)
-        if self._fits(leaves, transitions.batch_size[:1] if batched else ()):
-            return leaves
+        size = getattr(transitions, "batch_size", None)  # a plain dict has none
+        if size is not None:
+            if len(size) != batched:
+                raise self.wrong_batch_size(leaves, size, batched=batched)
+            if self._fits(leaves, size):
+                return leaves
         if not batched:
             leaves = {key: leaf.unsqueeze(0) for key, leaf in leaves.items()}
         self.check_leaves(leaves)
         return leaves
+
+    def wrong_batch_size(
+        self, leaves: Leaves, size: torch.Size, lead: tuple[int, ...] = (), *, batched: bool
+    ) -> SchemaError:
+        """The error for a TensorDict of the batch size `size`, with what to do about it.
+
+        Args:
+            leaves: what is in it.
+            size: other than [*lead, n], or [*lead] of one transition.
+            lead: [S] with many buffers.
+            batched: whether [*lead, n] was expected.
+        """
+        dims, hint = len(lead) + batched, ""
+        if len(size) == dims + 1 and not batched:
+            hint = ": use extend() for several transitions"
+        elif len(size) > dims:
+            hint = (
+                f": .flatten({len(lead)}, {len(size) - 1}) makes them {size[len(lead) :].numel()}"
+            )
+            hint += f" transitions, batch_size={[*size[:dims]]} keeps the rest in each transition"
+        elif len(size) < dims and not (batched and size == lead and self._fits(leaves, size)):
+            common = _common(leaves)[:dims]
+            if len(common) == dims and common[: len(lead)] == lead:
+                hint = f": give batch_size={[*common]}"
+        if not hint and batched and size == lead:
+            hint = ": use add() for one transition"
+        wanted = ", ".join([*map(str, lead), *["n"] * batched])
+        return SchemaError(f"expected a TensorDict of batch size [{wanted}], got {[*size]}{hint}")
 
     def check_leaves(self, leaves: Leaves) -> None:
         """`check` for leaves [n, ...] that are no TensorDict."""
@@ -114,3 +139,13 @@ class Schema:
                     f"{named(key)}: expected {field.dtype} of shape {list(field.shape)}"
                     f" per transition, got {leaf.dtype} of shape {list(leaf.shape[1:])}"
                 )
+
+
+def _common(leaves: Leaves) -> tuple[int, ...]:
+    """The first dimensions, as far as those of all leaves are equal."""
+    common = []
+    for sizes in zip(*(leaf.shape for leaf in leaves.values()), strict=False):
+        if len(set(sizes)) > 1:
+            break
+        common.append(sizes[0])
+    return tuple(common)

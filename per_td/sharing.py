@@ -12,6 +12,7 @@ from per_td import states
 from per_td.buffer import MANY_ALONE
 from per_td.errors import CheckpointError, ConfigurationError, PerTdError, PriorityError
 from per_td.leaves import Leaves, count, flattened, nested
+from per_td.memory import allocating
 from per_td.mutex import RobustMutex
 from per_td.priorities import PriorityTable
 from per_td.storage import RingStorage
@@ -26,8 +27,10 @@ def _share(*tensors: Tensor) -> None:
     `Tensor.share_memory_` would keep the distance from the storage's beginning, by which
     `per_td.memory.zeros` has put groups of 16 leaves into one cache line.
     """
-    for tensor in tensors:
-        tensor.set_(tensor.clone(memory_format=torch.contiguous_format).share_memory_())  # type: ignore[no-untyped-call]
+    size = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+    with allocating("shared memory (/dev/shm)", size, "Take a smaller capacity"):
+        for tensor in tensors:
+            tensor.set_(tensor.clone(memory_format=torch.contiguous_format).share_memory_())  # type: ignore[no-untyped-call]
 
 
 class Journal:
@@ -66,6 +69,7 @@ class SharedRing(RingStorage):
     def __init__(self, capacity: int, device: torch.device, layout: str, journal: Journal) -> None:
         super().__init__(capacity, device, layout)
         self._journal = journal
+        self._advice = "Take a smaller capacity"  # files are not shared
         _share(self._write_count)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -128,7 +132,7 @@ class SharedTable(PriorityTable):
 
     def void(self, start: int, n: int) -> None:
         """Take away the priority of `n` slots from `start` on and around the ring."""
-        index = torch.arange(start, start + n).remainder_(self.capacity)
+        index = torch.arange(start, start + n, device="cpu").remainder_(self.capacity)
         self._raw[index] = 0.0
         self.replayed[index] = False
 

@@ -89,7 +89,7 @@ def _real(name: str, value: Any, shape: tuple[int, ...], high: float = math.inf)
 
 def _count(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
     if isinstance(value, int) and not isinstance(value, bool) and not shape and value < 2**63:
-        value = torch.tensor(value)
+        value = torch.tensor(value, dtype=torch.int64, device="cpu")
     tensor = _tensor(name, value, shape, (torch.int64,))
     if not (tensor >= 0).all():
         raise _wrong(name, "counts of at least 0", "negative ones")

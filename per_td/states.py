@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from per_td import checkpoint
-from per_td.errors import CheckpointError
+from per_td.errors import AllocationError, CheckpointError, DiskAllocationError
 from per_td.leaves import flattened, nested
 from per_td.state_values import check_values
 
@@ -40,16 +40,15 @@ def check(state: Any) -> dict[str, Any]:
     Raises:
         CheckpointError: it is something else, or of a later version.
     """
-    found = state.get("format") if isinstance(state, dict) else type(state)
-    if not isinstance(state, dict) or str(found) != FORMAT:
-        raise CheckpointError(f"expected the state of a PrioritizedReplayBuffer, got {found!r}")
+    checkpoint.require(FORMAT, state)
     version, last = state.get("version"), checkpoint.VERSION
     if not isinstance(version, int) or not 1 <= version <= last:
         raise CheckpointError(f"expected a state of version 1 to {last}, got version {version!r}")
     if state.keys() - _LATER_KEYS != _KEYS:
         raise CheckpointError(f"expected the keys {sorted(_KEYS)}, got {sorted(map(str, state))}")
     check_values(state)
-    return state
+    checked: dict[str, Any] = state
+    return checked
 
 
 class Move(NamedTuple):
@@ -152,9 +151,16 @@ def restore(buffer: "ReplayState", state: Any) -> None:
     leaves = flattened(state["transitions"])
     if leaves:
         storage.check_state(leaves)
-    if buffer.generator is not None and state["generator"] is not None:
-        _continue(buffer.generator, state["generator"])  # the last that may be refused
-    storage.restore(leaves, moves)
+    generator = buffer.generator
+    before = None if generator is None else generator.get_state()
+    if generator is not None and state["generator"] is not None:
+        _continue(generator, state["generator"])
+    try:
+        storage.restore(leaves, moves)
+    except (AllocationError, DiskAllocationError):  # the last that may be refused
+        if generator is not None and before is not None:
+            generator.set_state(before)
+        raise
     moved = any(move.moved for move in moves)
     counts = torch.as_tensor(state["write_count"]).reshape(-1).tolist()
     storage.epoch = state.get("epoch", 0)

@@ -4,12 +4,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 from torch import Tensor
 
 from per_td import batch, kernels, layouts, rows, validation
-from per_td.leaves import Leaves, count, flattened, nested
-from per_td.memory import Place
+from per_td.layouts import Field
+from per_td.leaves import Leaves, count, flattened, named, nested
+from per_td.memory import Place, allocating
 from per_td.ring import generation_of
 from per_td.schema import RESERVED, Schema
 from per_td.states import Move
@@ -57,6 +58,7 @@ class RingStorage:
         self.device = device
         self.place = Place() if place is None else place
         self.home = self.place.home(device)
+        self._advice = self.place.advice
         self._away = self.home != device
         self.layout = validation.one_of("layout", layout, layouts.LAYOUTS)
         self._compiled = kernels.wanted(self.home)
@@ -138,7 +140,7 @@ class RingStorage:
         """Generations that a batch brings back, as `generation` counts them."""
         return generation - self.epoch if self.epoch else generation
 
-    def check(self, transitions: TensorDictBase, *, batched: bool = True) -> Leaves:
+    def check(self, transitions: Any, *, batched: bool = True) -> Leaves:
         """The leaves of `transitions`, if they fit; nothing is written. See `Schema.check`."""
         return self._schema.check(transitions, batched=batched)
 
@@ -147,20 +149,35 @@ class RingStorage:
         self._schema.check_leaves(leaves)
 
     def allocate(self, leaves: Leaves) -> None:
-        """Allocate memory for transitions like those in `leaves` [n, ...], unless done before."""
-        if self._columns:
-            return
-        fields = self._schema.fix(leaves)
-        self._bytes = sum(field.bytes for field in fields)
-        self.layout = layouts.resolve_layout(
+        """Allocate memory for transitions like those in `leaves` [n, ...], unless done before.
+
+        Raises:
+            AllocationError: there is not enough memory; nothing is fixed then.
+            DiskAllocationError: the same of files.
+        """
+        if not self._columns:
+            self._fix(leaves)
+
+    @torch.inference_mode(False)
+    def _fix(self, leaves: Leaves) -> None:
+        """Fix what a transition consists of, once there is memory for it."""
+        fields = [Field(key, leaf.shape[1:], leaf.dtype) for key, leaf in leaves.items()]
+        size = sum(field.bytes for field in fields)
+        layout = layouts.resolve_layout(
             self.layout, fields, compiled=self._compiled, mapped=self.place.storage == "memmap"
         )
+        what = f"{self._rows} transitions of {', '.join(named(field.key) for field in fields)}"
         memory = self._rows, self.home, self.place.zeros
-        if self.layout == "records":
-            self._block = layouts.block_of(fields, *memory)
-            self._columns = self._views(self._block)
+        with allocating(what, self._rows * size, self._advice):
+            if layout == "records":
+                block = layouts.block_of(fields, *memory)
+            else:
+                columns = layouts.columns_of(fields, *memory)
+        self._schema.fix(fields)
+        self.layout, self._bytes = layout, size
+        if layout == "records":
+            self._block, self._columns = block, self._views(block)
         else:
-            columns = layouts.columns_of(fields, *memory)
             self._columns = dict(zip(leaves, columns, strict=True))
         self._sizes = rows.steps(self._columns.values())
 

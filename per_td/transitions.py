@@ -267,7 +267,7 @@ class TransitionReplayBuffer(Copied):
             SchemaError: its transitions are not like those in here.
             FileNotFoundError: there is none.
         """
-        state = states.check(checkpoint.read(path))
+        state = states.check(checkpoint.read(path, states.FORMAT))
         _require_course(path, state["transitions"], state["settings"].get("num_buffers"))
         self.buffer.load_state_dict(state)
         self._forget_draws()

@@ -55,18 +55,44 @@ def can_raise(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def resolve_device(device: torch.device | str | int | None) -> torch.device:
+def _probe(device: torch.device | str | int | None, dtype: torch.dtype) -> Tensor:
+    """An empty tensor there."""
+    return torch.empty(0, dtype=dtype, device=device)
+
+
+def resolve_device(device: torch.device | str | int | None, *, sums: bool = True) -> torch.device:
     """The device as tensors report it: `cuda` becomes `cuda:0`; None is torch's default device.
 
+    Args:
+        device: to be looked for.
+        sums: whether sums of masses are to live there, which are float64.
+
     Raises:
-        ConfigurationError: there is no such device, or it is "meta", which holds no values.
+        ConfigurationError: there is no such device, it is "meta", which holds no values, or it has
+            no float64.
     """
     try:
-        found = torch.empty(0, device=device).device
+        found = _probe(device, torch.uint8).device
     except _REFUSALS as error:
-        raise ConfigurationError(f"device: expected a device, got {device!r}: {error}") from error
+        reason = str(error).partition("\n")[0]
+        if str(device).startswith("cuda"):
+            n = torch.cuda.device_count() if torch.cuda.is_available() else 0
+            reason = (
+                f"torch finds {n} CUDA devices here; give device='cpu' to do without ({reason})"
+            )
+        raise ConfigurationError(
+            f"device: expected a device that there is, got {device!r}: {reason}"
+        ) from error
     if found.type == "meta":
         raise ConfigurationError("device: expected one that holds values, got meta")
+    if sums:
+        try:
+            _probe(found, torch.float64)
+        except _REFUSALS as error:
+            raise ConfigurationError(
+                f"device: expected one with float64, in which masses are summed, got '{found}':"
+                f" give device='cpu', and bring batches there with .to('{found.type}')"
+            ) from error
     return found
 
 

@@ -217,7 +217,7 @@ def test_wrong_transitions_are_refused_before_anything_is_written():
         buffer.extend(data(3, 2).exclude("action"))
     with pytest.raises(SchemaError, match=r"batch size \[\], got \[2\]: use extend"):
         buffer.add(data(3, 2))
-    with pytest.raises(SchemaError, match=r"batch size \[n\], got batch size \[\]: use add"):
+    with pytest.raises(SchemaError, match=r"batch size \[n\], got \[\]: use add"):
         buffer.extend(data(3, 1)[0])
     assert buffer.write_count == 3
 

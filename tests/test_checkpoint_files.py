@@ -124,6 +124,45 @@ def test_files_of_others_are_called_foreign_and_those_of_later_versions_later(tm
         PrioritizedReplayBuffer.load(path)
 
 
+def test_the_file_of_a_network_is_called_that(tmp_path):
+    path, network = tmp_path / "network.pt", torch.nn.Linear(2, 3)
+    torch.save(network.state_dict(), path)
+    got = (
+        "expected the state of a PrioritizedReplayBuffer, got a dict with the keys 'weight', 'bias'"
+    )
+    for buffer in (PrioritizedReplayBuffer, TransitionReplayBuffer):
+        with pytest.raises(CheckpointError, match=rf"network\.pt: {got}, such as of a network"):
+            buffer.load(path)
+    with pytest.raises(CheckpointError, match=f"^{got}"):
+        used().load_state_dict(network.state_dict())
+    torch.save({"format": "per_td.torchrl.PrioritizedSampler"}, path)
+    with pytest.raises(CheckpointError, match=r"network\.pt: .* that of 'per_td\.torchrl"):
+        PrioritizedReplayBuffer.load(path)
+    torch.save({str(k): k for k in range(9)}, path)
+    with pytest.raises(CheckpointError, match="'0', '1', '2' and 6 more"):
+        PrioritizedReplayBuffer.load(path)
+    torch.save([1], path)
+    with pytest.raises(CheckpointError, match=r"network\.pt: .* got list, no dict"):
+        PrioritizedReplayBuffer.load(path)
+
+
+def test_a_path_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for path, error, named in (
+        (tmp_path / "none" / "b.pt", FileNotFoundError, "none'"),
+        (tmp_path / "file" / "b.pt", NotADirectoryError, "file'"),
+        (tmp_path, IsADirectoryError, f"{tmp_path.name}'"),
+    ):
+        with pytest.raises(error, match="expected") as caught:
+            used().save(path)
+        assert str(caught.value).endswith(named)
+        assert "partial" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["file"]
+    monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "No")))
+    with pytest.raises(PermissionError, match=r"folder that 'b\.pt' can be written to, got: No"):
+        used().save(tmp_path / "b.pt")
+
+
 def first_version(buffer: PrioritizedReplayBuffer) -> dict:
     """The state as the first version wrote it."""
     state = buffer.state_dict() | {"version": 1}

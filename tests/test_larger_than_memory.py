@@ -181,9 +181,17 @@ def test_a_storage_that_cannot_be_is_refused_by_name(tmp_path):
     ):
         with pytest.raises(ConfigurationError, match=expected):
             PrioritizedReplayBuffer(5, device="cpu", **settings)
-    buffer = PrioritizedReplayBuffer(5, storage="memmap", folder=tmp_path / "none")
-    with pytest.raises(FileNotFoundError):
-        buffer.extend(data(0, 1))
+
+
+def test_a_folder_is_looked_at_when_the_buffer_is_made(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "none", tmp_path / "file", str(tmp_path / "none"), 0):
+        with pytest.raises(ConfigurationError, match=f"folder: expected an existing.*{folder}"):
+            PrioritizedReplayBuffer(5, storage="memmap", folder=folder)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ConfigurationError, match="that can be written to"):
+        PrioritizedReplayBuffer(5, storage="memmap", folder=tmp_path)
+    PrioritizedReplayBuffer(5, storage="memmap")
 
 
 @pytest.mark.cuda

@@ -162,10 +162,10 @@ class Batches:
 
     def _together(self, parts: list[_Part], totals: Tensor, beta: float) -> TensorDict:
         parts.sort(key=lambda part: part[0])
-        sizes = [len(drawn.slot) for _, drawn in parts]
+        sizes = torch.as_tensor([len(drawn.slot) for _, drawn in parts], device="cpu")
 
         def each(values: list[Any], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(sizes))
+            return torch.tensor(values, dtype=dtype, device="cpu").repeat_interleave(sizes)
 
         shard = each([shard for shard, _ in parts], torch.int64)
         probability = probabilities(
@@ -189,7 +189,7 @@ class Batches:
             "shard": shard,
             "priority_weight": weight,
         }
-        batch = TensorDict(tree, batch_size=[sum(sizes)])
+        batch = TensorDict(tree, batch_size=shard.shape)
         return batch if self._device.type == "cpu" else batch.to(self._device)
 
     def _smallest(self, totals: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from per_td import validation
 from per_td.buffer import PrioritizedReplayBuffer
-from per_td.errors import ConfigurationError, SchemaError
+from per_td.errors import ConfigurationError
+from per_td.leaves import entries_of
 from per_td.ray import actors, saving, updates, wire
 from per_td.ray.batches import Batches, Request
 from per_td.ray.ledger import Ledger
@@ -111,7 +112,7 @@ class ShardedReplayBuffer:
             "device": shard_device,
         }
         self._generator = validation.as_generator(generator, torch.device("cpu"))
-        self._device = validation.resolve_device(device)
+        self._device = validation.resolve_device(device, sums=False)
         self._prefetch = validation.integer("prefetch", prefetch, 0)
         self._timeout_s = validation.real("timeout_s", timeout_s)
         self._start_timeout_s = validation.real("start_timeout_s", start_timeout_s)
@@ -281,11 +282,11 @@ class ShardedReplayBuffer:
         """A handle for another actor or task, which begins with the shard `first`; see `Writer`."""
         return Writer(self._shards, first=first, timeout_s=timeout_s)
 
-    def extend(self, transitions: TensorDictBase, priority: Any = None) -> Receipt:
+    def extend(self, transitions: Any, priority: Any = None) -> Receipt:
         """Write transitions from here, to one shard; see `Writer.extend`."""
         return self._writer.extend(transitions, priority)
 
-    def add(self, transition: TensorDictBase, priority: Any = None) -> Receipt:
+    def add(self, transition: Any, priority: Any = None) -> Receipt:
         """Write one transition from here; see `Writer.add`."""
         return self._writer.add(transition, priority)
 
@@ -340,19 +341,14 @@ class ShardedReplayBuffer:
                 self._replies.lost_updates += n
         self._replies.make_room(self._timeout_s)
 
-    def update_tensordict_priority(self, batch: TensorDictBase) -> None:
+    def update_tensordict_priority(self, batch: Any) -> None:
         """`update_priority` with "index", "shard", "td_error" and "generation" of a batch [B].
 
         Raises:
             SchemaError: one of the first three is missing.
         """
-        for key in ("index", "shard", "td_error"):
-            if batch.get(key, None) is None:
-                raise SchemaError(
-                    f"expected the key {key!r} in the batch, got {list(batch.keys())}"
-                )
-        generation = batch.get("generation", None)
-        self.update_priority(batch["index"], batch["td_error"], generation, shard=batch["shard"])
+        index, shard, td_error = entries_of(batch, "index", "shard", "td_error")
+        self.update_priority(index, td_error, batch.get("generation", None), shard=shard)
 
     def flush(self) -> None:
         """Wait until the shards have taken up all updates.

@@ -86,7 +86,7 @@ def batch_weights(
     return importance_weights(
         probability,
         beta,
-        total=torch.ones((), dtype=torch.float64),
+        total=torch.ones((), dtype=torch.float64, device="cpu"),
         size=size,
         smallest=smallest,
         normalization=normalization,

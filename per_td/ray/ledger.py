@@ -18,8 +18,8 @@ class Ledger:
 
     def __init__(self, num_shards: int) -> None:
         self.reports: list[Report | None] = [None] * num_shards
-        self.total = torch.zeros(num_shards, dtype=torch.float64)
-        self.smallest = torch.full((num_shards,), torch.inf, dtype=torch.float64)
+        self.total = torch.zeros(num_shards, dtype=torch.float64, device="cpu")
+        self.smallest = torch.full((num_shards,), torch.inf, dtype=torch.float64, device="cpu")
         self.heard = [-torch.inf] * num_shards
         self.living = [False] * num_shards
         self.losses = 0

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from per_td import checkpoint
-from per_td.errors import CheckpointError
 
 __all__ = ["FORMAT", "file_of", "new_token", "read", "write"]
 
@@ -41,9 +40,5 @@ def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: it is something else.
     """
-    state = checkpoint.read(Path(folder) / "learner.pt")
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{os.fspath(folder)}: expected a saved ShardedReplayBuffer, got {type(state)}"
-        )
+    state: dict[str, Any] = checkpoint.read(Path(folder) / "learner.pt", FORMAT)
     return state

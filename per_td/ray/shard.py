@@ -236,6 +236,6 @@ class Shard:
 def _warm_up(settings: dict[str, Any]) -> None:
     """Load the kernels now: the first message must not look like a shard that is too slow."""
     small = PrioritizedReplayBuffer(**settings | {"capacity": 2, "example": None})
-    data = torch.zeros(2, device=small.device)
+    data = torch.zeros(2, dtype=torch.float32, device=small.device)
     small.extend(TensorDict({"x": data}, [2]))
     small.update_priority(small.sample(2)["index"], data)

@@ -7,14 +7,14 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-from tensordict import TensorDictBase
 from torch import Tensor
 
 from per_td import validation
 from per_td.errors import PerTdError, SchemaError
-from per_td.leaves import Leaves, leaves_of
+from per_td.leaves import Leaves, count
 from per_td.ray import wire
 from per_td.ray.errors import ShardError
+from per_td.schema import Schema
 
 __all__ = ["Receipt", "Writer", "told_by"]
 
@@ -46,16 +46,14 @@ class Writer:
         self._timeout_s = timeout_s
         self._avoid: dict[int, float] = {}
 
-    def extend(
-        self, transitions: TensorDictBase, priority: Any = None, *, key: int | None = None
-    ) -> Receipt:
+    def extend(self, transitions: Any, priority: Any = None, *, key: int | None = None) -> Receipt:
         """Write transitions to one shard; when this returns, it has acknowledged them.
 
         A shard that is lost or late is passed over, and the next one gets them. It may have written
         them before it failed: a batch is in the buffer at least once.
 
         Args:
-            transitions: TensorDict [n].
+            transitions: TensorDict [n], or a dict of tensors or arrays [n, ...].
             priority: raw priorities [n], finite and not negative; None: the largest of the shard.
             key: names the shard, by its remainder; None takes one after the other.
 
@@ -63,8 +61,10 @@ class Writer:
             SchemaError, PriorityError: as for the local buffer; nothing has been written.
             ShardError: no shard acknowledged.
         """
-        packed = wire.pack(checked(transitions))
-        given = _priority(priority, transitions.batch_size[0])
+        return self._write(checked(transitions), priority, key)
+
+    def _write(self, leaves: Leaves, priority: Any, key: int | None) -> Receipt:
+        packed, given = wire.pack(leaves), _priority(priority, count(leaves))
         # Shipped once, also where several shards are tried
         message = ray.put(packed) if wire.nbytes(packed) > 2**16 else packed
         shards = self._order(key)
@@ -84,10 +84,10 @@ class Writer:
             " each, got no answer"
         )
 
-    def add(self, transition: TensorDictBase, priority: Any = None) -> Receipt:
-        """Write one transition, a TensorDict []; see `extend`. Batches cost less."""
+    def add(self, transition: Any, priority: Any = None) -> Receipt:
+        """Write one transition, a TensorDict [] or a dict; see `extend`. Batches cost less."""
         given = None if priority is None else torch.as_tensor(priority).reshape(1)
-        return self.extend(transition.unsqueeze(0), given)
+        return self._write(checked(transition, batched=False), given, None)
 
     def _order(self, key: int | None) -> list[int]:
         """The shards to be tried: the one whose turn it is, those after it; failed ones last."""
@@ -101,17 +101,13 @@ class Writer:
         return sorted(order, key=lambda shard: self._avoid.get(shard, 0.0) > now)
 
 
-def checked(transitions: TensorDictBase) -> Leaves:
-    """The leaves of a TensorDict [n], n > 0, if a shard can store them.
+def checked(transitions: Any, *, batched: bool = True) -> Leaves:
+    """The leaves [n, ...] of transitions [n], or of one [], if a shard can store them.
 
     Raises:
         SchemaError: it cannot.
     """
-    if not isinstance(transitions, TensorDictBase):
-        raise SchemaError(f"expected a TensorDict, got {type(transitions).__name__}")
-    if not transitions.batch_dims:
-        raise SchemaError("expected a TensorDict of batch size [n], got batch size []: use add()")
-    leaves = leaves_of(transitions)
+    leaves = Schema().check(transitions, batched=batched)
     if ("shard",) in leaves:
         raise SchemaError("'shard' is a reserved key: sampling adds it; expected others")
     return leaves
@@ -120,7 +116,8 @@ def checked(transitions: TensorDictBase) -> Leaves:
 def _priority(priority: Any, n: int) -> Any:
     if priority is None:
         return None
-    values = validation.as_values("priority", priority, torch.empty(n, dtype=torch.int64)).cpu()
+    index = torch.empty(n, dtype=torch.int64, device="cpu")
+    values = validation.as_values("priority", priority, index).cpu()
     validation.require_finite("priority", values, low=0.0)
     return wire.array(values)
 

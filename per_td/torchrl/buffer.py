@@ -190,7 +190,7 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
 
     def _initialize_prioritized_sampler(self) -> None:
         if len(self._storage) > 0:
-            filled = torch.arange(len(self._storage))
+            filled = torch.arange(len(self._storage), device="cpu")
             self._sampler.mark_update(filled, storage=self._storage)
 
     # --- parts ------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
             return written[0]
         data = self._transform.inv(data)
         if data is None:
-            return torch.zeros((0, self._storage.ndim), dtype=torch.long)
+            return torch.zeros((0, self._storage.ndim), dtype=torch.long, device="cpu")
         rows = data.batch_size[: self._storage.ndim - 1].numel()
         return self._write_by_torchrl(ReplayBuffer._add, data, self._priorities_of(data, rows))
 
@@ -99,7 +99,7 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
             return index.remainder_(self._storage.max_size)
         data = self._transform.inv(tensordicts)
         if data is None:
-            return torch.zeros((0, self._storage.ndim), dtype=torch.long)
+            return torch.zeros((0, self._storage.ndim), dtype=torch.long, device="cpu")
         rows = data.batch_size[: self._storage.ndim].numel()
         turned = self.dim_extend > 0
         priority = self._priorities_of(data, rows, turned=turned) if supply else None
@@ -227,7 +227,7 @@ class PrioritizedReplay(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
         new = min(written - self._seen_writes, capacity)
         if new:
             end = self._writer._cursor
-            index = torch.arange(end - new, end).remainder_(capacity)
+            index = torch.arange(end - new, end, device="cpu").remainder_(capacity)
             self._sampler.mark_update(index, storage=self._storage)
         self._seen_writes = written
 

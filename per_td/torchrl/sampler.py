@@ -292,7 +292,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         size = capacity if storage is None else slots_of(storage)
         held = getattr(storage, "device", None)
         if self._device is None and held not in (None, "auto", device):
-            held = validation.resolve_device(held)
+            held = validation.resolve_device(held, sums=False)
             device = held if held.type == "cuda" else device
         if device == self.device and size == capacity:
             return

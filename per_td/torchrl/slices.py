@@ -315,7 +315,7 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             lengths = slice_batches.lengths_of(batch, self.truncated_key)
         else:
             length, n = self._adjusted_batch_size(batch.numel())
-            lengths = torch.full((n,), length, device=batch.device)
+            lengths = torch.full((n,), length, dtype=torch.int64, device=batch.device)
         return slice_batches.first_records(
             batch,
             lengths,

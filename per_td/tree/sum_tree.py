@@ -48,6 +48,7 @@ class SumTree(Copied):
             return super().__new__(SumForest)
         return super().__new__(cls)
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         capacity: int,

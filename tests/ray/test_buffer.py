@@ -187,6 +187,14 @@ def test_what_shards_would_refuse_is_refused_where_it_comes_from(sharded, number
         writer.extend(numbered(0, 4).set("shard", torch.zeros(4)))
     with pytest.raises(SchemaError, match="add"):
         writer.extend(numbered(0, 4)[0])
+    with pytest.raises(SchemaError, match=r"give batch_size=\[4\]"):
+        writer.extend(TensorDict(numbered(0, 4).to_dict()))
+    with pytest.raises(SchemaError, match=r"\.flatten\(0, 1\) makes them 4 transitions"):
+        writer.extend(numbered(0, 4).reshape(2, 2))
+    with pytest.raises(SchemaError, match=r"use extend\(\)"):
+        writer.add(numbered(0, 4))
+    with pytest.raises(SchemaError, match="'s': expected a tensor"):
+        writer.extend(numbered(0, 4).set("s", list("abcd")))
     with pytest.raises(PriorityError, match="at least 0"):
         writer.extend(numbered(0, 2), [1.0, -1.0])
     assert len(buffer) == 0
@@ -204,6 +212,16 @@ def test_kinds_that_differ_between_shards_are_recognised():
     assert _leaves(parts[:2])["x",].shape == (6,)
     with pytest.raises(SchemaError, match=r"one kind in all shards, got .*float32.* and .*float64"):
         _leaves(parts)
+
+
+def test_shards_take_dicts(sharded, numbered):
+    buffer = sharded(1, 64)
+    assert buffer.extend(numbered(0, 4).to_dict()).index.tolist() == [0, 1, 2, 3]
+    assert buffer.add({"id": 4, "x": np.zeros(3, np.float32)}, 2.0).index.tolist() == [4]
+    batch = buffer.sample(8).to_dict()
+    buffer.update_tensordict_priority(batch | {"td_error": torch.ones(8)})
+    buffer.flush()
+    assert buffer.priority.shape == (5,)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +267,7 @@ def test_a_saved_buffer_comes_back(sharded, numbered, tmp_path):
     from per_td import checkpoint
 
     checkpoint.write(tmp_path / "learner.pt", {"format": "?"})
-    with pytest.raises(CheckpointError, match="expected a saved ShardedReplayBuffer"):
+    with pytest.raises(CheckpointError, match="expected the state of a ShardedReplayBuffer"):
         ShardedReplayBuffer.load(tmp_path)
 
 
