@@ -310,7 +310,7 @@ def require(expected: str, state: Any, path: str | os.PathLike[str] | None = Non
         CheckpointError: it says what came instead, and the `path` that it is from.
     """
     known = state.get("format") if isinstance(state, dict) else None
-    if known == expected and isinstance(known, str):
+    if isinstance(known, str) and known == expected:
         return
     if isinstance(known, str):
         got = f"that of {known!r}"

@@ -132,7 +132,9 @@ class TransitionReplayBuffer(Copied):
 
     def _forget_draws(self) -> None:
         # the generation of each slot when it was last drawn
-        self._drawn = torch.full((self.capacity,), _NEVER, device=self.buffer.device)
+        self._drawn = torch.full(
+            (self.capacity,), _NEVER, dtype=torch.int64, device=self.buffer.device
+        )
 
     def __len__(self) -> int:
         return len(self.buffer)

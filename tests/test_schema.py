@@ -259,5 +259,5 @@ def test_stacks_that_fit_are_taken_with_all_that_is_in_them():
 
 def test_leaves_are_named_by_tuples():
     for key in ("x", "state", (), ("x", 1)):
-        with pytest.raises(SchemaError, match="expected a tuple of names"):
+        with pytest.raises(SchemaError, match="expected tuples of names"):
             PrioritizedReplayBuffer(5).extend_leaves({key: X})

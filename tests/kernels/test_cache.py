@@ -62,6 +62,7 @@ def kept(folder: Path) -> list[Path]:
     return [*folder.rglob("*.nbi"), *folder.rglob("*.nbc")]
 
 
+@pytest.mark.slow
 def test_an_edit_of_a_module_that_a_kernel_imports_is_seen(package):
     assert run(package, COPY_A_ROW) == "7 0"
     assert run(package, COPY_A_ROW) == "7 1", "the second process compiled again"
@@ -76,6 +77,7 @@ def test_an_edit_of_a_module_that_a_kernel_imports_is_seen(package):
     assert not set(after) & set(before), "what was compiled from the old sources is still there"
 
 
+@pytest.mark.slow
 def test_numba_cache_dir_names_the_folder_that_is_used(package, tmp_path):
     folder = tmp_path / "cache"
     assert run(package, COPY_A_ROW, NUMBA_CACHE_DIR=str(folder)) == "7 0"
@@ -84,6 +86,7 @@ def test_numba_cache_dir_names_the_folder_that_is_used(package, tmp_path):
     assert not kept(package)
 
 
+@pytest.mark.slow
 def test_where_the_package_cannot_be_written_the_users_folder_is_used(package, tmp_path):
     (package / "kernels" / "__pycache__").touch()  # where numba wants a folder
     folder = tmp_path / "cache"
