@@ -415,6 +415,9 @@ class CourseMachine(Kernels):
 
     @rule(target=batches, n=st.integers(1, 9))
     def sample(self, n):
+        return self.sample_some(n)
+
+    def sample_some(self, n):
         if not self.ring.drawable():
             with pytest.raises(EmptyBufferError):
                 self.buffer.sample(n)
@@ -449,8 +452,9 @@ class CourseMachine(Kernels):
         self.set_priorities(data, data.draw(st.lists(slot, max_size=4)))
 
     @precondition(lambda self: self.ring.capacity <= 50)
-    @rule(data=st.data(), index=batches, n=st.integers(0, 3))
-    def update_what_has_been_overwritten(self, data, index, n):
+    @rule(data=st.data(), n=st.integers(0, 3))
+    def update_what_has_been_overwritten(self, data, n):
+        index = self.sample_some(5)
         self.push_some(max(1, self.ring.capacity - n))
         self.set_priorities(data, index)
 
