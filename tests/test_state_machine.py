@@ -402,15 +402,22 @@ class CourseMachine(Kernels):
         )
         self.ring = Ring(capacity, alpha=alpha, eps=epsilon, new_priority="buffer_max", rank=rank)
         self.beta = 0.4
+        self.drawn = {}  # the generation of each slot when it was last drawn
 
     @rule(n=st.integers(1, 9), kind=CAN_BE([list, np.array, torch.tensor, np.float32]))
     def push(self, n, kind):
+        self.push_some(n, kind)
+
+    def push_some(self, n, kind=list):
         for k in range(self.ring.written, self.ring.written + n):
             self.buffer.push(kind([k, k + 1.0]), k, k / 4, kind([k + 1.0, k]), k % 3 == 0)
             self.ring.extend([k])
 
     @rule(target=batches, n=st.integers(1, 9))
     def sample(self, n):
+        return self.sample_some(n)
+
+    def sample_some(self, n):
         if not self.ring.drawable():
             with pytest.raises(EmptyBufferError):
                 self.buffer.sample(n)
@@ -424,14 +431,32 @@ class CourseMachine(Kernels):
         assert dones.tolist() == (item % 3 == 0).astype(float).tolist()
         expected = self.ring.weights(index.tolist(), self.beta, "batch")
         np.testing.assert_allclose(weights.numpy(), expected, rtol=2e-5)
+        self.drawn |= {i: self.ring.generation[i] for i in index.tolist()}
         return index.tolist()
 
-    @rule(data=st.data(), index=batches)
-    def update(self, data, index):
+    def set_priorities(self, data, index):
         size = len(index)
         td_error = data.draw(st.lists(TD_ERROR, min_size=size, max_size=size))
         self.buffer.update_priorities(torch.tensor(index, dtype=torch.int64), td_error)
-        self.ring.update(index, td_error)
+        generation = [self.drawn.get(i, self.ring.generation[i]) for i in index]
+        self.ring.update(index, td_error, generation)
+
+    @rule(data=st.data(), index=batches)
+    def update(self, data, index):
+        self.set_priorities(data, index)
+
+    @precondition(lambda self: len(self.ring))
+    @rule(data=st.data())
+    def update_any_slots(self, data):
+        slot = st.integers(0, len(self.ring) - 1)
+        self.set_priorities(data, data.draw(st.lists(slot, max_size=4)))
+
+    @precondition(lambda self: self.ring.capacity <= 50)
+    @rule(data=st.data(), n=st.integers(0, 3))
+    def update_what_has_been_overwritten(self, data, n):
+        index = self.sample_some(5)
+        self.push_some(max(1, self.ring.capacity - n))
+        self.set_priorities(data, index)
 
     @rule()
     def increase_beta(self):
@@ -442,6 +467,16 @@ class CourseMachine(Kernels):
     def go_on_with_a_copy(self, kind):
         self.buffer = kind(self.buffer)
 
+    @rule(other=st.booleans())
+    def go_on_with_what_was_saved(self, other):
+        with tempfile.TemporaryDirectory() as folder:
+            self.buffer.save(f"{folder}/buffer.pt")
+            if other:
+                self.buffer = TransitionReplayBuffer.load(f"{folder}/buffer.pt")
+            else:
+                self.buffer.restore(f"{folder}/buffer.pt")
+        self.drawn = {}
+
     @invariant()
     def agree(self):
         if not hasattr(self, "buffer"):
@@ -449,6 +484,7 @@ class CourseMachine(Kernels):
         type(self).steps += 1
         n = len(self.ring)
         assert len(self.buffer) == n
+        assert self.buffer.stats()["stale_updates"] == self.ring.stale
         assert self.buffer.beta == pytest.approx(self.beta)
         assert self.buffer.priority.tolist() == self.ring.priority[:n].tolist()
         mass = self.buffer.buffer._priorities.masses[:]
