@@ -15,8 +15,11 @@ from benchmarks.case import Case
 from benchmarks.contestants.own import PerTd
 from benchmarks.race import Entry, Part, race
 from benchmarks.workload import BETA, Point, Pool
-from per_td import batch, draws, priority_draws, priority_kernels, validation
-from per_td.storage import nested
+from per_td import draws, validation
+from per_td.priorities import kernel_calls as priority_kernels
+from per_td.priorities import sampling as priority_draws
+from per_td.storage import batches as batch
+from per_td.storage.ring import nested
 
 __all__ = ["measure"]
 

@@ -58,7 +58,7 @@ def _rows(name: str, runs: list[list[float]]) -> list[dict]:
 
 def measure(*, quick: bool) -> list[dict]:
     """Rows for a cold cache (once), a warm one, and plain torch."""
-    if kernels.cpu() is None:
+    if kernels.cpu_kernels() is None:
         raise NotRun("there are no compiled kernels here")
     runs = 1 if quick else RUNS
     with tempfile.TemporaryDirectory() as folder:

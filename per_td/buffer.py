@@ -7,13 +7,14 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from per_td import priority_draws, validation
+from per_td import validation
 from per_td.errors import ConfigurationError, EmptyBufferError, SchemaError
-from per_td.leaves import Leaves, count, entries_of
 from per_td.memory import Place
-from per_td.priorities import PriorityTable
+from per_td.priorities import sampling as priority_draws
+from per_td.priorities.table import PriorityTable
 from per_td.replay_state import ReplayState
-from per_td.storage import RingStorage
+from per_td.storage.leaves import Leaves, count, entries_of
+from per_td.storage.ring import RingStorage
 
 __all__ = ["MANY_ALONE", "PrioritizedReplayBuffer"]
 
@@ -72,9 +73,9 @@ class PrioritizedReplayBuffer(ReplayState):
             see `per_td.many.ManyBuffers`. None: one buffer. Not together with `shared`, `threads`
             or `prefetch`.
         shared: put everything into shared memory, for processes that write and learn side by side;
-            needs an `example`. See `per_td.sharing.SharedReplayBuffer`.
+            needs an `example`. See `per_td.concurrency.sharing.SharedReplayBuffer`.
         threads: let several threads call it at the same time, for 0.3 us more per call. See
-            `per_td.threads.LockedReplayBuffer`; what is `shared` can do that anyway.
+            `per_td.concurrency.threads.LockedReplayBuffer`; what is `shared` can do that anyway.
         prefetch: how many batches of `batch_size` a thread in the background draws ahead; implies
             `threads`. What `sample` returns may be up to so many updates old. 0: none.
 
@@ -102,11 +103,13 @@ class PrioritizedReplayBuffer(ReplayState):
     ) -> "PrioritizedReplayBuffer":
         """The class made for what is asked: for processes, for threads, or for many buffers."""
         if shared and cls is PrioritizedReplayBuffer:
-            from per_td.sharing import SharedReplayBuffer  # which is made from this class
+            from per_td.concurrency.sharing import (
+                SharedReplayBuffer,  # which is made from this class
+            )
 
             return super().__new__(SharedReplayBuffer)
         if (threads or prefetch) and cls is PrioritizedReplayBuffer:
-            from per_td.threads import LockedReplayBuffer  # so is this
+            from per_td.concurrency.threads import LockedReplayBuffer  # so is this
 
             return super().__new__(LockedReplayBuffer)
         if num_buffers is not None and cls is PrioritizedReplayBuffer:
@@ -182,7 +185,10 @@ class PrioritizedReplayBuffer(ReplayState):
         """What `shared`, `threads` and `prefetch` need: this class can do none of it."""
         for name, value in wanted.items():
             if value:
-                hint = "see per_td.sharing and per_td.threads for classes to derive from"
+                hint = (
+                    "see per_td.concurrency.sharing and per_td.concurrency.threads for classes to"
+                    " derive from"
+                )
                 if self.num_buffers is not None:
                     hint = MANY_ALONE
                 raise ConfigurationError(

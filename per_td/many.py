@@ -9,9 +9,9 @@ from torch import Tensor
 from per_td import validation
 from per_td.buffer import PrioritizedReplayBuffer
 from per_td.errors import ConfigurationError, PriorityError, SchemaError
-from per_td.leaves import Leaves
-from per_td.many_priorities import ManyPriorities
-from per_td.rings import Rings, as_mask
+from per_td.priorities.many import ManyPriorities
+from per_td.storage.leaves import Leaves
+from per_td.storage.rings import Rings, as_mask
 from per_td.tree.forest import as_index_each
 
 __all__ = ["ManyBuffers"]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from per_td.buffer import PrioritizedReplayBuffer
-from per_td.leaves import Leaves
+from per_td.storage.leaves import Leaves
 
 __all__ = ["Draw", "count_stale", "draw", "smallest_mass", "total_mass", "transitions"]
 

@@ -8,10 +8,12 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from per_td import checkpoint, diagnostics, states, validation
+from per_td import diagnostics, validation
+from per_td.checkpoint import file as checkpoint
+from per_td.checkpoint import state as states
 from per_td.copies import Copied
-from per_td.priorities import PriorityTable
-from per_td.storage import RingStorage
+from per_td.priorities.table import PriorityTable
+from per_td.storage.ring import RingStorage
 
 __all__ = ["ReplayState"]
 

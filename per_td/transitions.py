@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from per_td import checkpoint, states, validation
+from per_td import validation
 from per_td.buffer import PrioritizedReplayBuffer
+from per_td.checkpoint import file as checkpoint
+from per_td.checkpoint import state as states
 from per_td.copies import Copied
 from per_td.errors import CheckpointError, SchemaError
-from per_td.leaves import Leaves
+from per_td.storage.leaves import Leaves
 
 __all__ = ["TransitionReplayBuffer"]
 

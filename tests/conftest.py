@@ -51,7 +51,9 @@ def device(request, monkeypatch) -> torch.device:
         return torch.device(request.param)
     pytest.importorskip("triton", reason="triton is not installed")
     from per_td import draws, kernels, validation
-    from per_td.kernels import cuda_draw, cuda_nodes, cuda_update
+    from per_td.kernels.cuda import draw as cuda_draw
+    from per_td.kernels.cuda import nodes as cuda_nodes
+    from per_td.kernels.cuda import update as cuda_update
 
     monkeypatch.setattr(kernels, "wanted", lambda device: False)
     monkeypatch.setattr(kernels, "launched", lambda device: True)

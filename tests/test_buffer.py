@@ -12,7 +12,7 @@ from per_td import (
     PriorityError,
     SchemaError,
 )
-from tests.oracle import CAPACITIES, NaiveBuffer, assert_drawn_from, data
+from tests.support.oracle import CAPACITIES, NaiveBuffer, assert_drawn_from, data
 
 DRAWS = ("independent", "stratified", "without_replacement")
 

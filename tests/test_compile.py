@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from per_td import PrioritizedReplayBuffer, priority_draws
-from tests.oracle import assert_drawn_from, data
+from per_td import PrioritizedReplayBuffer
+from per_td.priorities import sampling as priority_draws
+from tests.support.oracle import assert_drawn_from, data
 
 DRAWS = ("independent", "stratified", "without_replacement")
 

@@ -8,7 +8,7 @@ import torch
 
 from per_td import PrioritizedReplayBuffer, TransitionReplayBuffer, diagnostics
 from per_td.diagnostics import QUANTILES
-from tests.oracle import data
+from tests.support.oracle import data
 
 CPU = torch.device("cpu")
 KEYS = {

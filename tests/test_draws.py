@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from per_td import ConfigurationError, EmptyBufferError, SumTree, draws
-from tests.oracle import assert_drawn_from
+from tests.support.oracle import assert_drawn_from
 
 
 def mass_of(n: int) -> torch.Tensor:

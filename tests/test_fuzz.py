@@ -19,8 +19,8 @@ from per_td import (
     TransitionReplayBuffer,
     kernels,
 )
-from tests.fuzz import attempt, check_sound, fingerprint, hostile
-from tests.oracle import data
+from tests.support.fuzz import attempt, check_sound, fingerprint, hostile
+from tests.support.oracle import data
 
 KERNELS = kernels.CHOICES
 HUGE_YET_POSSIBLE = ("2**31",)

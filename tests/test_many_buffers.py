@@ -19,7 +19,7 @@ from per_td import (
     kernels,
     validation,
 )
-from tests.oracle import NaiveBuffer, assert_drawn_from, data
+from tests.support.oracle import NaiveBuffer, assert_drawn_from, data
 
 S = 3
 DRAWS = ("independent", "stratified", "without_replacement")

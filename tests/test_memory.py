@@ -19,7 +19,7 @@ from per_td import (
     TransitionReplayBuffer,
     memory,
 )
-from tests.oracle import data
+from tests.support.oracle import data
 
 HUGE = 2**45
 """Bytes of a row: 1,000 of them are more than 2**47, which is all that can be addressed."""

@@ -7,7 +7,7 @@ import torch
 from tensordict import TensorDict
 
 from per_td import EmptyBufferError, PrioritizedReplayBuffer, SumTree, kernels
-from tests.oracle import assert_drawn_from
+from tests.support.oracle import assert_drawn_from
 
 WAYS = [
     ("independent", "tree"),

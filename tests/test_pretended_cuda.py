@@ -16,11 +16,11 @@ from per_td import (
     PrioritizedReplayBuffer,
     SumTree,
     TransitionReplayBuffer,
-    priority_draws,
     validation,
 )
 from per_td.draws import DRAWS, METHODS
-from per_td.priorities import NEW_PRIORITIES
+from per_td.priorities import sampling as priority_draws
+from per_td.priorities.table import NEW_PRIORITIES
 from per_td.weights import NORMALIZATIONS
 from tests.support.pretended_cuda import WAITS, HostWaitError, MixedDevicesError
 

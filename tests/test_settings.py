@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from per_td import ConfigurationError, PrioritizedReplayBuffer, TransitionReplayBuffer
-from tests.oracle import data
-from tests.processes import deadline, shared, transitions
+from tests.support.oracle import data
+from tests.support.processes import deadline, shared, transitions
 
 KINDS = {
     "one": {},

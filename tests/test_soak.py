@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from per_td import PrioritizedReplayBuffer, PriorityError, kernels
-from tests.fuzz import check_sound
-from tests.oracle import data
+from tests.support.fuzz import check_sound
+from tests.support.oracle import data
 
 SOAK = float(os.environ.get("PER_TD_SOAK", "0"))
 GROWTH = 8.0

@@ -26,7 +26,7 @@ from per_td import (
     TransitionReplayBuffer,
     kernels,
 )
-from tests.machines import (
+from tests.support.machines import (
     ALPHA,
     CAN_BE,
     DRAWS,
@@ -40,8 +40,8 @@ from tests.machines import (
     run,
     soak,
 )
-from tests.model import Ring
-from tests.oracle import data
+from tests.support.model import Ring
+from tests.support.oracle import data
 
 CAPACITIES = (1, 7, 50, 255, 256, 257)
 CONFIGURATION = st.fixed_dictionaries(

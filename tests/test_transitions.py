@@ -11,7 +11,7 @@ from per_td import (
     SchemaError,
     TransitionReplayBuffer,
 )
-from tests.oracle import NaiveBuffer
+from tests.support.oracle import NaiveBuffer
 
 
 def pushed(n: int, capacity: int = 50, device="cpu") -> TransitionReplayBuffer:

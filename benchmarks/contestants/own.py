@@ -111,7 +111,7 @@ class PerTd(Contestant):
 @contextlib.contextmanager
 def plain_torch() -> Iterator[None]:
     """What is made inside does without compiled kernels; NotRun where there are none anyway."""
-    if kernels.cpu() is None:
+    if kernels.cpu_kernels() is None:
         raise NotRun("there are no compiled kernels here: per_td is this")
     before = os.environ.get(kernels.VARIABLE)
     os.environ[kernels.VARIABLE] = "off"

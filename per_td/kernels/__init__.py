@@ -29,7 +29,15 @@ import torch
 
 from per_td.errors import ConfigurationError, KernelWarning
 
-__all__ = ["CHOICES", "VARIABLE", "cpu", "cpu_unless_tracing", "cuda", "launched", "wanted"]
+__all__ = [
+    "CHOICES",
+    "VARIABLE",
+    "cpu_kernels",
+    "cpu_unless_tracing",
+    "cuda_kernels",
+    "launched",
+    "wanted",
+]
 
 VARIABLE = "PER_TD_KERNELS"
 CHOICES = ("auto", "off")
@@ -48,25 +56,25 @@ def wanted(device: torch.device) -> bool:
     Raises:
         ConfigurationError: the environment variable is not one of `CHOICES`.
     """
-    return _allowed() and device.type == "cpu" and cpu() is not None
+    return _allowed() and device.type == "cpu" and cpu_kernels() is not None
 
 
 def launched(device: torch.device) -> bool:
     """Whether the CUDA kernels are to be used for tensors on `device`; raises like `wanted`."""
-    return _allowed() and device.type == "cuda" and cuda() is not None
+    return _allowed() and device.type == "cuda" and cuda_kernels() is not None
 
 
 def cpu_unless_tracing() -> ModuleType | None:
-    """`cpu`, which torch.compile cannot look into: None while it traces."""
-    return None if torch.compiler.is_compiling() else cpu()
+    """`cpu_kernels`, which torch.compile cannot look into: None while it traces."""
+    return None if torch.compiler.is_compiling() else cpu_kernels()
 
 
 @cache
-def cpu() -> ModuleType | None:
+def cpu_kernels() -> ModuleType | None:
     """The module of kernels for the CPU; None, after a warning, where they cannot be had."""
     try:
         with _no_collection():
-            from per_td.kernels import compiled
+            from per_td.kernels import cpu as compiled
     except ImportError as error:
         _warn("CPU", f"numba cannot be imported ({error})")
     except RuntimeError as error:  # numba's "cannot cache function"
@@ -78,10 +86,10 @@ def cpu() -> ModuleType | None:
 
 
 @cache
-def cuda() -> ModuleType | None:
+def cuda_kernels() -> ModuleType | None:
     """The module of kernels for CUDA; None, after a warning, where they cannot be had."""
     try:
-        from per_td.kernels import cuda_launches
+        from per_td.kernels import cuda as cuda_launches
     except ImportError as error:
         _warn("CUDA", f"triton cannot be imported ({error})")
         return None

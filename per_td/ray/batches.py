@@ -10,7 +10,6 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from per_td.errors import SchemaError
-from per_td.leaves import Key, Leaves, nested
 from per_td.ray import wire
 from per_td.ray.counts import batch_weights, counts_of, probabilities, shares_of
 from per_td.ray.errors import ShardError
@@ -19,6 +18,7 @@ from per_td.ray.replies import Replies
 from per_td.ray.shard import Drawn
 from per_td.ray.wire import Array
 from per_td.ray.writer import told_by
+from per_td.storage.leaves import Key, Leaves, nested
 
 __all__ = ["Batches", "Request"]
 

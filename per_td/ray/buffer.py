@@ -13,13 +13,13 @@ from torch import Tensor
 from per_td import validation
 from per_td.buffer import PrioritizedReplayBuffer
 from per_td.errors import ConfigurationError
-from per_td.leaves import entries_of
 from per_td.ray import actors, saving, updates, wire
 from per_td.ray.batches import Batches, Request
 from per_td.ray.ledger import Ledger
 from per_td.ray.replies import Replies
 from per_td.ray.shard import Report
 from per_td.ray.writer import Receipt, Writer
+from per_td.storage.leaves import entries_of
 
 __all__ = ["ShardedReplayBuffer"]
 

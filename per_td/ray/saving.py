@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from per_td import checkpoint
+from per_td.checkpoint import file as checkpoint
 
 __all__ = ["FORMAT", "file_of", "new_token", "read", "write"]
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from per_td.leaves import Key, Leaves
+from per_td.storage.leaves import Key, Leaves
 
 __all__ = ["Array", "Packed", "array", "nbytes", "pack", "tensor", "unpack"]
 

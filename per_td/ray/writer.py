@@ -11,10 +11,10 @@ from torch import Tensor
 
 from per_td import validation
 from per_td.errors import PerTdError, SchemaError
-from per_td.leaves import Leaves, count
 from per_td.ray import wire
 from per_td.ray.errors import ShardError
-from per_td.schema import Schema
+from per_td.storage.leaves import Leaves, count
+from per_td.storage.schema import Schema
 
 __all__ = ["Receipt", "Writer", "told_by"]
 

@@ -11,8 +11,9 @@ import torch
 from tensordict import MemoryMappedTensor, TensorDict
 from torch import Tensor
 
-from per_td import batch, kernels
-from per_td import rows as row_copies
+from per_td import kernels
+from per_td.storage import batches as batch
+from per_td.storage import rows as row_copies
 
 __all__ = ["Columns"]
 

@@ -18,8 +18,9 @@ from torchrl.data.replay_buffers.storages import (
     _collate_id,
 )
 
-from per_td import priority_draws, priority_kernels
 from per_td.errors import EmptyBufferError
+from per_td.priorities import kernel_calls as priority_kernels
+from per_td.priorities import sampling as priority_draws
 from per_td.torchrl.columns import Columns
 from per_td.torchrl.sampler import PrioritizedSampler
 from per_td.torchrl.writer import GenerationWriter

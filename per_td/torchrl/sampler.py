@@ -10,7 +10,8 @@ from torchrl.data import replay_buffers as torchrl_buffers
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.storages import Storage
 
-from per_td import checkpoint, priority_draws, validation
+from per_td import validation
+from per_td.checkpoint import file as checkpoint
 from per_td.errors import (
     CheckpointError,
     ConfigurationError,
@@ -18,7 +19,8 @@ from per_td.errors import (
     IndexRangeError,
     PriorityError,
 )
-from per_td.priorities import PriorityTable
+from per_td.priorities import sampling as priority_draws
+from per_td.priorities.table import PriorityTable
 from per_td.torchrl.reductions import REDUCTIONS
 from per_td.torchrl.writer import SLOTS, slots_of
 

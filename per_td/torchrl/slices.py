@@ -11,8 +11,9 @@ from torchrl.data import replay_buffers as torchrl_buffers
 from torchrl.data.replay_buffers.samplers import SliceSampler
 from torchrl.data.replay_buffers.storages import Storage
 
-from per_td import priority_draws, validation
+from per_td import validation
 from per_td.errors import ConfigurationError, EmptyBufferError
+from per_td.priorities import sampling as priority_draws
 from per_td.torchrl import boundaries, slice_batches
 from per_td.torchrl.sampler import PrioritizedSampler, unravelled
 from per_td.weights import importance_weights

@@ -80,7 +80,9 @@ class SumTree(Copied):
     @property
     def launches(self) -> ModuleType | None:
         """The operations in Triton, where they are used; see `per_td.kernels`."""
-        return kernels.cuda() if self._launched and not torch.compiler.is_compiling() else None
+        return (
+            kernels.cuda_kernels() if self._launched and not torch.compiler.is_compiling() else None
+        )
 
     @property
     def memory(self) -> tuple[int, int, int, int]:

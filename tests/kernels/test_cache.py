@@ -14,8 +14,7 @@ pytest.importorskip("numba", reason="numba is not installed")
 
 HASHED = (
     "__init__.py",
-    "cached.py",
-    "compiled.py",
+    "compiling.py",
     "draw.py",
     "many.py",
     "memory.py",
@@ -28,7 +27,7 @@ HASHED = (
 
 COPY_A_ROW = """
 import torch
-from per_td.kernels.rows import scatter
+from per_td.kernels.cpu.rows import scatter
 row, ring = torch.tensor([2**40 + 7]), torch.zeros(1, dtype=torch.int64)
 source, fields = torch.tensor([row.data_ptr()]), torch.tensor([ring.data_ptr()])
 sizes = torch.tensor([[8, 8]])
@@ -67,7 +66,7 @@ def test_an_edit_of_a_module_that_a_kernel_imports_is_seen(package):
     assert run(package, COPY_A_ROW) == "7 0"
     assert run(package, COPY_A_ROW) == "7 1", "the second process compiled again"
     before = kept(package)
-    imported = package / "kernels" / "memory.py"
+    imported = package / "kernels" / "cpu" / "memory.py"
     source = imported.read_text()
     assert source.count("map(_mover, (32, 8, 4, 1, None))") == 1
     imported.write_text(source.replace("(32, 8, 4, 1, None)", "(32, 4, 4, 1, None)"))
@@ -88,7 +87,7 @@ def test_numba_cache_dir_names_the_folder_that_is_used(package, tmp_path):
 
 @pytest.mark.slow
 def test_where_the_package_cannot_be_written_the_users_folder_is_used(package, tmp_path):
-    (package / "kernels" / "__pycache__").touch()  # where numba wants a folder
+    (package / "kernels" / "cpu" / "__pycache__").touch()  # where numba wants a folder
     folder = tmp_path / "cache"
     assert run(package, COPY_A_ROW, XDG_CACHE_HOME=str(folder)) == "7 0"
     assert run(package, COPY_A_ROW, XDG_CACHE_HOME=str(folder)) == "7 1"
@@ -96,16 +95,16 @@ def test_where_the_package_cannot_be_written_the_users_folder_is_used(package, t
 
 
 def test_every_kernel_source_for_the_cpu_counts(package):
-    names = {file.name for file in (package / "kernels").glob("*.py")}
+    names = {file.name for file in (package / "kernels" / "cpu" / "cpu").glob("*.py")}
     assert {name for name in names if not name.startswith("cuda_")} == set(HASHED)
     code = f"""
 from pathlib import Path
-from per_td.kernels import cached
-hashes = [cached._sources()]
+from per_td.kernels.cpu import compiling
+hashes = [compiling._sources()]
 for name in {HASHED}:
-    with open(Path(cached.__file__).with_name(name), "a") as file:
+    with open(Path(compiling.__file__).with_name(name), "a") as file:
         file.write("#")
-    hashes.append(cached._sources.__wrapped__())
+    hashes.append(compiling._sources.__wrapped__())
 print(len(set(hashes)))
 """
     assert run(package, code) == str(len(HASHED) + 1)

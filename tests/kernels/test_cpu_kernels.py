@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from per_td import ConfigurationError, IndexRangeError, PriorityError, SumTree, kernels
-from per_td.priorities import PriorityTable
-from per_td.priority_draws import sample_weighted
+from per_td.priorities.sampling import sample_weighted
+from per_td.priorities.table import PriorityTable
 from per_td.tree import reference
 from per_td.weights import mass_of
 

@@ -37,7 +37,7 @@ def compile_only(self, *args, **kwargs):
 
 JITFunction.run = compile_only
 
-from per_td.kernels import cuda_launches as kernels
+from per_td.kernels import cuda as kernels
 from per_td.tree import Layout
 
 number = lambda value: torch.tensor(value, dtype=torch.float64)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from per_td import PrioritizedReplayBuffer
-from tests.oracle import data
+from tests.support.oracle import data
 
 pytestmark = [
     pytest.mark.cuda,

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from per_td.draws import points
-from per_td.ring import generation_of
+from per_td.storage.generations import generation_of
 from per_td.tree import ExtremumTree, Layout, SumTree, reference
 from per_td.weights import importance_weights, mass_of
-from tests.oracle import assert_drawn_from
+from tests.support.oracle import assert_drawn_from
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from per_td.kernels import cuda_launches as kernels
+from per_td.kernels import cuda as kernels
 
 CAPACITIES = (1, 7, 16, 17, 255, 256, 257, 4096, 5000)
 LIMITS = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max

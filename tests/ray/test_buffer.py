@@ -264,7 +264,7 @@ def test_a_saved_buffer_comes_back(sharded, numbered, tmp_path):
     finally:
         again.close()
     (tmp_path / "learner.pt").unlink()
-    from per_td import checkpoint
+    from per_td.checkpoint import file as checkpoint
 
     checkpoint.write(tmp_path / "learner.pt", {"format": "?"})
     with pytest.raises(CheckpointError, match="expected the state of a ShardedReplayBuffer"):

@@ -9,7 +9,7 @@ from torchrl.data import (
 
 from per_td import EmptyBufferError
 from per_td.torchrl import PrioritizedSliceSampler
-from tests.slice_oracle import ALPHA, BETA, DONE, Stream, filled, slices_of, valid_starts
+from tests.support.slice_oracle import ALPHA, BETA, DONE, Stream, filled, slices_of, valid_starts
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -20,7 +20,7 @@ from torchrl.envs import RenameTransform
 
 from per_td import CheckpointError, ConfigurationError, EmptyBufferError
 from per_td.torchrl import PrioritizedSampler, TensorDictPrioritizedReplayBuffer
-from tests.replay import ALPHA, BETA, data, learn, make, same
+from tests.support.replay import ALPHA, BETA, data, learn, make, same
 
 
 def test_it_has_torchrls_arguments_in_torchrls_order():

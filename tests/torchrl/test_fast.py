@@ -5,7 +5,7 @@ from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ListStorage
 
 from per_td import PriorityError
 from per_td.torchrl import PrioritizedSampler
-from tests.replay import ALPHA, BETA, data, learn, make, same
+from tests.support.replay import ALPHA, BETA, data, learn, make, same
 
 
 class Lockstep:

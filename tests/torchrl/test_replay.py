@@ -11,8 +11,8 @@ from torchrl.data.replay_buffers import Sequence
 
 from per_td import IndexRangeError, PriorityError, kernels
 from per_td.torchrl import PrioritizedSampler
-from tests.oracle import assert_drawn_from
-from tests.replay import ALPHA, BETA, data, learn, make
+from tests.support.oracle import assert_drawn_from
+from tests.support.replay import ALPHA, BETA, data, learn, make
 
 
 @pytest.mark.parametrize("prefetch", [None, 3])

@@ -27,7 +27,7 @@ from per_td import (
 )
 from per_td.torchrl import PrioritizedSampler
 from per_td.torchrl.sampler import flat_index, unravelled
-from tests.oracle import assert_drawn_from
+from tests.support.oracle import assert_drawn_from
 
 ALPHA, BETA, EPS = 0.7, 0.9, 1e-8
 

@@ -14,7 +14,7 @@ from per_td import CheckpointError, ConfigurationError, IndexRangeError, SchemaE
 from per_td.torchrl import PrioritizedSampler, TensorDictPrioritizedReplayBuffer
 from per_td.torchrl.columns import Columns
 from per_td.torchrl.fast import ColumnCache
-from tests.replay import ALPHA, BETA, data, learn, make
+from tests.support.replay import ALPHA, BETA, data, learn, make
 
 
 def goes_the_short_way(buffer):

@@ -8,7 +8,7 @@ from torchrl.data import (
 
 from per_td import PriorityError
 from per_td.torchrl import PrioritizedSliceSampler
-from tests.slice_oracle import ALPHA, BETA, DONE, TRUNCATED, Stream, filled, valid_starts
+from tests.support.slice_oracle import ALPHA, BETA, DONE, TRUNCATED, Stream, filled, valid_starts
 
 
 def test_a_batch_has_the_layout_of_torchrls():

@@ -22,8 +22,8 @@ from per_td.torchrl import (
     PrioritizedSliceSampler,
     TensorDictPrioritizedReplayBuffer,
 )
-from tests.oracle import assert_drawn_from
-from tests.slice_oracle import (
+from tests.support.oracle import assert_drawn_from
+from tests.support.slice_oracle import (
     ALPHA,
     BETA,
     EPS,

@@ -3,7 +3,7 @@ import torch
 from torchrl.data import LazyTensorStorage
 
 from per_td.torchrl import PrioritizedSliceSampler, TensorDictPrioritizedReplayBuffer
-from tests.slice_oracle import Stream
+from tests.support.slice_oracle import Stream
 
 
 @pytest.mark.parametrize("unit", ["abs", "squared"])

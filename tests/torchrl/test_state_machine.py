@@ -17,9 +17,9 @@ from torchrl.data.replay_buffers.scheduler import LinearScheduler
 
 from per_td import EmptyBufferError, kernels
 from per_td.torchrl import PrioritizedSampler, TensorDictPrioritizedReplayBuffer
-from tests.drop_in_model import CONFIGURATION, REDUCE, BesideTheModel
-from tests.drop_in_steps import COPIES, REFUSED, refuse_by_index
-from tests.machines import (
+from tests.support.drop_in_model import CONFIGURATION, REDUCE, BesideTheModel
+from tests.support.drop_in_steps import COPIES, REFUSED, refuse_by_index
+from tests.support.machines import (
     ALPHA,
     CAN_BE,
     DRAWS,

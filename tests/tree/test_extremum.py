@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from per_td.tree import ExtremumTree, Layout
-from tests.oracle import CAPACITIES
+from tests.support.oracle import CAPACITIES
 
 
 @pytest.mark.parametrize("which", ["max", "min"])

@@ -14,7 +14,7 @@ from per_td import (
     kernels,
 )
 from per_td.tree import ForestLayout
-from tests.oracle import assert_drawn_from
+from tests.support.oracle import assert_drawn_from
 
 CAPACITIES = (1, 7, 16, 17, 50, 255, 256, 257, 1000, 4097)
 

@@ -13,7 +13,7 @@ from per_td import (
     validation,
 )
 from per_td.tree import Layout
-from tests.oracle import CAPACITIES, assert_drawn_from
+from tests.support.oracle import CAPACITIES, assert_drawn_from
 
 DRAWS = ("independent", "stratified")
 

@@ -1,0 +1,1 @@
+"""Checkpoints: the state of a buffer, and the files that hold it."""

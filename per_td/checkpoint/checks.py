@@ -1,0 +1,119 @@
+"""Whether a saved state is consistent: looked at before any of it is taken over."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from per_td import validation
+from per_td.errors import CheckpointError, ConfigurationError
+from per_td.storage.leaves import flattened, named
+
+__all__ = ["check_values"]
+
+
+def check_values(state: Mapping[str, Any]) -> None:
+    """Refuse a state whose parts have wrong types, shapes or values.
+
+    Args:
+        state: with the keys that `states.check` asks for.
+
+    Raises:
+        CheckpointError: a part is not as `state_dict` makes it; it says which.
+    """
+    settings = _settings(state["settings"])
+    capacity, many = settings["capacity"], settings.get("num_buffers")
+    each = () if many is None else (many,)
+    written = _count("write_count", state["write_count"], each)
+    _real("beta", state["beta"], (), high=1.0)
+    _real("ever_max", state["ever_max"], each)
+    _count("stale_updates", state["stale_updates"], ())
+    _count("refused_priorities", state["refused_priorities"], ())
+    filled = min(int(written.max()), capacity)
+    slots = (filled,) if many is None else (many, capacity)
+    _real("priority", state["priority"], slots)
+    if state.get("mass") is not None:
+        _real("mass", state["mass"], slots)
+    for name in ("epoch", "written_before"):
+        _count(name, state.get(name, 0), ())
+    _transitions(state["transitions"], (*each, filled))
+    if "replayed" in state:
+        shortest = min(int(written.min()), capacity)
+        _tensor("replayed", state["replayed"], (shortest,), (torch.bool,))
+    if state.get("ranks") is not None:
+        _ranks(state["ranks"], filled)
+    if state["generator"] is not None:
+        _tensor("generator", state["generator"], None, (torch.uint8,))
+
+
+def _wrong(name: str, expected: str, got: object) -> CheckpointError:
+    return CheckpointError(f"{name}: expected {expected} in the state, got {got}")
+
+
+def _settings(settings: Any) -> Mapping[str, Any]:
+    wanted = ("capacity", "alpha", "eps", "beta_increment")
+    if not isinstance(settings, Mapping) or any(key not in settings for key in wanted):
+        raise _wrong("settings", f"a dict with {', '.join(wanted)}", type(settings).__name__)
+    try:
+        validation.positive_int("capacity", settings["capacity"])
+        if settings.get("num_buffers") is not None:
+            validation.positive_int("num_buffers", settings["num_buffers"])
+        validation.real("alpha", settings["alpha"])
+        validation.real("eps", settings["eps"], high=torch.finfo(torch.float32).max)
+        validation.real("beta_increment", settings["beta_increment"])
+    except ConfigurationError as error:
+        raise CheckpointError(f"settings: {error}") from error
+    return settings
+
+
+def _tensor(
+    name: str, value: Any, shape: tuple[int, ...] | None, dtypes: tuple[torch.dtype, ...]
+) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise _wrong(name, "a tensor", type(value).__name__)
+    validation.require_plain(name, value, CheckpointError)
+    if value.dtype not in dtypes or (shape is not None and value.shape != shape):
+        kinds = " or ".join(map(str, dtypes))
+        expected = kinds if shape is None else f"{kinds} of shape {list(shape)}"
+        raise _wrong(name, expected, f"{value.dtype} of shape {list(value.shape)}")
+    return value
+
+
+def _real(name: str, value: Any, shape: tuple[int, ...], high: float = math.inf) -> None:
+    tensor = _tensor(name, value, shape, (torch.float32, torch.float64))
+    if not (tensor.isfinite() & (tensor >= 0) & (tensor <= high)).all():
+        raise _wrong(name, f"finite values in [0, {high:g}]", "others")
+
+
+def _count(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
+    if isinstance(value, int) and not isinstance(value, bool) and not shape and value < 2**63:
+        value = torch.tensor(value, dtype=torch.int64, device="cpu")
+    tensor = _tensor(name, value, shape, (torch.int64,))
+    if not (tensor >= 0).all():
+        raise _wrong(name, "counts of at least 0", "negative ones")
+    return tensor
+
+
+def _transitions(transitions: Any, rows: tuple[int, ...]) -> None:
+    if not isinstance(transitions, Mapping):
+        raise _wrong("transitions", "a dict", type(transitions).__name__)
+    leaves = flattened(transitions)
+    if rows[-1] and not leaves:
+        raise _wrong("transitions", f"tensors of shape {[*rows]}", "none")
+    for key, leaf in leaves.items():
+        if not isinstance(leaf, Tensor):
+            raise _wrong(f"transitions, {named(key)}", "a tensor", type(leaf).__name__)
+        validation.require_plain(named(key), leaf, CheckpointError)
+        if leaf.shape[: len(rows)] != rows:
+            raise _wrong(f"transitions, {named(key)}", f"shape {[*rows]}", list(leaf.shape))
+
+
+def _ranks(ranks: Any, filled: int) -> None:
+    wanted = ("mass", "snapshot", "changes")
+    if not isinstance(ranks, Mapping) or any(key not in ranks for key in wanted):
+        raise _wrong("ranks", f"a dict with {', '.join(wanted)}", type(ranks).__name__)
+    _real("ranks, mass", ranks["mass"], (filled,))
+    _real("ranks, snapshot", ranks["snapshot"], (filled,))
+    _count("ranks, changes", ranks["changes"], ())

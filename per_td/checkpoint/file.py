@@ -1,0 +1,360 @@
+"""Saved states: tensors and plain values in one file, written whole or not at all.
+
+A file is a prefix (`_PREFIX`), a header in JSON, and the bytes of the tensors, as they are in
+memory on a little-endian machine. Everything is covered by a CRC-32, which takes 27 ms for 100 MB
+where writing them takes 98 (zlib's; adler32 33, sha256 60, blake2b 127), so that damage is named.
+Versions of files, and of the states in them:
+
+1. `torch.save` of the state; still read.
+2. This format; states also hold masses, and what follows from a change of capacity.
+
+Later versions will keep the prefix, so that this one can say that a file is of a later version.
+"""
+
+import json
+import mmap
+import os
+import pickle
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from per_td.checkpoint.atomic import replacing
+from per_td.errors import CheckpointError
+
+__all__ = ["VERSION", "read", "require", "write"]
+
+VERSION = 2
+_MAGIC = b"per_td\r\n"
+_ZIP = b"PK\x03\x04"  # what torch.save writes, version 1
+_PREFIX = struct.Struct("<8sIQII")
+"""Magic, version, length and CRC of the header, CRC of the prefix up to here."""
+
+_ALIGNMENT = 64
+_CHUNK = 2**20
+_MOST_GAPS = 1.5
+"""How many times their own bytes views may span, and still be written with what is between."""
+
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype)
+}
+
+
+class _Block:
+    """Bytes that lie together in the file, and where: behind the header.
+
+    Args:
+        source: the tensor whose bytes they are, contiguous unless it is read in pieces.
+        at: where they begin.
+    """
+
+    def __init__(self, source: Tensor, at: int) -> None:
+        self.source = source
+        self.bytes = source.numel() * source.itemsize
+        self.at, self.end = at, at + _padded(self.bytes)
+        self.crc = 0
+
+    def entry(self) -> dict[str, Any]:
+        """For the header; always of the same length."""
+        return {"at": self.at, "bytes": self.bytes, "crc32": f"{self.crc:08x}"}
+
+    def write(self, put: Callable[[int, Any], Any]) -> None:
+        """Write the bytes, which stay in the processor's cache from copy to checksum to file."""
+        at = self.at
+        for piece in _pieces(self.source):
+            data = _raw(piece)
+            put(at, data)
+            self.crc = zlib.crc32(data, self.crc)
+            at += len(data)
+        padding = bytes(self.end - at)
+        put(at, padding)
+        self.crc = zlib.crc32(padding, self.crc)
+
+
+def _padded(length: int) -> int:
+    return -(-length // _ALIGNMENT) * _ALIGNMENT
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Parts of about `_CHUNK` bytes."""
+    length = len(tensor) if tensor.ndim else 0
+    if not length:
+        return iter([tensor])
+    rows = max(1, _CHUNK * length // max(1, tensor.numel() * tensor.itemsize))
+    return (tensor[at : at + rows] for at in range(0, length, rows))
+
+
+def _raw(tensor: Tensor) -> Any:
+    """The bytes of a tensor, on the CPU, without a copy where that can be."""
+    tensor = tensor.detach().cpu().resolve_neg().resolve_conj().contiguous()
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # of one number, the stride may be any
+    return flat.view(torch.uint8).numpy().data
+
+
+class _Writer:
+    """What a state consists of, as it will be in the file."""
+
+    def __init__(self, state: Any) -> None:
+        self.blocks: list[_Block] = []
+        self._shared: dict[int, int] = {}
+        self._find_shared(list(_tensors_of(state)))
+        self.state = self._described(state)
+
+    def _add(self, source: Tensor) -> int:
+        self.blocks.append(_Block(source, self.blocks[-1].end if self.blocks else 0))
+        return len(self.blocks) - 1
+
+    def _find_shared(self, tensors: list[Tensor]) -> None:
+        """Make a block of every memory that tensors are views of and together nearly fill.
+
+        The fields of records are: to take them apart would cost more than to write the gaps.
+        """
+        views: dict[int, list[Tensor]] = {}
+        for tensor in tensors:
+            if not (tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg()):
+                views.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+        for base, some in views.items():
+            begin = min(_begin(tensor) for tensor in some) // _ALIGNMENT * _ALIGNMENT
+            end = max(_begin(tensor) + _span(tensor) for tensor in some)
+            used = sum(tensor.numel() * tensor.itemsize for tensor in some)
+            if end - begin <= _MOST_GAPS * used:
+                memory = torch.empty(0, dtype=torch.uint8, device=some[0].device)
+                memory.set_(some[0].untyped_storage(), begin, (end - begin,))  # type: ignore[call-overload]
+                self._shared[base] = self._add(memory)
+
+    def _described(self, value: Any) -> Any:
+        """`value` for the header."""
+        if isinstance(value, Tensor):
+            entry = {
+                "dtype": str(value.dtype).removeprefix("torch."),
+                "shape": list(value.shape),
+                "stride": list(value.stride()),
+                "offset": 0,
+            }
+            block = self._shared.get(value.untyped_storage().data_ptr())
+            if block is None or value.is_contiguous():
+                entry["stride"] = list(
+                    torch.empty(value.shape, dtype=value.dtype, device="meta").stride()
+                )
+                block = self._add(value)
+            else:
+                first = self.blocks[block].source
+                entry["offset"] = _begin(value) - _begin(first)
+            return {"tensor": entry | {"block": block}}
+        if isinstance(value, dict):
+            return {"dict": {key: self._described(item) for key, item in value.items()}}
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise CheckpointError(
+            f"expected tensors and plain values to save, got {type(value).__name__}"
+        )
+
+    def _header(self) -> bytes:
+        blocks = [block.entry() for block in self.blocks]
+        text = json.dumps({"blocks": blocks, "state": self.state}).encode()
+        return text.ljust(_padded(_PREFIX.size + len(text)) - _PREFIX.size)
+
+    def write(self, file: IO[bytes]) -> None:
+        """Write the blocks, and then, in front of them, the header with their checksums."""
+        start = _PREFIX.size + len(self._header())
+
+        def put(at: int, data: Any) -> None:
+            file.seek(start + at)
+            file.write(data)
+
+        for block in self.blocks:
+            block.write(put)
+        header = self._header()
+        prefix = _PREFIX.pack(_MAGIC, VERSION, len(header), zlib.crc32(header), 0)[:-4]
+        file.seek(0)
+        file.write(prefix + struct.pack("<I", zlib.crc32(prefix)) + header)
+
+
+def _tensors_of(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors_of(item)
+
+
+def _begin(tensor: Tensor) -> int:
+    """Where a tensor begins in its storage, in bytes."""
+    return int(tensor.storage_offset()) * tensor.itemsize
+
+
+def _span(tensor: Tensor) -> int:
+    """From its first byte to its last."""
+    if not tensor.numel():
+        return 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return (sum((size - 1) * step for size, step in steps) + 1) * tensor.itemsize
+
+
+def write(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Write `state`, tensors and plain values in dicts, to `path`.
+
+    Whatever ends the process, the old file is there or the new one. Tensors are read in pieces,
+    and not copied as a whole.
+
+    Raises:
+        CheckpointError: there is something else in `state`.
+        OSError: it cannot be written, such as on a full disk; the old file is as it was.
+    """
+    writer = _Writer(state)
+    with replacing(Path(path)) as file:
+        writer.write(file)
+
+
+@contextmanager
+def _read_only() -> Iterator[None]:
+    """Torch warns of memory that may not be written to, which nobody does here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        yield
+
+
+class _File:
+    """A file of version 2 or later, mapped into memory."""
+
+    def __init__(self, name: str, data: mmap.mmap) -> None:
+        self.name, self.data = name, data
+        if data[:8] != _MAGIC[: len(data)]:
+            raise self.error(f"a foreign file, which begins with {data[:8]!r}")
+        if len(data) < _PREFIX.size:
+            raise self.error(f"a truncated file of {len(data)} bytes")
+        _, version, length, crc, own = _PREFIX.unpack(data[: _PREFIX.size])
+        self._verify("prefix", data[: _PREFIX.size - 4], own)
+        if version > VERSION:
+            raise self.error(
+                f"one of version {version}, made by a later version of per_td: this one reads"
+                f" versions up to {VERSION}"
+            )
+        self.start = _PREFIX.size + length
+        self._require(self.start)
+        encoded = data[_PREFIX.size : self.start]
+        self._verify("header", encoded, crc)
+        header = json.loads(encoded)
+        end = self.start + max((_end(block) for block in header["blocks"]), default=0)
+        self._require(end)
+        if len(data) > end:
+            raise self.error(f"a damaged file: {len(data)} bytes instead of {end}")
+        self.blocks = [self._block(k, block) for k, block in enumerate(header["blocks"])]
+        self.described = header["state"]
+
+    def error(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.name}: expected a saved buffer, got {what}")
+
+    def _require(self, length: int) -> None:
+        if len(self.data) < length:
+            raise self.error(f"a truncated file: {len(self.data)} of {length} bytes")
+
+    def _verify(self, what: str, data: Any, crc: int) -> None:
+        if zlib.crc32(data) != crc:
+            raise self.error(f"a damaged file: the checksum of its {what} differs")
+
+    def _block(self, number: int, entry: dict[str, Any]) -> Tensor:
+        """The bytes of a block, a view of the file."""
+        begin = self.start + entry["at"]
+        with memoryview(self.data) as whole, whole[begin : self.start + _end(entry)] as extent:
+            self._verify(f"block {number}", extent, int(entry["crc32"], 16))
+        if not entry["bytes"]:
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
+        with _read_only():
+            return torch.frombuffer(
+                self.data, dtype=torch.uint8, count=entry["bytes"], offset=begin
+            )
+
+    def restored(self, value: Any) -> Any:
+        """The inverse of `_described`."""
+        if not isinstance(value, dict):
+            return value
+        if "dict" in value:
+            return {key: self.restored(item) for key, item in value["dict"].items()}
+        entry = value["tensor"]
+        shape, dtype = torch.Size(entry["shape"]), _DTYPES[entry["dtype"]]
+        if not shape.numel():
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        raw = self.blocks[entry["block"]][entry["offset"] :]
+        whole = raw[: len(raw) // dtype.itemsize * dtype.itemsize].view(dtype)
+        return whole.as_strided(shape, entry["stride"])
+
+
+def _end(block: dict[str, Any]) -> int:
+    return int(block["at"]) + _padded(block["bytes"])
+
+
+def _read_first_version(path: str | os.PathLike[str]) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"{os.fspath(path)}: expected a saved buffer, got a truncated, damaged or foreign"
+            f" archive: {error}"
+        ) from error
+
+
+def require(expected: str, state: Any, path: str | os.PathLike[str] | None = None) -> None:
+    """Refuse a state whose "format" is not `expected`, such as that of a network.
+
+    Raises:
+        CheckpointError: it says what came instead, and the `path` that it is from.
+    """
+    known = state.get("format") if isinstance(state, dict) else None
+    if isinstance(known, str) and known == expected:
+        return
+    if isinstance(known, str):
+        got = f"that of {known!r}"
+    elif isinstance(state, dict):
+        keys = [*map(repr, state)]
+        more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        got = f"a dict with the keys {', '.join(keys[:3]) or '(none)'}{more}, such as of a network"
+    else:
+        got = f"{type(state).__name__}, no dict"
+    place = "" if path is None else f"{os.fspath(path)}: "
+    raise CheckpointError(f"{place}expected the state of a {expected.split('.')[-1]}, got {got}")
+
+
+def read(path: str | os.PathLike[str], expected: str | None = None) -> Any:
+    """What is in the file `path`, on the CPU; no code in the file is run.
+
+    All checksums have been looked at then. Tensors are views of the file: they may not be written
+    to, and take no memory that the system could not take back.
+
+    Args:
+        path: of the file.
+        expected: the format of the state in it; None takes any.
+
+    Raises:
+        CheckpointError: the file is truncated, damaged, foreign, of a later version, or does not
+            hold what is `expected`: it says which.
+        FileNotFoundError: there is none.
+    """
+    state = _read(path)
+    if expected is not None:
+        require(expected, state, path)
+    return state
+
+
+def _read(path: str | os.PathLike[str]) -> Any:
+    with open(path, "rb") as file:
+        if file.read(len(_ZIP)) == _ZIP:
+            return _read_first_version(path)
+        if not os.fstat(file.fileno()).st_size:
+            raise CheckpointError(
+                f"{os.fspath(path)}: expected a saved buffer, got a truncated file of 0 bytes"
+            )
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    with suppress(AttributeError):  # not on every system
+        data.madvise(mmap.MADV_SEQUENTIAL)
+    found = _File(os.fspath(path), data)
+    return found.restored(found.described)

@@ -1,0 +1,1 @@
+"""Concurrency: buffers that threads and processes share, and batches drawn ahead."""

@@ -1,0 +1,57 @@
+"""Compile a kernel, or read it from numba's cache on disk, which an edit of any kernel outdates.
+
+numba compiles a kernel anew when the file that holds it changes, but not when a file imported by
+that one does. The names of its files begin with the qualified name of the function. So that name
+gets a hash of the sources of all kernels: after an edit, nothing is found under the new name.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from hashlib import sha256
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+from numba import njit
+
+__all__ = ["kernel"]
+
+
+@cache
+def _sources() -> str:
+    """A hash of everything that kernels are compiled from; numba looks at its own version."""
+    found = sha256(llvmlite.__version__.encode())
+    for file in sorted(resources.files(__package__).iterdir(), key=lambda file: file.name):
+        if file.name.endswith(".py"):
+            found.update(file.name.encode())
+            found.update(file.read_bytes())
+    return found.hexdigest()[:16]
+
+
+def kernel(signature: str) -> Callable[[Callable[..., Any]], Any]:
+    """Compile the function below for this signature, to run without the interpreter's lock.
+
+    Raises:
+        RuntimeError: numba finds no folder that it could keep the result in.
+    """
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        name = function.__qualname__
+        function.__qualname__ = f"{name}_{_sources()}"
+        made = njit(signature, cache=True, nogil=True, error_model="numpy")(function)
+        if made.stats.cache_misses:
+            file = function.__module__.rpartition(".")[2]
+            _remove_outdated(Path(made.stats.cache_path), f"{file}.{name}")
+        return made
+
+    return compiled
+
+
+def _remove_outdated(folder: Path, name: str) -> None:
+    """Remove what this kernel was compiled to from other sources."""
+    for file in folder.glob(f"{name}_{'[0-9a-f]' * 16}-*.nb[ic]"):
+        if _sources() not in file.name:
+            with suppress(OSError):  # another process was faster, or is reading it
+                file.unlink()

@@ -1,0 +1,182 @@
+"""Changes to the trees on CUDA, in Triton: few launches, whatever the capacity.
+
+Launches depend on shapes alone and nothing is read back, so all of this can be captured in a CUDA
+graph. Results do not depend on the order in which programs run:
+
+- Of equal indices the last one holds. In a first launch every update raises the slot itself, read
+  as an unsigned integer, to 2^31 + 1 + its position in the batch: more than any priority that was
+  there, which are floats without a sign, and more than any earlier update. In a second launch the
+  update whose claim stands writes its priority. That takes no sort, and no memory.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from per_td.kernels.cuda.nodes import Trees, refresh
+
+__all__ = ["assign", "put"]
+
+FLAT = 256  # updates of one program where they are independent
+
+_TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
+_HUGE = tl.constexpr(torch.finfo(torch.float32).max)
+
+
+@triton.jit
+def _priority(value, eps, lane, inside):
+    """|value| + eps, or the value as it is."""
+    new = tl.load(value + lane, mask=inside, other=0.0)
+    if eps is not None:
+        new = tl.abs(new) + tl.load(eps).to(tl.float32)
+    return new
+
+
+@triton.jit
+def _claim_of(lane):
+    return lane.to(tl.uint32) + 0x80000001
+
+
+@triton.jit(do_not_specialize=["n", "slots", "capacity"])
+def _claim(
+    column,
+    index,
+    value,
+    eps,
+    live,
+    generation,
+    written,
+    size,
+    refused,
+    dropped,
+    n,
+    slots,
+    capacity,
+    FLAT: tl.constexpr,
+):
+    """Mark the slots `index` [n] in `column` (float32 as uint32) with the last update of each.
+
+    What is not to be written claims nothing, and is counted: as `refused` what is wrong, as
+    `dropped` what is right or wrong, but late.
+    """
+    lane = tl.program_id(0) * FLAT + tl.arange(0, FLAT)
+    inside = lane < n
+    at = tl.load(index + lane, mask=inside, other=0)
+    new = _priority(value, eps, lane, inside)
+    limit = slots
+    if size is not None:
+        limit = tl.minimum(tl.load(size), slots)
+    right = inside & (at >= 0) & (at < limit) & (new >= 0) & (new <= _HUGE)  # NaN is neither
+    alive = inside
+    if live is not None:
+        alive = inside & (tl.load(live + lane, mask=inside, other=0) != 0)
+    if generation is not None:
+        age = tl.load(written) - 1 - at
+        wrapped = age // capacity  # towards 0
+        wrapped = tl.where(wrapped * capacity > age, wrapped - 1, wrapped)
+        alive = alive & (tl.load(generation + lane, mask=inside, other=0) == wrapped)
+    if refused is not None:
+        wrong = tl.sum((inside & (right == 0)).to(tl.int64), axis=0)
+        tl.atomic_add(refused, wrong, sem="relaxed")
+    if dropped is not None:
+        late = tl.sum((inside & (alive == 0)).to(tl.int64), axis=0)
+        tl.atomic_add(dropped, late, sem="relaxed")
+    tl.atomic_max(column + at, _claim_of(lane), mask=right & alive, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["n", "slots"])
+def _settle(column, masses, index, value, eps, alpha, ever_max, n, slots, FLAT: tl.constexpr):
+    """Write the value of every update whose claim stands; `masses` and `ever_max` may be None.
+
+    A slot holds the claim of its last update, or what that has written since: no other's claim.
+    FLAT is not less than the threads of a program: if two of them did one update, the second might
+    look after the first has written.
+    """
+    lane = tl.program_id(0) * FLAT + tl.arange(0, FLAT)
+    inside = lane < n
+    at = tl.load(index + lane, mask=inside, other=-1)
+    inside = (at >= 0) & (at < slots)
+    stands = inside & (tl.load(column + at, mask=inside, other=0) == _claim_of(lane))
+    new = tl.where(stands, tl.abs(_priority(value, eps, lane, stands)), 0.0)  # abs: no -0
+    tl.store(column + at, new.to(tl.uint32, bitcast=True), mask=stands)
+    if masses is not None:
+        mass = tl.exp(tl.log(tl.where(new > 0, new, 1.0).to(tl.float64)) * tl.load(alpha))
+        mass = tl.minimum(tl.maximum(mass, _TINY), _HUGE).to(tl.float32)
+        tl.store(masses + at, tl.where(new > 0, mass, 0.0), mask=stands)
+    if ever_max is not None:  # float32 as int32: without a sign, in the same order
+        largest = tl.max(new, axis=0).to(tl.int32, bitcast=True)
+        tl.atomic_max(ever_max, largest, sem="relaxed")
+
+
+def put(trees: Trees, index: Tensor, value: Tensor) -> None:
+    """Set the masses of the leaves `index` [B], one after the other; nodes above follow.
+
+    Skipped are indices that no leaf has but the spare one, and values that are negative, infinite
+    or NaN.
+
+    Args:
+        trees: only the sums.
+        index: int64 [B].
+        value: float32 [B].
+    """
+    if len(index):
+        index, value = index.contiguous(), value.contiguous()
+        column, n, slots = trees.sums[0].view(torch.uint32), len(index), trees.layout.capacity
+        grid, unused = (triton.cdiv(n, FLAT),), (None,) * 6
+        _claim[grid](column, index, value, None, *unused, n, slots, slots, FLAT)
+        _settle[grid](column, None, index, value, None, None, None, n, slots, FLAT)
+        refresh(trees, index)
+
+
+def assign(
+    trees: Trees,
+    raw: Tensor,
+    index: Tensor,
+    value: Tensor,
+    *,
+    alpha: Tensor,
+    ever_max: Tensor,
+    eps: Tensor | None = None,
+    size: Tensor | int | None = None,
+    live: Tensor | None = None,
+    generation: Tensor | None = None,
+    written: Tensor | None = None,
+    refused: Tensor | None = None,
+) -> Tensor | int:
+    """Set the priorities of the slots `index` [B], one after the other; masses and nodes follow.
+
+    Args:
+        trees: the sums of the masses, the largest of the priorities, and any others.
+        raw: the priorities, float32 [leaf_slots].
+        index: int64 [B].
+        value: TD errors, or where `eps` is None priorities, float32 [B].
+        alpha: exponent of the priorities, float64, 0-dim.
+        ever_max: takes up the largest priority written, float32, 0-dim.
+        eps: added to |TD error|, float64, 0-dim.
+        size: how many slots may be named, a number or int64, 0-dim; None stands for all.
+        live: bool [B], False for updates to be dropped; None drops none.
+        generation: those of the transitions meant, int64 [B]; drops what has been overwritten.
+        written: how many transitions were ever written, int64, 0-dim; to go with `generation`.
+        refused: to count updates whose slot or priority is out of range or NaN, int64, 0-dim.
+
+    Returns:
+        How many were dropped, int64, 0-dim, or 0.
+    """
+    n, slots = len(index), trees.layout.capacity
+    if not n:
+        return 0
+    index, value = index.contiguous(), value.contiguous()
+    live = None if live is None else live.contiguous()
+    generation = None if generation is None else generation.contiguous()
+    dropped = None
+    if live is not None or generation is not None:
+        dropped = torch.zeros((), dtype=torch.int64, device=index.device)
+    limit, size = (min(size, slots), None) if isinstance(size, int) else (slots, size)
+    column, grid = raw.view(torch.uint32), (triton.cdiv(n, FLAT),)
+    given, counters = (live, generation, written, size), (refused, dropped)
+    _claim[grid](column, index, value, eps, *given, *counters, n, limit, slots, FLAT)
+    record = ever_max.view(torch.int32)
+    _settle[grid](column, trees.sums[0], index, value, eps, alpha, record, n, slots, FLAT)
+    refresh(trees, index)
+    return 0 if dropped is None else dropped

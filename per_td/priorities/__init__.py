@@ -1,0 +1,1 @@
+"""Priorities: how likely each slot is to be drawn."""

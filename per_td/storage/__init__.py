@@ -1,0 +1,1 @@
+"""Storage: the transitions, in rings of preallocated memory."""

@@ -1,0 +1,726 @@
+"""A buffer that several processes share, and what is left when one of them is killed."""
+
+import copy
+import errno
+import multiprocessing
+import os
+import pickle
+import random
+import signal
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from per_td import CheckpointError, PrioritizedReplayBuffer, SumTree
+from per_td.concurrency import mutex
+from per_td.concurrency.sharing import Journal, SharedReplayBuffer, SharedTable
+from per_td.errors import ConfigurationError, EmptyBufferError, PriorityError
+from per_td.memory import Place
+from per_td.priorities.table import PriorityTable
+from per_td.storage.leaves import count
+from per_td.storage.ring import RingStorage
+from tests.support import processes
+from tests.support.processes import (
+    STRIDE,
+    deadline,
+    forked,
+    handed_over,
+    initial,
+    kill,
+    learn,
+    learned,
+    torn,
+)
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
+
+
+@pytest.fixture(autouse=True)
+def _no_deadlock(request):
+    with deadline(1200 if request.node.get_closest_marker("slow") else 300):
+        yield
+
+
+def shared_zeros(n, dtype=torch.int64):
+    return torch.zeros(n, dtype=dtype).share_memory_()
+
+
+def assert_consistent(buffer):
+    """The trees say of the priorities what naive sums say."""
+    with buffer._lock:
+        table, size = buffer._priorities, len(buffer)
+        raw, masses = table.raw.clone(), table.masses[:].clone()
+        largest, nodes = table._largest.value.clone(), table.masses.nodes.clone()
+    mass = torch.where(raw > 0, raw.double() ** buffer.alpha, 0.0)
+    torch.testing.assert_close(masses.double(), mass, rtol=1e-5, atol=0)
+    assert largest == raw.max()
+    fresh = SumTree(buffer.capacity)
+    fresh.update(torch.arange(buffer.capacity), masses)
+    assert torch.equal(fresh.nodes, nodes)
+    assert not raw[size:].any()
+
+
+def assert_nothing_lost(buffer, acknowledged, unsure=0):
+    """The newest transitions of every writer are there, once each, without a gap.
+
+    Where a writer was killed, up to `unsure` may be there that it did not come to acknowledge.
+    """
+    held = buffer.transitions[buffer.priority > 0]
+    assert torn(held) == 0
+    ids = held["id"]
+    for writer, done in enumerate(acknowledged.tolist()):
+        own = (ids[ids // STRIDE == writer] - writer * STRIDE).sort().values
+        if len(own):
+            assert torch.equal(own, torch.arange(int(own[0]), int(own[-1]) + 1))
+            assert done <= own[-1] + 1 <= done + unsure
+    expected = torch.stack([initial(ids), learned(ids)])
+    assert (buffer.priority[buffer.priority > 0] == expected).any(0).all()
+
+
+def tensors_of(thing, seen):
+    """Every tensor in an object of the package, with its name."""
+    for name, value in vars(thing).items():
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            yield name, value
+        elif isinstance(value, dict):
+            yield from ((name, leaf) for leaf in value.values() if isinstance(leaf, torch.Tensor))
+        elif type(value).__module__.startswith("per_td"):
+            yield from tensors_of(value, seen)
+
+
+@pytest.mark.parametrize("layout", ["records", "columns"])
+def test_all_tensors_that_change_are_shared(layout):
+    buffer = processes.shared(50, layout=layout, weight_normalization="buffer")
+    tensors = list(tensors_of(buffer, set()))
+    own = {name for name, tensor in tensors if not tensor.is_shared()}
+    assert own <= {"_sizes", "_table", "_offsets", "_points"}  # constants, and a scratch pad
+    assert {"_raw", "leaves", "nodes", "_columns", "_write_count"} <= {n for n, _ in tensors} - own
+
+
+@pytest.mark.parametrize("layout", ["records", "columns"])
+def test_what_a_process_is_handed_is_the_same_buffer_but_for_its_generator(layout):
+    generator = torch.Generator().manual_seed(3)
+    buffer = processes.shared(50, layout=layout, generator=generator, weight_normalization="buffer")
+    buffer.extend(processes.transitions(range(5)))
+    buffer.sample(7)
+    other = handed_over(buffer)
+    assert (other._storage._like, other._priorities._points.tolist()) == ([], [])  # scratch pads
+    assert other.generator is None
+    assert buffer.generator is generator
+    processes.take_part(other)
+    assert buffer.write_count == len(buffer) == 45
+    assert torn(buffer.transitions) == 0
+    assert torch.equal(buffer.transitions["id"], other.transitions["id"])
+    assert (buffer.alpha, buffer.beta, buffer.eps) == (0.5, 0.75, 0.25)
+    assert torch.equal(buffer.priority, other.priority)
+    assert buffer.stats() == other.stats()
+    assert buffer.stats()["stale_updates"] == 1
+    assert_consistent(buffer)
+    other._journal.note(3, 4, 5)
+    assert buffer._journal.page[:3].tolist() == [4, 3, 5]
+
+
+def test_in_shared_memory_sixteen_leaves_of_a_tree_are_in_one_cache_line():
+    table = processes.shared(2**20)._priorities
+    assert [leaves.data_ptr() % 64 for leaves in (table._raw, table.masses.leaves)] == [0, 0]
+
+
+def locked_for(buffer) -> bool:
+    """Whether a thread of its own would have to wait for the lock."""
+    codes, lock = [], buffer._lock._mutex
+    thread = threading.Thread(target=lambda: codes.append(lock._try(lock._mutex)))
+    thread.start()
+    thread.join()
+    return codes == [errno.EBUSY]
+
+
+def test_what_a_process_is_handed_has_the_same_lock():
+    buffer = processes.shared(5)
+    other = handed_over(buffer)
+    with other._lock:
+        assert locked_for(buffer)
+    with buffer._lock:
+        assert locked_for(other)
+
+
+def test_a_spawned_process_writes_samples_and_updates_what_its_parent_sees():
+    buffer = processes.shared(50, alpha=1.0)
+    buffer.extend(processes.transitions(range(5)))
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=processes.take_part, args=(buffer,))
+    process.start()
+    process.join(250)
+    assert process.exitcode == 0
+    assert buffer.write_count == len(buffer) == 45
+    assert buffer.transitions["id"].tolist() == list(range(45))
+    assert torn(buffer.transitions) == 0
+    assert (buffer.alpha, buffer.beta, buffer.eps) == (0.5, 0.75, 0.25)
+    assert buffer.priority[3] == 7.25
+    assert buffer.stats()["stale_updates"] == 1
+    assert_consistent(buffer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["records", "columns"])
+def test_spawned_writers_at_full_speed_lose_nothing_and_tear_nothing(layout):
+    capacity, writers, seconds = 3000, 3, 8.0
+    buffer = processes.shared(capacity, layout=layout, weight_normalization="buffer")
+    acknowledged, stop = shared_zeros(writers), shared_zeros(1, torch.bool)
+    context = multiprocessing.get_context("spawn")
+    args = [(buffer, w, acknowledged, stop) for w in range(writers)]
+    running = [context.Process(target=processes.write, args=a) for a in args]
+    for process in running:
+        process.start()
+    while not acknowledged.all():
+        time.sleep(0.01)
+    found = batches = 0
+    late = buffer.sample(64)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or batches < 100 or buffer.write_count < 10 * capacity:
+        found += learn(buffer)
+        batches += 1
+    stop.fill_(True)
+    for process in running:
+        process.join(60)
+        assert process.exitcode == 0
+    assert found == 0
+    assert buffer.write_count == acknowledged.sum()
+    assert_nothing_lost(buffer, acknowledged)
+    assert (buffer.priority > 0).all()
+    assert_consistent(buffer)
+    before, stale = buffer.priority, buffer.stats()["stale_updates"]
+    buffer.update_priority(late["index"], torch.full((64,), 9999.0), late["generation"])
+    assert torch.equal(buffer.priority, before)
+    assert buffer.stats()["stale_updates"] == stale + 64
+    assert buffer.stats()["repairs"] == 0
+
+
+def test_writers_and_a_learner_side_by_side_lose_nothing_and_tear_nothing():
+    buffer = processes.shared(500)
+    acknowledged, stop = shared_zeros(2), shared_zeros(1, torch.bool)
+    writers = [forked(processes.write, buffer, w, acknowledged, stop) for w in range(2)]
+    while not acknowledged.all():
+        time.sleep(0.01)
+    end = time.monotonic() + 1.0
+    found = 0
+    while time.monotonic() < end or acknowledged.sum() < 1500:
+        found += learn(buffer)
+    stop.fill_(True)
+    for writer in writers:
+        assert os.waitpid(writer, 0)[1] == 0
+    assert found == 0
+    assert buffer.write_count == acknowledged.sum()
+    assert_nothing_lost(buffer, acknowledged)
+    assert_consistent(buffer)
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_after(function):
+    def call(*args, **given):
+        function(*args, **given)
+        die()
+
+    return call
+
+
+def half_a_write(self, leaves, n=None):
+    """Rows of which one field is new and one is old, and then death."""
+    slots = (self._written + torch.arange(count(leaves))) % self.capacity
+    for key, leaf in list(leaves.items())[::2]:
+        self._columns[key][slots] = leaf
+    die()
+
+
+KILLED_IN_EXTEND = {
+    "before the first row": (RingStorage, "write", die),
+    "with rows half written": (RingStorage, "write", half_a_write),
+    "after the rows": (RingStorage, "_count", die),
+    "after the count": (RingStorage, "write", dies_after(RingStorage.write)),
+    "before the priorities": (PriorityTable, "write_new", die),
+    "after the priorities": (PriorityTable, "write_new", dies_after(PriorityTable.write_new)),
+}
+
+
+def die_in(patch, call):
+    """Run `call` in a fork where `patch` kills; the fork must have been killed."""
+    owner, name, instead = patch
+
+    def run():
+        setattr(owner, name, instead)
+        call()
+
+    assert os.waitpid(forked(run), 0)[1] == signal.SIGKILL
+
+
+@pytest.mark.parametrize("filled", [3, 17, 20, 27])
+@pytest.mark.parametrize("point", KILLED_IN_EXTEND)
+def test_what_a_writer_killed_in_extend_did_not_acknowledge_is_never_drawn(point, filled):
+    buffer = processes.shared(20)
+    for k in range(filled):
+        buffer.add(processes.transitions(k), initial(torch.tensor(k)))
+    before = buffer.sample(200)
+    new = processes.transitions(range(1000, 1006))
+    die_in(KILLED_IN_EXTEND[point], lambda: buffer.extend(new, initial(new["id"])))
+    batch = buffer.sample(2000)
+    kept = range(filled + 6 - 20 if filled > 14 else 0, filled)
+    assert batch["id"].unique().tolist() == [k for k in kept if k >= filled - 20]
+    assert torn(batch) == 0
+    assert buffer.write_count == filled + 6
+    assert buffer.stats()["repairs"] == 1
+    assert_consistent(buffer)
+    # an update of what the dead writer has half overwritten must not bring it back
+    buffer.update_priority(before["index"], torch.ones(200), before["generation"])
+    assert torn(buffer.sample(2000)) == 0
+    ids = buffer.extend(new, initial(new["id"]))  # and life goes on
+    assert buffer.transitions["id"][ids].tolist() == list(range(1000, 1006))
+    assert_consistent(buffer)
+
+
+class LethalPage:
+    """The journal's page; whoever writes to it the `last` time, from 0 on, is killed."""
+
+    def __init__(self, page, last):
+        self.page, self.left = page, last
+
+    def __getitem__(self, at):
+        return self.page[at]
+
+    def __setitem__(self, at, value):
+        self.page[at] = value
+        if not self.left:
+            die()
+        self.left -= 1
+
+
+@pytest.mark.parametrize("last", range(7))
+@pytest.mark.parametrize("filled", [17, 27])
+def test_a_writer_killed_at_any_write_to_the_journal_has_written_all_or_nothing(filled, last):
+    buffer = processes.shared(20)
+    for k in range(filled):
+        buffer.add(processes.transitions(k))
+    new = processes.transitions(range(1000, 1006))
+
+    def write():
+        buffer._journal.page = LethalPage(buffer._journal.page, last)
+        buffer.extend(new)
+
+    assert os.waitpid(forked(write), 0)[1] == signal.SIGKILL
+    ids = buffer.sample(2000)["id"].unique().tolist()
+    begun = buffer.write_count - filled
+    assert begun in (0, 6)
+    assert [k for k in ids if k < 1000] == list(range(max(0, filled + begun - 20), filled))
+    assert [k for k in ids if k >= 1000] in ([], list(range(1000, 1006)))
+    assert begun or max(ids) < 1000
+    assert torn(buffer.transitions[buffer.priority > 0]) == 0
+    assert_consistent(buffer)
+
+
+def test_a_writer_that_repairs_what_another_left_may_be_killed_too():
+    buffer = processes.shared(20)
+    buffer.extend(processes.transitions(range(20)))
+    for start in (1000, 2000):
+        new = processes.transitions(range(start, start + 6))
+        die_in(KILLED_IN_EXTEND["with rows half written"], lambda: buffer.extend(new))  # noqa: B023
+    assert buffer.sample(500)["id"].unique().tolist() == list(range(12, 20))
+    assert (buffer.write_count, buffer.stats()["repairs"]) == (32, 2)
+    assert_consistent(buffer)
+
+
+@pytest.mark.parametrize("point", ["before the first row", "after the count"])
+def test_a_writer_killed_while_writing_more_than_fits_leaves_nothing_to_draw(point):
+    buffer = processes.shared(4)
+    buffer.extend(processes.transitions(range(6)))
+    new = processes.transitions(range(1000, 1011))
+    die_in(KILLED_IN_EXTEND[point], lambda: buffer.extend(new))
+    with pytest.raises(EmptyBufferError):
+        buffer.sample(1)
+    assert buffer.write_count == 17
+    assert_consistent(buffer)
+
+
+def test_what_a_dead_writer_left_does_not_count_as_replayed():
+    buffer = processes.shared(4)
+    buffer.extend(processes.transitions(range(4)))
+    buffer.sample(100)
+    die_in((RingStorage, "_count", die), lambda: buffer.extend(processes.transitions(range(4, 6))))
+    buffer.increase_beta()
+    assert buffer._priorities.replayed.tolist() == [False, False, True, True]
+
+
+def die_after_leaves(self, index, *_, **__):
+    """Priorities are new, masses half, sums not at all; then death."""
+    self._raw[index] = 5.0
+    self.masses.leaves[index[::2]] = 77.0
+    self.masses.nodes[-1] = 1e9
+    die()
+
+
+@pytest.mark.parametrize("normalization", ["batch", "buffer"])
+def test_after_a_learner_killed_in_an_update_the_sums_are_right(normalization):
+    buffer = processes.shared(300, weight_normalization=normalization)
+    buffer.extend(processes.transitions(range(300)))
+    batch = buffer.sample(64)
+    patch = PriorityTable, "update", die_after_leaves
+    die_in(patch, lambda: buffer.update_priority(batch["index"], batch["id"], batch["generation"]))
+    assert torn(buffer.sample(64)) == 0
+    assert_consistent(buffer)
+    assert buffer.stats()["repairs"] == 1
+    smallest = buffer._priorities._smallest
+    if smallest is not None:
+        assert smallest.value == buffer._priorities.masses[:].min()
+
+
+def test_after_a_death_in_increase_beta_or_setting_alpha_the_settings_hold():
+    buffer = processes.shared(50, beta=0.9, beta_increment=0.4)
+    buffer.extend(processes.transitions(range(50)), torch.linspace(1, 3, 50))
+    patch = torch.Tensor, "clamp_", die
+    die_in(patch, buffer.increase_beta)
+    buffer.sample(4)
+    assert buffer.beta == 1.0
+    die_in((PriorityTable, "_refill", die), lambda: setattr(buffer, "alpha", 0.1))
+    buffer.sample(4)
+    assert buffer.alpha == 0.1
+    assert_consistent(buffer)
+
+
+def test_a_death_while_loading_a_state_leaves_nothing_to_draw():
+    few, buffer = processes.shared(20), processes.shared(20)
+    few.extend(processes.transitions(range(5)))
+    buffer.extend(processes.transitions(range(100, 125)))
+    state, before = few.state_dict(), buffer.sample(50)
+    die_in((PriorityTable, "restore", die), lambda: buffer.load_state_dict(state))
+    buffer.update_priority(before["index"], torch.ones(50), before["generation"])
+    with pytest.raises(EmptyBufferError):
+        buffer.sample(4)
+    buffer.load_state_dict(state)
+    assert buffer.sample(200)["id"].unique().tolist() == list(range(5))
+    assert_consistent(buffer)
+
+
+def test_an_interrupt_in_a_write_gives_up_that_write_alone(monkeypatch):
+    buffer = processes.shared(20)
+    buffer.extend(processes.transitions(range(10)))
+    monkeypatch.setattr(PriorityTable, "write_row", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        buffer.extend(processes.transitions(range(10, 14)))
+    monkeypatch.undo()
+    assert buffer.sample(500)["id"].unique().tolist() == list(range(10))
+    assert_consistent(buffer)
+    assert buffer.stats()["repairs"] == 1
+
+
+def test_a_death_while_loading_more_than_there_was_leaves_nothing_to_draw():
+    whole, buffer = processes.shared(20), processes.shared(20)
+    whole.extend(processes.transitions(range(20)))
+    buffer.extend(processes.transitions(range(3)))
+    state = whole.state_dict()
+    die_in((PriorityTable, "_refill", die), lambda: buffer.load_state_dict(state))
+    with pytest.raises(EmptyBufferError):
+        buffer.sample(4)
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def others_can_go_on(buffer):
+    """Whether another process gets the lock."""
+    process = forked(buffer.sample, 4)
+    try:
+        with deadline(20):
+            return os.waitpid(process, 0)[1] == 0
+    except TimeoutError:
+        kill(process)
+        return False
+
+
+@pytest.mark.parametrize("before", ["a death", "an interrupt"])
+def test_an_interrupted_repair_is_left_to_the_next_call(before, monkeypatch):
+    buffer = processes.shared(300)
+    buffer.extend(processes.transitions(range(300)))
+    batch = buffer.sample(64)
+    update = lambda: buffer.update_priority(batch["index"], batch["id"], batch["generation"])  # noqa: E731
+    if before == "a death":
+        die_in((PriorityTable, "update", die_after_leaves), update)
+    else:
+        monkeypatch.setattr(f"{__name__}.die", interrupt)
+        monkeypatch.setattr(PriorityTable, "update", die_after_leaves)
+    monkeypatch.setattr(SharedTable, "rebuild", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        update()
+    monkeypatch.undo()
+    assert others_can_go_on(buffer)
+    assert_consistent(buffer)
+    assert buffer.stats()["repairs"] == 1
+
+
+def test_an_interrupt_at_the_end_of_a_write_gives_the_lock_back_and_is_repaired(monkeypatch):
+    buffer = processes.shared(20)
+    buffer.extend(processes.transitions(range(10)))
+    monkeypatch.setattr(Journal, "wipe", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        buffer.extend(processes.transitions(range(10, 14)))
+    monkeypatch.undo()
+    assert others_can_go_on(buffer)
+    buffer.extend(processes.transitions(range(14, 16)))
+    assert buffer.sample(500)["id"].unique().tolist() == [*range(10), 14, 15]
+    assert_consistent(buffer)
+
+
+@pytest.mark.parametrize("end", ["released", "dead"])
+def test_an_interrupt_while_waiting_leaves_the_lock_to_others(end, monkeypatch):
+    """It is seen when the wait is over, which may have brought the lock."""
+    buffer = processes.shared(20)
+    buffer.extend(processes.transitions(range(20)))
+    holding, waiter = shared_zeros(1), os.getpid()
+
+    def hold():
+        with buffer._lock:
+            holding.fill_(1)
+            time.sleep(0.2)
+            os.kill(waiter, signal.SIGALRM)
+            time.sleep(0.2)
+            if end == "dead":
+                die()
+
+    monkeypatch.setattr(mutex, "_PATIENCE", 60.0)
+    process = forked(hold)
+    while not holding[0]:
+        time.sleep(0.005)
+    with pytest.raises(TimeoutError, match="a deadlock"), deadline(50):
+        buffer.sample(4)
+    os.waitpid(process, 0)
+    assert not locked_for(buffer)
+    assert others_can_go_on(buffer)
+    assert buffer.stats()["repairs"] == (end == "dead")
+
+
+def test_who_waits_lets_the_other_threads_of_its_process_run(monkeypatch):
+    """Else the one that has the lock could not give it back."""
+    buffer = processes.shared(20)
+    buffer.extend(processes.transitions(range(20)))
+    monkeypatch.setattr(mutex, "_PATIENCE", 1e6)
+
+    def wait_beside_the_holder():
+        holding = threading.Event()
+
+        def hold():
+            with buffer._lock:
+                holding.set()
+                time.sleep(0.2)
+
+        threading.Thread(target=hold).start()
+        holding.wait()
+        buffer.sample(4)
+
+    process = forked(wait_beside_the_holder)
+    try:
+        with deadline(20):
+            os.waitpid(process, 0)
+    except TimeoutError:
+        kill(process)
+        raise
+
+
+def test_what_is_refused_costs_no_transition():
+    buffer = processes.shared(4)
+    buffer.extend(processes.transitions(range(4)))
+    with pytest.raises(PriorityError):
+        buffer.extend(processes.transitions(range(4, 6)), torch.tensor([1.0, float("nan")]))
+    assert buffer.transitions["id"].tolist() == list(range(4))
+    assert (buffer.priority > 0).all()
+    assert buffer.stats()["repairs"] == 0
+
+
+def kill_many(buffer, start, kills, longest):
+    """Start and kill processes one after the other, with a learner that goes on beside them.
+
+    As many as `kills`, and more until one has been killed in the middle of a call.
+    """
+    rng = random.Random(0)
+    found = done = 0
+    while done < kills or not buffer.stats()["repairs"]:
+        done += 1
+        process = start()
+        end = time.monotonic() + rng.uniform(0.005, longest)
+        while time.monotonic() < end:
+            found += learn(buffer)
+        kill(process)
+        found += learn(buffer)
+        assert_consistent(buffer)
+    return found
+
+
+@pytest.mark.parametrize("kills", [15, pytest.param(100, marks=pytest.mark.slow)])
+def test_writers_killed_at_random_moments_lose_only_what_they_did_not_acknowledge(kills):
+    buffer = processes.shared(5000)
+    acknowledged, stop = shared_zeros(3), shared_zeros(1, torch.bool)
+    survivor = forked(processes.write, buffer, 0, acknowledged, stop)
+    while not acknowledged[0]:
+        time.sleep(0.01)
+    victims = iter(range(10**6))
+    done = acknowledged.clone()
+
+    def start():
+        writer = 1 + next(victims) % 2
+        acknowledged[writer] += 10_000  # it never says the same id twice, whoever died before
+        return forked(processes.write, buffer, writer, acknowledged, stop, 1000)
+
+    found = kill_many(buffer, start, kills, 0.06)
+    assert found == 0
+    before = int(acknowledged[0])
+    wait = time.monotonic() + 60
+    while acknowledged[0] < before + 6000 and time.monotonic() < wait:
+        learn(buffer)
+    stop.fill_(True)
+    assert os.waitpid(survivor, 0)[1] == 0
+    assert acknowledged[0] >= before + 6000 > done[0]
+    assert_nothing_lost(buffer, acknowledged[:1])
+    assert_consistent(buffer)
+
+
+def test_whatever_a_killed_writer_acknowledged_is_there():
+    for attempt in range(6):
+        buffer = processes.shared(30_000)
+        acknowledged, stop = shared_zeros(1), shared_zeros(1, torch.bool)
+        process = forked(processes.write, buffer, 0, acknowledged, stop, 300)
+        while acknowledged[0] <= 500 * attempt:
+            time.sleep(0.0005)
+        kill(process)
+        buffer.sample(4)
+        assert_nothing_lost(buffer, acknowledged, unsure=300)
+        assert_consistent(buffer)
+
+
+@pytest.mark.parametrize("kills", [15, pytest.param(100, marks=pytest.mark.slow)])
+def test_learners_killed_at_random_moments_leave_consistent_trees(kills):
+    buffer = processes.shared(2000, weight_normalization="buffer")
+    acknowledged, stop = shared_zeros(1), shared_zeros(1, torch.bool)
+    torn_elsewhere = shared_zeros(1)
+    writer = forked(processes.write, buffer, 0, acknowledged, stop)
+    while not acknowledged[0]:
+        time.sleep(0.01)
+    start = lambda: forked(processes.learn_on, buffer, torn_elsewhere, stop)  # noqa: E731
+    assert kill_many(buffer, start, kills, 0.03) == 0
+    assert torn_elsewhere[0] == 0
+    stop.fill_(True)
+    assert os.waitpid(writer, 0)[1] == 0
+    assert buffer.write_count == acknowledged[0]
+    assert_nothing_lost(buffer, acknowledged)
+    assert_consistent(buffer)
+
+
+def test_a_stopped_holder_can_be_waited_for_and_the_wait_can_be_interrupted():
+    buffer = processes.shared(20)
+    buffer.extend(processes.transitions(range(20)))
+
+    def hold():
+        with buffer._lock:
+            holding.fill_(1)
+            time.sleep(60)
+
+    holding = shared_zeros(1)
+    process = forked(hold)
+    while not holding[0]:
+        time.sleep(0.005)
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match="a deadlock"), deadline(1):
+        buffer.sample(4)
+    assert time.monotonic() - started < 10
+    kill(process)
+    buffer.sample(4)
+    assert buffer.stats()["repairs"] == 1
+
+
+def test_a_shared_buffer_draws_what_a_plain_one_draws():
+    plain = PrioritizedReplayBuffer(300, 64, eps=0.0, generator=torch.Generator().manual_seed(3))
+    other = processes.shared(300, batch_size=64, generator=torch.Generator().manual_seed(3))
+    for k in range(50):
+        for buffer in (plain, other):
+            ids = torch.arange(17 * k, 17 * k + 17)
+            buffer.extend(processes.transitions(ids), initial(ids) if k % 2 else None)
+        one, two = plain.sample(), other.sample()
+        assert set(one.keys(True, True)) == set(two.keys(True, True))
+        assert (one == two).all()
+        for buffer, batch in ((plain, one), (other, two)):
+            buffer.update_priority(batch["index"], learned(batch["id"]), batch["generation"])
+    assert torch.equal(plain.priority, other.priority)
+
+
+def test_what_cannot_be_shared_is_refused():
+    example = processes.transitions(0)
+    with pytest.raises(ConfigurationError, match="example: expected a transition"):
+        PrioritizedReplayBuffer(10, shared=True)
+    with pytest.raises(ConfigurationError, match="num_buffers=None, got 2"):
+        PrioritizedReplayBuffer(10, shared=True, num_buffers=2, example=example)
+    with pytest.raises(ConfigurationError, match="'proportional', got 'rank'"):
+        PrioritizedReplayBuffer(10, shared=True, prioritization="rank", example=example)
+    elsewhere = PrioritizedReplayBuffer.__new__(SharedReplayBuffer)
+    elsewhere._device = torch.device("cuda:0")
+    with pytest.raises(ConfigurationError, match="expected the device 'cpu', got 'cuda:0'"):
+        elsewhere._make(None, {"place": Place()}, {"prioritization": "proportional"})
+    with pytest.raises(ConfigurationError, match="storage='memory', got 'memmap'"):
+        PrioritizedReplayBuffer(10, shared=True, storage="memmap", example=example)
+    moved = PrioritizedReplayBuffer(4)
+    moved.extend(processes.transitions(torch.arange(9)))
+    with pytest.raises(CheckpointError, match="always had the capacity 10"):
+        PrioritizedReplayBuffer(10, shared=True, example=example).load_state_dict(
+            moved.state_dict()
+        )
+
+    back = PrioritizedReplayBuffer(10)
+    back.load_state_dict(moved.state_dict())
+    with pytest.raises(CheckpointError, match="always had the capacity 10"):
+        processes.shared(10).load_state_dict(back.state_dict())
+
+    class Own(PrioritizedReplayBuffer):
+        pass
+
+    with pytest.raises(ConfigurationError, match="shared: expected False for Own"):
+        Own(10, shared=True, example=example)
+    buffer = processes.shared(10)
+    assert isinstance(buffer, SharedReplayBuffer)
+    buffer.extend(example.unsqueeze(0))
+    with pytest.raises(PriorityError, match="generation: expected that of the batch"):
+        buffer.update_priority([0], [1.0])
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(ConfigurationError, match="handed to a process when that is started"):
+            copied(buffer)
+
+
+def test_a_buffer_is_shared_on_linux_only(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    with pytest.raises(ConfigurationError, match=r"expected Linux, .* got darwin"):
+        mutex.RobustMutex()
+
+
+def test_that_a_holder_died_is_told_once():
+    lock = mutex.RobustMutex()
+    assert os.waitpid(forked(lambda: (lock.acquire(), die())), 0)[1] == signal.SIGKILL
+    assert [lock.acquire(), lock.acquire()] == [True, False]
+
+
+def test_what_the_lock_refuses_is_an_error():
+    lock = mutex.RobustMutex()
+    with pytest.raises(OSError, match="the lock of a shared buffer"):
+        lock.release()
+
+
+def test_loading_a_state_notes_it_with_the_lock_held(monkeypatch):
+    buffer, noted = processes.shared(20), []
+
+    def note(self, *_):
+        noted.append(locked_for(buffer))
+
+    monkeypatch.setattr(Journal, "note", note)
+    buffer.load_state_dict(processes.shared(20).state_dict())
+    assert noted == [True]
