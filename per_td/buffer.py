@@ -8,13 +8,13 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from per_td import validation
-from per_td.errors import ConfigurationError, EmptyBufferError, SchemaError
-from per_td.memory import Place
-from per_td.priorities import sampling as priority_draws
+from per_td.errors import ConfigurationError, EmptyBufferError, PriorityError, SchemaError
+from per_td.memory import STORAGES, Memory
+from per_td.priorities.sampling import sample_weighted
 from per_td.priorities.table import PriorityTable
 from per_td.replay_state import ReplayState
-from per_td.storage.leaves import Leaves, count, entries_of
-from per_td.storage.ring import RingStorage
+from per_td.storage.leaves import Leaves, entries_of
+from per_td.storage.ring import RingStorage, as_mask
 
 __all__ = ["MANY_ALONE", "PrioritizedReplayBuffer"]
 
@@ -68,10 +68,11 @@ class PrioritizedReplayBuffer(ReplayState):
             temporary files. They have no names, and are gone with the buffer.
         example: a TensorDict like one transition (batch size []), to allocate memory at once;
             without it, the first data does so.
-        num_buffers: S makes S buffers of `capacity` slots each in one set of tensors, whose
-            priorities never mix, for S runs in lockstep: everything gets a leading dimension [S],
-            see `per_td.many.ManyBuffers`. None: one buffer. Not together with `shared`, `threads`
-            or `prefetch`.
+        num_buffers: S makes S buffers of `capacity` slots each in one set of tensors, for S runs in
+            lockstep: every argument and result gets a leading dimension [S], and an index is a slot
+            in its own buffer. Settings, beta and counters are shared; slots, priorities, draws and
+            what the weights are divided by are each buffer's own. None: one buffer.
+            Not together with `shared`, `threads` or `prefetch`.
         shared: put everything into shared memory, for processes that write and learn side by side;
             needs an `example`. See `per_td.concurrency.sharing.SharedReplayBuffer`.
         threads: let several threads call it at the same time, for 0.3 us more per call. See
@@ -90,18 +91,27 @@ class PrioritizedReplayBuffer(ReplayState):
         >>> buffer.update_priority(batch["index"], torch.rand(4), batch["generation"])
         >>> batch["x"].shape
         torch.Size([4, 3])
+        >>> buffers = PrioritizedReplayBuffer(1000, batch_size=4, num_buffers=2)
+        >>> data = TensorDict({"x": torch.rand(2, 10, 3)}, batch_size=[2, 10])
+        >>> index = buffers.extend(data)
+        >>> running = torch.tensor([True, False])  # the second run has come to its end
+        >>> buffers.add(data[:, 0], mask=running).tolist()
+        [10, -1]
+        >>> batch = buffers.sample()
+        >>> buffers.update_priority(batch["index"], torch.rand(2, 4), batch["generation"])
+        >>> len(buffers), buffers.lengths.tolist()
+        (10, [11, 10])
     """
 
     def __new__(
         cls,
         *args: Any,
-        num_buffers: int | None = None,
         shared: bool = False,
         threads: bool = False,
         prefetch: int = 0,
         **settings: Any,
     ) -> "PrioritizedReplayBuffer":
-        """The class made for what is asked: for processes, for threads, or for many buffers."""
+        """The class made for what is asked: for processes or for threads."""
         if shared and cls is PrioritizedReplayBuffer:
             from per_td.concurrency.sharing import (
                 SharedReplayBuffer,  # which is made from this class
@@ -112,10 +122,6 @@ class PrioritizedReplayBuffer(ReplayState):
             from per_td.concurrency.threads import LockedReplayBuffer  # so is this
 
             return super().__new__(LockedReplayBuffer)
-        if num_buffers is not None and cls is PrioritizedReplayBuffer:
-            from per_td.many import ManyBuffers  # and this
-
-            return super().__new__(ManyBuffers)
         return super().__new__(cls)
 
     @torch.inference_mode(False)
@@ -153,54 +159,63 @@ class PrioritizedReplayBuffer(ReplayState):
             device=device,
             generator=generator,
         )
-        where = {"capacity": capacity, "device": self.device}
-        ring = where | {"layout": layout, "place": Place(storage, folder)}
-        table = where | {
-            "alpha": alpha,
-            "eps": eps,
-            "draw": draw,
-            "method": method,
-            "weight_normalization": weight_normalization,
-            "new_priority": new_priority,
-            "prioritization": prioritization,
-            "sort_interval": sort_interval,
-        }
-        self._make(num_buffers, ring, table)
+        if num_buffers is not None:
+            num_buffers = validation.positive_int("num_buffers", num_buffers)
+            self._require_one(num_buffers, prioritization, shared, threads, prefetch)
+        storage = validation.one_of("storage", storage, STORAGES)
+        memory = self._memory(Memory(storage, folder))
+        self._priorities = PriorityTable(
+            capacity,
+            alpha=alpha,
+            eps=eps,
+            draw=draw,
+            method=method,
+            weight_normalization=weight_normalization,
+            new_priority=new_priority,
+            device=self.device,
+            prioritization=prioritization,
+            sort_interval=sort_interval,
+            groups=num_buffers,
+            memory=memory.beside,
+        )
+        self._storage = RingStorage(capacity, self.device, layout, memory, groups=num_buffers)
         self._arrange(shared=shared, threads=threads, prefetch=prefetch)
         self._allocate(example)
 
     __new__.__wrapped__ = __init__  # type: ignore[attr-defined]  # the signature that users see
 
-    def _make(self, num_buffers: int | None, ring: dict[str, Any], table: dict[str, Any]) -> None:
-        """The parts, from the arguments of `RingStorage` and of `PriorityTable`."""
-        if num_buffers is not None:
+    def _memory(self, memory: Memory) -> Memory:
+        """The memory to use, given that asked for."""
+        return memory
+
+    @staticmethod
+    def _require_one(
+        num_buffers: int, prioritization: str, shared: bool, threads: bool, prefetch: int
+    ) -> None:
+        """Refuse what many buffers in one set of tensors cannot do."""
+        if prioritization != "proportional":
             raise ConfigurationError(
-                f"num_buffers: expected None, got {num_buffers!r}: {type(self).__name__} is one"
-                " buffer; derive it from per_td.many.ManyBuffers for many"
+                f"prioritization: expected 'proportional' with num_buffers={num_buffers},"
+                f" got {prioritization!r}: ranks are kept for one buffer"
             )
-        self._storage = RingStorage(**ring)
-        self._priorities = PriorityTable(**table)
+        if shared or threads or prefetch:
+            raise ConfigurationError(f"num_buffers: expected None, got {num_buffers}: {MANY_ALONE}")
 
     def _arrange(self, **wanted: Any) -> None:
         """What `shared`, `threads` and `prefetch` need: this class can do none of it."""
         for name, value in wanted.items():
             if value:
-                hint = (
-                    "see per_td.concurrency.sharing and per_td.concurrency.threads for classes to"
-                    " derive from"
-                )
-                if self.num_buffers is not None:
-                    hint = MANY_ALONE
                 raise ConfigurationError(
                     f"{name}: expected {type(value)()!r} for {type(self).__name__}, got {value!r}:"
-                    f" {hint}"
+                    " see per_td.concurrency.sharing and per_td.concurrency.threads for classes to"
+                    " derive from"
                 )
 
     def _allocate(self, example: Any) -> None:
         if example is None:
             return
         try:
-            leaves = self._storage.check(example, batched=False)
+            leaves, _ = self._storage.check(example, batched=False)
         except SchemaError as error:
             raise SchemaError(f"example: {error}") from error
         self._storage.allocate(leaves)
@@ -209,15 +224,15 @@ class PrioritizedReplayBuffer(ReplayState):
         """Write transitions.
 
         Args:
-            transitions: TensorDict or tensorclass of batch size [n], or a dict, also nested, of
-                tensors or arrays [n, ...]; where n exceeds the capacity, the last ones remain, as
-                if they had been added one by one.
-            priority: raw priorities for them, finite and not negative, [n]; 0 is never drawn. None
-                gives them that of `new_priority`.
-            mask: only with `num_buffers`.
+            transitions: TensorDict or tensorclass of batch size [n] or [S, n], or a dict, also
+                nested, of tensors or arrays like that; where n exceeds the capacity, the last ones
+                remain, as if they had been added one by one.
+            priority: raw priorities for them, finite and not negative, in the shape of the batch; 0
+                is never drawn. None gives them that of `new_priority`.
+            mask: with `num_buffers`, bool [S, n]: where it is False, nothing is written.
 
         Returns:
-            Their slots, int64 [n].
+            Their slots, int64 [n] or [S, n]; -1 where nothing was written.
 
         Raises:
             SchemaError: keys, shapes or dtypes differ from those that came before, something is
@@ -227,42 +242,55 @@ class PrioritizedReplayBuffer(ReplayState):
             PriorityError: `priority` has a wrong shape or dtype, or a value is NaN, infinite or
                 negative (on CUDA such a value is replaced by that of `new_priority`, and counted).
         """
-        self._refuse(mask)
-        leaves = self._storage.check(transitions)
-        return self._extend(leaves, count(leaves), priority)
+        leaves, n = self._storage.check(transitions)
+        return self._extend(leaves, n, priority, mask)
 
     def add(self, transition: Any, priority: Any = None, mask: Any = None) -> Tensor:
-        """Write one transition: a TensorDict of batch size [], or a dict; see `extend`.
+        """Write one transition: a TensorDict of batch size [] or [S], or a dict; see `extend`.
+
+        `priority` and `mask` have the shape of the batch.
 
         Returns:
-            Its slot, int64 [].
+            Its slot, int64 [] or [S].
         """
-        self._refuse(mask)
-        leaves = self._storage.check(transition, batched=False)
-        return self._extend(leaves, 1, priority).squeeze_(0)
+        leaves, _ = self._storage.check(transition, batched=False)
+        if self._storage.lead:
+            if priority is not None:
+                priority = validation.as_tensor("priority", priority, PriorityError).unsqueeze(-1)
+            if mask is not None:
+                mask = validation.as_tensor("mask", mask, SchemaError).unsqueeze(-1)
+        return self._extend(leaves, 1, priority, mask).squeeze_(-1)
 
-    def _refuse(self, mask: Any) -> None:
-        if mask is not None:
+    def _as_mask(self, mask: Any, shape: tuple[int, ...]) -> Tensor | None:
+        if mask is None:
+            return None
+        if not self._storage.lead:
             raise ConfigurationError(
                 f"mask: expected None, got {type(mask).__name__}: one buffer writes and updates all"
                 " that it is given; a mask goes with num_buffers"
             )
+        return as_mask(mask, shape, self.device)
 
-    def extend_leaves(self, leaves: Leaves, priority: Any = None) -> Tensor:
-        """`extend` without a TensorDict: tensors [n, ...] by key, a tuple of names."""
-        self._storage.check_leaves(leaves)
-        return self._extend(leaves, count(leaves), priority)
+    def extend_leaves(self, leaves: Leaves, priority: Any = None, mask: Any = None) -> Tensor:
+        """`extend` without a TensorDict: tensors by key, a tuple of names; see there."""
+        leaves, n = self._storage.check_leaves(leaves)
+        return self._extend(leaves, n, priority, mask)
 
-    def _extend(self, leaves: Leaves, n: int, priority: Any) -> Tensor:
-        index = self._storage.next_slots(n)
-        initial = None
+    def _extend(self, leaves: Leaves, n: int, priority: Any, mask: Any) -> Tensor:
+        ring, table = self._storage, self._priorities
+        if mask is not None:
+            mask = self._as_mask(mask, (*ring.lead, n))
+        index = ring.next_slots(n, mask)
         if priority is not None:
-            initial = self._priorities.check_initial(priority, index)[-self.capacity :]
-        row = self._storage.write(leaves, n)
-        if initial is None:
-            self._priorities.write_row(*row)
-        else:
-            self._priorities.write_new(index[-self.capacity :], initial)
+            priority = table.check_initial(priority, index, mask)
+        runs = ring.write(leaves, n, mask)
+        if priority is None and runs is not None:
+            table.write_runs(runs)
+            return index
+        kept = slice(-self.capacity, None)  # of too many, the last remain
+        if priority is not None:
+            priority = priority[..., kept]
+        table.write_new(index[..., kept], priority, None if mask is None else mask[..., kept])
         return index
 
     def sample(self, batch_size: int | None = None) -> TensorDict:
@@ -297,17 +325,18 @@ class PrioritizedReplayBuffer(ReplayState):
 
     def _draw(self, batch_size: int | None) -> tuple[Tensor, Tensor]:
         """Slots and their weights."""
-        n, size = self._batch_size(batch_size), len(self)
-        if not size:
-            raise EmptyBufferError("expected transitions to sample from, got an empty buffer")
-        if self.draw == "without_replacement" and n > size:
-            raise EmptyBufferError(
-                f"expected batch_size <= {size}, the transitions in the buffer, to draw"
-                f" without replacement, got {n}"
-            )
-        table, filled = self._priorities, self._storage.size
-        return priority_draws.sample_weighted(
-            table, n, size, self.generator, beta=self._beta, filled=filled
+        n, ring, size = self._batch_size(batch_size), self._storage, None
+        if not ring.lead:
+            size = len(ring)
+            if not size:
+                raise EmptyBufferError("expected transitions to sample from, got an empty buffer")
+            if self.draw == "without_replacement" and n > size:
+                raise EmptyBufferError(
+                    f"expected batch_size <= {size}, the transitions in the buffer, to draw"
+                    f" without replacement, got {n}"
+                )
+        return sample_weighted(
+            self._priorities, n, self.generator, beta=self._beta, written=ring.written, size=size
         )
 
     def _batch_size(self, batch_size: int | None) -> int:
@@ -330,11 +359,13 @@ class PrioritizedReplayBuffer(ReplayState):
         """Set priorities to |td_error| + eps (section 3.3).
 
         Args:
-            index: slots, integers [B], as `sample` gave them; of equal ones the last holds.
+            index: slots, integers [B] or [S, B], as `sample` gave them; of equal ones the last
+                holds.
             td_error: raw TD errors [B] (or [B, 1]); sign and gradient do not matter.
             generation: that of the batch, [B]: where the slot has been overwritten since, the
                 update is stale, dropped and counted. None drops none.
-            mask: only with `num_buffers`.
+            mask: with `num_buffers`, bool [S, B]: where it is False, the transition is left alone,
+                whatever the index and the TD error, and nothing is counted.
 
         Raises:
             IndexRangeError: an index does not name a filled slot.
@@ -343,16 +374,16 @@ class PrioritizedReplayBuffer(ReplayState):
                 host, and under torch.compile, such updates are refused one by one and counted in
                 `stats`.
         """
-        self._refuse(mask)
-        index = validation.as_index(index, self.device)
+        ring = self._storage
+        index = validation.as_index(index, self.device, lead=ring.lead)
         if generation is not None:
-            generation = validation.as_index(generation, self.device, "generation")
+            generation = validation.as_index(generation, self.device, "generation", lead=ring.lead)
         stale = self._priorities.update(
             index,
             td_error,
-            self._storage.size,
-            generation=None if generation is None else self._storage.in_ring(generation),
-            written=self._storage.written,
+            written=ring.written,
+            generation=None if generation is None else ring.in_ring(generation),
+            mask=None if mask is None else self._as_mask(mask, index.shape),
         )
         self._drop(stale)
 

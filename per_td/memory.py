@@ -8,7 +8,7 @@ import math
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,18 @@ from torch import Tensor
 from per_td import validation
 from per_td.errors import AllocationError, ConfigurationError, DiskAllocationError, PerTdError
 
-__all__ = ["STORAGES", "Place", "allocating", "mapped_zeros", "zeros"]
+__all__ = [
+    "STORAGES",
+    "Memory",
+    "Zeros",
+    "allocating",
+    "mapped_zeros",
+    "shared_zeros",
+    "zeros",
+]
+
+Zeros = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
+"""Makes memory filled with 0: shape, dtype and device."""
 
 STORAGES = ("memory", "memmap", "pinned")
 
@@ -114,13 +125,26 @@ def mapped_zeros(
     return whole[: math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
 
 
+@torch.inference_mode(False)
+def shared_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`torch.zeros` on the CPU in shared memory: a process that is handed the tensor sees the same.
+
+    Raises:
+        AllocationError: there is not enough memory.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    with allocating("shared memory (/dev/shm)", size, "Take a smaller capacity"):
+        return torch.zeros(tuple(shape), dtype=dtype, device=device).share_memory_()  # type: ignore[no-untyped-call, no-any-return]
+
+
 @dataclass(frozen=True)
-class Place:
+class Memory:
     """Which memory transitions live in.
 
     Args:
         storage: "memory": that of the device; "memmap": files, for more than fits in memory;
-            "pinned": the host's memory, pinned, for more than fits in that of a CUDA device.
+            "pinned": the host's memory, pinned, for more than fits in that of a CUDA device;
+            "shared": shared memory, for processes that are handed it.
         folder: for the files.
 
     Raises:
@@ -132,7 +156,7 @@ class Place:
     folder: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        validation.one_of("storage", self.storage, STORAGES)
+        validation.one_of("storage", self.storage, (*STORAGES, "shared"))
         if self.folder is not None and self.storage != "memmap":
             raise ConfigurationError(
                 f"folder: expected None with storage={self.storage!r}, got {self.folder!r}"
@@ -153,20 +177,29 @@ class Place:
                 f"storage: expected 'memory' or 'memmap' on {device}, got 'pinned', which is for"
                 " batches on a CUDA device"
             )
-        return device if self.storage == "memory" else torch.device("cpu")
+        return device if self.storage in ("memory", "shared") else torch.device("cpu")
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory of this kind, filled with 0; `device` is `home`."""
         if self.storage == "memmap":
             return mapped_zeros(shape, dtype, self.folder)
+        if self.storage == "shared":
+            return shared_zeros(shape, dtype, device)
         if self.storage == "pinned":
             with torch.inference_mode(False):
                 return torch.zeros(tuple(shape), dtype=dtype, device=device, pin_memory=True)
         return zeros(shape, dtype, device)
 
     @property
+    def beside(self) -> Zeros:
+        """What makes the memory for the numbers beside the transitions."""
+        return shared_zeros if self.storage == "shared" else zeros
+
+    @property
     def advice(self) -> str:
         """What to do where there is not enough of it."""
+        if self.storage == "shared":
+            return "Take a smaller capacity"  # files are not shared
         if self.storage == "memmap":
             where = "another disk (folder=...)"
         else:

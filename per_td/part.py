@@ -36,12 +36,12 @@ def draw(buffer: PrioritizedReplayBuffer, n: int) -> Draw:
     slot, _ = buffer._draw(n)
     storage = buffer._storage
     leaves, generation = storage.leaves(slot)
-    return Draw(slot, leaves, generation, buffer._priorities.masses[slot])
+    return Draw(slot, leaves, generation, buffer._priorities.mass[slot])
 
 
 def total_mass(buffer: PrioritizedReplayBuffer) -> float:
     """The sum of all masses; nothing can be drawn where it is 0."""
-    return float(buffer._priorities.masses.total)
+    return float(buffer._priorities.total)
 
 
 def smallest_mass(buffer: PrioritizedReplayBuffer) -> float:
@@ -49,8 +49,7 @@ def smallest_mass(buffer: PrioritizedReplayBuffer) -> float:
 
     It is also inf where no weight needs it: unless `weight_normalization` is "buffer".
     """
-    smallest = buffer._priorities._smallest
-    return float("inf") if smallest is None else float(smallest.value)
+    return float(buffer._priorities.smallest)
 
 
 def transitions(buffer: PrioritizedReplayBuffer) -> Leaves:

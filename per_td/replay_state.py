@@ -12,6 +12,7 @@ from per_td import diagnostics, validation
 from per_td.checkpoint import file as checkpoint
 from per_td.checkpoint import state as states
 from per_td.copies import Copied
+from per_td.errors import ConfigurationError
 from per_td.priorities.table import PriorityTable
 from per_td.storage.ring import RingStorage
 
@@ -56,7 +57,8 @@ class ReplayState(Copied):
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({len(self)} of {self.capacity} slots, device={self.device},"
-            f" alpha={self.alpha:g}, beta={self.beta:g}, eps={self.eps:g}, draw={self.draw!r})"
+            f" alpha={self.alpha:g}, beta={self.beta:g}, eps={self.eps:g}, draw={self.draw!r}"
+            f"{f', num_buffers={self.num_buffers}' if self.num_buffers else ''})"
         )
 
     capacity: int = validation.fixed(
@@ -127,7 +129,7 @@ class ReplayState(Copied):
     @property
     def lengths(self) -> Tensor:
         """Number of filled slots, int64 [], or [S] with `num_buffers`."""
-        return torch.as_tensor(self._storage.size, device=self.device)
+        return self._storage.lengths
 
     @property
     def write_count(self) -> int:
@@ -203,14 +205,22 @@ class ReplayState(Copied):
 
     @property
     def priority(self) -> Tensor:
-        """Raw priorities of the filled slots, float32 [len], a copy."""
-        return self._priorities.raw[: len(self)].clone()
+        """Raw priorities, float32, a copy: of the filled slots [len], or of all [S, capacity]."""
+        return self._priorities.raw[self._own].clone()
+
+    @property
+    def _own(self) -> slice:
+        """Of a tensor of all slots, those to be shown: the filled ones of one buffer, or all."""
+        return slice(None) if self._storage.lead else slice(len(self))
 
     @property
     def transitions(self) -> TensorDict | None:
-        """The filled slots, a TensorDict [len] in the buffer's memory; None before any data."""
+        """The filled slots [len], or all slots [S, capacity], in the buffer's memory.
+
+        A TensorDict; None before any data. Those of buffer s are filled up to `lengths[s]`.
+        """
         data = self._storage.data
-        return None if data is None else data[: len(self)]
+        return None if data is None else data[self._own]
 
     def increase_beta(self) -> None:
         """Add `beta_increment` to beta, up to 1 (section 3.4: beta grows to 1 over training)."""
@@ -244,11 +254,15 @@ class ReplayState(Copied):
             does not exist, as in an empty buffer. int64: "size", "stale_updates",
             "refused_priorities".
         """
+        if self._storage.lead:
+            raise ConfigurationError(
+                f"diagnostics: expected one buffer, got num_buffers={self.num_buffers}"
+            )
         table, size = self._priorities, len(self)
         return {
             **diagnostics.measure(
                 priority=table.raw[:size],
-                mass=table.masses[:size],
+                mass=table.mass[:size],
                 replayed=table.replayed[:size],
                 written=self._storage.ring_count(),
                 beta=self._beta,

@@ -30,12 +30,11 @@ __all__ = [
     "positive_int",
     "real",
     "require_finite",
-    "require_in_range",
     "require_memory",
     "require_plain",
     "require_same_shape",
+    "require_slots",
     "resolve_device",
-    "route",
     "to_device",
 ]
 
@@ -257,19 +256,29 @@ def as_tensor(name: str, value: Any, error: type[PerTdError]) -> Tensor:
     return tensor.resolve_neg()
 
 
-def as_index(index: Any, device: torch.device, name: str = "index") -> Tensor:
-    """`index` (tensor, array, sequence or int) as int64 [B] on `device`; errors say `name`.
+def as_index(
+    index: Any, device: torch.device, name: str = "index", *, lead: tuple[int, ...] = ()
+) -> Tensor:
+    """`index` (tensor, array, sequence or int) as int64 [*lead, B] on `device`; errors say `name`.
 
     Raises:
-        IndexRangeError: it is not of an integer dtype, or has more than one dimension.
+        IndexRangeError: it is not of an integer dtype, or of another shape.
     """
-    if _is_plain(index, torch.int64, device) and index.ndim == 1:
+    if (
+        _is_plain(index, torch.int64, device)
+        and index.ndim == 1 + len(lead)
+        and (not lead or index.shape[:1] == lead)
+    ):
         return index
     index = as_tensor(name, index, IndexRangeError)
     if index.dtype.is_floating_point or index.dtype.is_complex or index.dtype == torch.bool:
         if index.numel():
             raise IndexRangeError(f"{name}: expected an integer dtype, got {index.dtype}")
         index = index.long()
+    if lead:
+        if index.ndim != 2 or index.shape[:1] != lead:
+            raise IndexRangeError(f"{name}: expected shape [{lead[0]}, B], got {[*index.shape]}")
+        return to_device(index, device).long()
     if index.ndim > 1:
         raise IndexRangeError(f"{name}: expected shape [B], got {list(index.shape)}")
     return to_device(index.reshape(-1), device).long()
@@ -297,7 +306,7 @@ def require_same_shape(name: str, values: Tensor, index: Tensor) -> None:
 
 
 def as_values(name: str, values: Any, index: Tensor) -> Tensor:
-    """`values`, one for each of `index` [B], detached, as float32 [B] on its device.
+    """`values`, one for each of `index`, detached, as float32 in its shape, on its device.
 
     A trailing dimension of size 1, as losses and critics produce it, is dropped.
 
@@ -314,51 +323,64 @@ def as_values(name: str, values: Any, index: Tensor) -> Tensor:
             f"{name}: expected shape {list(index.shape)}, one value per index,"
             f" got {list(reals.shape)}"
         )
-    return reals.reshape(-1)
+    return reals.reshape(index.shape)
 
 
-def _first_wrong(valid: Tensor) -> int:
-    return int((~valid).nonzero()[0])
+def require_finite(
+    name: str, values: Tensor, *, low: float = -math.inf, wanted: Tensor | None = None
+) -> Tensor:
+    """Find which of `values` are finite in float32 and at least `low`, bool in their shape.
 
-
-def require_finite(name: str, values: Tensor, *, low: float = -math.inf) -> Tensor:
-    """Which of `values` [B] are finite in float32 and at least `low`, bool [B].
+    Where `wanted` is False, anything may stand.
 
     Raises:
         PriorityError: one is not, and it can be looked at without a host sync.
     """
     valid = values.isfinite() if low == -math.inf else values.isfinite() & (values >= low)
-    if can_raise(values) and not valid.all():
-        at = _first_wrong(valid)
-        expected = "finite values" if low == -math.inf else f"finite values of at least {low:g}"
-        raise PriorityError(
-            f"{name}: expected {expected} in float32, got {values[at].item()} at position {at}"
-            f" ({int((~valid).sum())} of {values.numel()} are wrong); nothing was written"
-        )
+    if can_raise(values):
+        wrong = ~valid if wanted is None else wanted & ~valid
+        if wrong.any():
+            at = wrong.nonzero()[0].tolist()
+            expected = "finite values" if low == -math.inf else f"finite values of at least {low:g}"
+            place = at if len(at) > 1 and len(values) > 1 else at[-1]
+            raise PriorityError(
+                f"{name}: expected {expected} in float32, got {values[tuple(at)].item()} at"
+                f" position {place} ({int(wrong.sum())} of {values.numel()} are wrong); nothing was"
+                " written"
+            )
     return valid
 
 
-def require_in_range(index: Tensor, size: Tensor | int, slots: str = "the filled slots") -> Tensor:
-    """Which of `index` [B] lie in [0, size), bool [B].
+def require_slots(
+    slot: Tensor,
+    size: Tensor | int,
+    wanted: Tensor | None = None,
+    what: str = "the filled slots",
+) -> Tensor:
+    """Find which of the slots [S, B] lie in [0, size), bool [S, B].
 
     Args:
-        index: int64 [B].
-        size: number of slots that may be named.
-        slots: which those are, for the message.
+        slot: int64 [S, B].
+        size: number of slots that may be named, int64 [S, 1], or one number for all.
+        wanted: bool [S, B]; where it is False, anything may stand.
+        what: the slots that may be named, for the error.
 
     Raises:
         IndexRangeError: one does not, and it can be looked at without a host sync.
     """
-    valid = (index >= 0) & (index < size)
-    if can_raise(index) and not valid.all():
-        at = _first_wrong(valid)
-        raise IndexRangeError(
-            f"index: expected 0 <= index < {int(size)}, {slots},"
-            f" got {index[at].item()} at position {at}; nothing was written"
-        )
+    valid = (slot >= 0) & (slot < size)
+    if can_raise(slot):
+        wrong = ~valid if wanted is None else wanted & ~valid
+        if wrong.any():
+            at = wrong.nonzero()[0].tolist()
+            many = slot.ndim > 1 and len(slot) > 1
+            most = (
+                size.view(-1).expand(len(slot))[at[0]].item() if isinstance(size, Tensor) else size
+            )
+            group = f" of buffer {at[0]}" if many else ""
+            raise IndexRangeError(
+                f"index: expected 0 <= index < {most}, {what}{group},"
+                f" got {slot[tuple(at)].item()} at position {at if many else at[-1]};"
+                " nothing was written"
+            )
     return valid
-
-
-def route(index: Tensor, value: Tensor, valid: Tensor, spare: int) -> tuple[Tensor, Tensor]:
-    """Send what is not `valid` to the slot `spare`, with the value 0; all [B]."""
-    return torch.where(valid, index, spare), torch.where(valid, value, 0.0)

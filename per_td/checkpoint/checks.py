@@ -40,8 +40,8 @@ def check_values(state: Mapping[str, Any]) -> None:
         _count(name, state.get(name, 0), ())
     _transitions(state["transitions"], (*each, filled))
     if "replayed" in state:
-        shortest = min(int(written.min()), capacity)
-        _tensor("replayed", state["replayed"], (shortest,), (torch.bool,))
+        kept = (filled,) if many is None else None  # of many buffers, it means nothing
+        _tensor("replayed", state["replayed"], kept, (torch.bool,))
     if state.get("ranks") is not None:
         _ranks(state["ranks"], filled)
     if state["generator"] is not None:

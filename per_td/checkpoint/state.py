@@ -69,7 +69,7 @@ def state_of(buffer: "ReplayState", *, copy: bool) -> dict[str, Any]:
     filled = storage.filled()
     transitions = {key: leaf.clone() for key, leaf in filled.items()} if copy else filled
     many = buffer.num_buffers is not None
-    slots = slice(None) if many else slice(len(buffer))
+    own = table.distribution.state(table.trees, len(buffer))
     return {
         "format": FORMAT,
         "version": checkpoint.VERSION,
@@ -88,9 +88,9 @@ def state_of(buffer: "ReplayState", *, copy: bool) -> dict[str, Any]:
         "stale_updates": buffer._stale.clone(),
         "refused_priorities": table.refused.clone(),
         "priority": buffer.priority,
-        "mass": None if table.ranks is not None else table.masses[:][..., slots].clone(),
-        "replayed": table.replayed[: len(buffer)].clone(),
-        "ranks": None if table.ranks is None else table.ranks.state(table.masses[slots]),
+        "mass": table.mass[buffer._own].clone() if own is None else None,
+        "replayed": table.replayed[: 0 if many else len(buffer)].clone(),
+        "ranks": own,
         "transitions": nested(transitions.items()),
         "generator": None if buffer.generator is None else buffer.generator.get_state(),
     }
@@ -156,11 +156,10 @@ def _restore_priorities(buffer: "ReplayState", state: dict[str, Any], moves: lis
         return values.to(buffer.device)
 
     mass = None  # then what follows from the priorities, in their exact order
-    if table.ranks is None:
-        if state.get("mass") is not None:
-            mass = placed(state["mass"])
-    elif state.get("ranks") is not None and not moved:
-        mass = table.ranks.load(state["ranks"])
+    if state.get("ranks") is not None:
+        mass = None if moved else table.distribution.load(table.trees, state["ranks"])
+    elif state.get("mass") is not None:
+        mass = placed(state["mass"])
     table.restore(placed(state["priority"]), state["ever_max"], mass)
     if "replayed" in state and buffer.num_buffers is None:
         replayed = placed(state["replayed"])

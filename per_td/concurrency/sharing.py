@@ -8,29 +8,17 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from per_td.buffer import MANY_ALONE
 from per_td.checkpoint import state as states
 from per_td.concurrency.mutex import RobustMutex
 from per_td.concurrency.threads import LockedReplayBuffer
 from per_td.errors import CheckpointError, ConfigurationError, PerTdError, PriorityError
-from per_td.memory import allocating
+from per_td.kernels.reference import Runs
+from per_td.memory import Memory
 from per_td.priorities.table import PriorityTable
-from per_td.storage.leaves import Leaves, count, flattened, nested
+from per_td.storage.leaves import Leaves, flattened, nested
 from per_td.storage.ring import RingStorage
 
 __all__ = ["SharedReplayBuffer"]
-
-
-def _share(*tensors: Tensor) -> None:
-    """Move tensors to shared memory, each to the beginning of its own.
-
-    `Tensor.share_memory_` would keep the distance from the storage's beginning, by which
-    `per_td.memory.zeros` has put groups of 16 leaves into one cache line.
-    """
-    size = sum(tensor.numel() * tensor.itemsize for tensor in tensors)
-    with allocating("shared memory (/dev/shm)", size, "Take a smaller capacity"):
-        for tensor in tensors:
-            tensor.set_(tensor.clone(memory_format=torch.contiguous_format).share_memory_())  # type: ignore[no-untyped-call]
 
 
 class Journal:
@@ -64,82 +52,17 @@ class Journal:
 
 
 class SharedRing(RingStorage):
-    """A `RingStorage` in shared memory; how much was written is in there too."""
+    """A `RingStorage` that notes in a journal what it is about to write."""
 
-    def __init__(self, capacity: int, device: torch.device, layout: str, journal: Journal) -> None:
-        super().__init__(capacity, device, layout)
+    def __init__(self, ring: RingStorage, journal: Journal) -> None:
+        self.__dict__.update(ring.__dict__)
         self._journal = journal
-        self._advice = "Take a smaller capacity"  # files are not shared
-        _share(self._write_count)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_like": []}
-
-    @property
-    def _written(self) -> int:
-        return int(self._write_count.item())
-
-    @_written.setter
-    def _written(self, value: int) -> None:
-        """`_count` sets the tensor as well."""
-
-    def allocate(self, leaves: Leaves) -> None:
-        """As `RingStorage.allocate`."""
-        if self._columns:
-            return
-        super().allocate(leaves)
-        if self._block is None:
-            _share(*self._columns.values())
-        else:
-            _share(self._block)
-            self._columns = self._views(self._block)
-
-    def write(self, leaves: Leaves, n: int | None = None) -> tuple[int, int]:
+    def write(self, leaves: Leaves, n: int, mask: Tensor | None = None) -> "Runs | None":
         """As `RingStorage.write`, with a note in the journal."""
-        n = count(leaves) if n is None else n
-        self._journal.note(self._written % self.capacity, n, self._written + n)
-        return super().write(leaves, n)
-
-
-class SharedTable(PriorityTable):
-    """A `PriorityTable` in shared memory; alpha and eps are in there too."""
-
-    def __init__(self, capacity: int, **settings: Any) -> None:
-        super().__init__(capacity, **settings)
-        _share(self._settings, self._raw, self.masses.leaves, self.masses.nodes)
-        _share(self._largest.nodes, self.ever_max, self._replayed, self.refused)
-        if self._smallest is not None:
-            _share(self._smallest.nodes)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_points": torch.empty(0, dtype=torch.float64, device="cpu")}
-
-    @property
-    def _alpha(self) -> float:
-        return float(self._settings[0].item())
-
-    @_alpha.setter
-    def _alpha(self, value: float) -> None:
-        self._settings[0] = value
-
-    @property
-    def _eps(self) -> float:
-        return float(self._settings[1].item())
-
-    @_eps.setter
-    def _eps(self, value: float) -> None:
-        self._settings[1] = value
-
-    def void(self, start: int, n: int) -> None:
-        """Take away the priority of `n` slots from `start` on and around the ring."""
-        index = torch.arange(start, start + n, device="cpu").remainder_(self.capacity)
-        self._raw[index] = 0.0
-        self.replayed[index] = False
-
-    def rebuild(self) -> None:
-        """Masses, sums and extrema anew from the raw priorities, in O(N)."""
-        self._largest.refresh_all()
-        self._refill()
+        written = self.ring_count()
+        self._journal.note(written % self.capacity, n, written + n)
+        return super().write(leaves, n, mask)
 
 
 class Guard:
@@ -150,7 +73,7 @@ class Guard:
     """
 
     def __init__(
-        self, journal: Journal, ring: SharedRing, table: SharedTable, beta: Tensor
+        self, journal: Journal, ring: RingStorage, table: PriorityTable, beta: Tensor
     ) -> None:
         self._journal, self._ring, self._table, self._beta = journal, ring, table, beta
         self._mutex = RobustMutex()
@@ -243,30 +166,26 @@ class SharedReplayBuffer(LockedReplayBuffer):
         ConfigurationError: an argument is not one of those accepted, or this is not Linux.
     """
 
-    _storage: SharedRing
-    _priorities: SharedTable
-
-    def _make(self, num_buffers: int | None, ring: dict[str, Any], table: dict[str, Any]) -> None:
-        storage = ring["place"].storage
-        if storage != "memory":
-            raise ConfigurationError(f"shared: expected storage='memory', got {storage!r}")
-        if num_buffers is not None:
-            raise ConfigurationError(
-                f"shared: expected num_buffers=None, got {num_buffers!r}: {MANY_ALONE}"
-            )
-        if table["prioritization"] != "proportional":
-            raise ConfigurationError(
-                f"shared: expected prioritization='proportional', got {table['prioritization']!r}"
-            )
+    def _memory(self, memory: Memory) -> Memory:
+        if memory.storage != "memory":
+            raise ConfigurationError(f"shared: expected storage='memory', got {memory.storage!r}")
         if self.device.type != "cpu":
             raise ConfigurationError(f"shared: expected the device 'cpu', got '{self.device}'")
-        _share(self._beta, self._stale)
-        self._journal = Journal()
-        self._storage = SharedRing(ring["capacity"], self.device, ring["layout"], self._journal)
-        self._priorities = SharedTable(**table)
+        shared = Memory("shared")
+        beta = float(self._beta)
+        self._beta = shared.beside((), torch.float64, self.device).fill_(beta)
+        self._stale = shared.beside((), torch.int64, self.device)
+        return shared
 
     def _arrange(self, **wanted: Any) -> None:
+        if self._priorities.prioritization != "proportional":
+            raise ConfigurationError(
+                "shared: expected prioritization='proportional', got"
+                f" {self._priorities.prioritization!r}"
+            )
         super()._arrange(**wanted | {"shared": False})
+        self._journal = Journal()
+        self._storage = SharedRing(self._storage, self._journal)
         self._lock = Guard(self._journal, self._storage, self._priorities, self._beta)
 
     def _allocate(self, example: TensorDictBase | None) -> None:

@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from per_td import validation
-from per_td.buffer import MANY_ALONE, PrioritizedReplayBuffer
+from per_td.buffer import PrioritizedReplayBuffer
 from per_td.concurrency.prefetch import Prefetcher
 from per_td.errors import ConfigurationError
 
@@ -56,13 +56,6 @@ class LockedReplayBuffer(PrioritizedReplayBuffer):
 
     prefetch: int = validation.fixed("prefetch", lambda self: self._prefetch)
     """How many batches are drawn ahead."""
-
-    def _make(self, num_buffers: int | None, ring: dict[str, Any], table: dict[str, Any]) -> None:
-        if num_buffers is not None:
-            raise ConfigurationError(
-                f"num_buffers: expected None, got {num_buffers!r}: {MANY_ALONE}"
-            )
-        super()._make(num_buffers, ring, table)
 
     def _arrange(self, **wanted: Any) -> None:
         ahead, n = wanted["prefetch"], self.batch_size

@@ -1,52 +1,44 @@
-"""PriorityTable: the raw priority of every slot, and the masses and extrema that follow from it."""
+"""PriorityTable: the raw priority of every slot of S groups, and all that follows from them."""
 
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from per_td import draws, validation
-from per_td.errors import IndexRangeError
-from per_td.memory import zeros
-from per_td.priorities import kernel_calls as priority_kernels
-from per_td.priorities.ranks import DEFAULT_ALPHA, PRIORITIZATIONS, RankMasses
-from per_td.storage.generations import generation_of
-from per_td.tree import ExtremumTree, SumTree, reference
-from per_td.weights import NORMALIZATIONS, mass_of, priority_of
+from per_td.errors import PerTdError
+from per_td.kernels.flags import ALPHA, ALPHA_EXPONENT, EPS
+from per_td.kernels.layout import Layout
+from per_td.kernels.reference import Runs
+from per_td.memory import Zeros, zeros
+from per_td.priorities import distributions
+from per_td.tree.trees import Trees
+from per_td.weights import NORMALIZATIONS
 
 __all__ = ["NEW_PRIORITIES", "PriorityTable"]
 
 NEW_PRIORITIES = ("buffer_max", "ever_max")
 
 
-class _Masses(SumTree):
-    """A tree that is sent wherever its table is, and as the table is: a copy, or shared."""
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        return object.__reduce_ex__(self, protocol)
-
-
 class PriorityTable:
-    """Priorities p, masses p^alpha, and the settings of draws in proportion to them.
-
-    Writing is here; what draws is in `per_td.priorities.sampling`.
+    """Raw priorities p, their masses, and the settings of draws in proportion to these.
 
     Raw priorities are the truth, and masses follow from them, so alpha may change at any time and
-    nothing is lost, not even at alpha = 0. Slots beyond those filled have priority 0. Rank-based,
-    a mass is rank^-alpha instead: see `per_td.priorities.ranks`.
+    nothing is lost, not even at alpha = 0. Slots beyond those filled have priority 0.
+    `per_td.priorities.sampling` draws.
 
     Args:
-        capacity: number of slots.
+        capacity: number of slots of each group.
         alpha, eps, draw, method, weight_normalization, new_priority, prioritization, sort_interval:
             as for `PrioritizedReplayBuffer`.
         device: where priorities live.
-        masses: the tree to keep the masses in; None makes one.
+        groups: S tables side by side, with results of shape [S, ...]; None: one, without.
+        memory: makes the memory.
 
     Raises:
         ConfigurationError: an argument is not one of those accepted.
     """
 
-    @torch.inference_mode(False)
     def __init__(
         self,
         capacity: int,
@@ -60,72 +52,82 @@ class PriorityTable:
         device: torch.device,
         prioritization: str = "proportional",
         sort_interval: int | None = None,
-        masses: SumTree | None = None,
+        groups: int | None = None,
+        memory: Zeros = zeros,
     ) -> None:
-        self.ranks = RankMasses.wanted(prioritization, capacity, sort_interval, device)
-        self.prioritization = validation.one_of("prioritization", prioritization, PRIORITIZATIONS)
-        self.sort_interval = None if self.ranks is None else self.ranks.sort_interval
-        alpha = DEFAULT_ALPHA[self.prioritization] if alpha is None else alpha
-        self._settings = torch.zeros(2, dtype=torch.float64, device=device)
-        self._alpha = validation.real("alpha", alpha)
-        self._settings[0].fill_(self._alpha)
-        self.eps = eps
+        self.distribution = distributions.make(prioritization, capacity, sort_interval)
+        alpha = self.distribution.alpha if alpha is None else validation.real("alpha", alpha)
+        eps = validation.real("eps", eps, high=torch.finfo(torch.float32).max)
         self.draw, self.method = self._way(draw, method, capacity)
         self.new_priority = validation.one_of("new_priority", new_priority, NEW_PRIORITIES)
-        self.masses = _Masses(capacity, device) if masses is None else masses
-        layout = self.masses.layout
-        self._raw = zeros((layout.leaf_slots,), torch.float32, device)
-        self._method = self._faster()
-        self._largest = ExtremumTree(self._raw, layout, "max")
-        self._smallest: ExtremumTree | None = None
-        self.weight_normalization = weight_normalization
-        self.ever_max = torch.zeros((), dtype=torch.float32, device=device)
-        self._replayed = zeros((layout.leaf_slots,), torch.bool, device)
-        self.refused = torch.zeros((), dtype=torch.int64, device=device)
-        self._points = torch.empty(0, dtype=torch.float64, device=device)
+        normalization = validation.one_of(
+            "weight_normalization", weight_normalization, NORMALIZATIONS
+        )
+        self.lead = () if groups is None else (groups,)
+        self.trees = Trees(
+            Layout.of(capacity, groups or 1),
+            device,
+            extremes=True,
+            replayed=groups is None,
+            snapshot=self.distribution.snapshot,
+            launches=self.distribution.launches,
+            memory=memory,
+        )
+        self._set_alpha(alpha)
+        self.trees.set(EPS, eps)
+        self.points = torch.empty((*self.lead, 0), dtype=torch.float64, device=device)
+        """Template of random numbers, for `per_td.priorities.sampling`."""
+        self.way = self._faster()
+        """The method that draws."""
+        self._weight_normalization = normalization
+        self.trees.keep_minima(normalization == "buffer")
+
+    # --- settings ---------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
-        """Where the priorities live."""
-        return self._raw.device
+        """Device of the priorities."""
+        return self.trees.device
 
     @property
     def capacity(self) -> int:
-        """Number of slots."""
-        return self.masses.layout.capacity
+        """Number of slots of each group."""
+        return self.trees.layout.capacity
 
     @property
-    def raw(self) -> Tensor:
-        """Raw priorities of all slots, float32 [capacity], a view."""
-        return self.masses.slots(self._raw)
+    def prioritization(self) -> str:
+        """Name of the distribution."""
+        return self.distribution.name
 
     @property
-    def replayed(self) -> Tensor:
-        """Whether each slot has been drawn since it was written, bool, a view."""
-        return self._replayed[: self.masses.layout.capacity]
+    def sort_interval(self) -> int | None:
+        """Changes from one sort to the next; see `distributions.Rank`."""
+        return self.distribution.sort_interval
 
     @property
     def alpha(self) -> float:
         """Exponent of the priorities; setting it recomputes all masses, in O(N)."""
-        return self._alpha
+        return self.trees.setting(ALPHA)
 
     @alpha.setter
     def alpha(self, value: float) -> None:
         value = validation.real("alpha", value)
-        if value != self._alpha:
-            self._alpha = value
-            self._settings[0].fill_(value)
+        if value != self.alpha:
+            self._set_alpha(value)
             self._refill()
+
+    def _set_alpha(self, value: float) -> None:
+        self.trees.set(ALPHA, value)
+        self.trees.set(ALPHA_EXPONENT, self.distribution.exponent(value))
 
     @property
     def eps(self) -> float:
         """Added to |TD error| by the updates from now on."""
-        return self._eps
+        return self.trees.setting(EPS)
 
     @eps.setter
     def eps(self, value: float) -> None:
-        self._eps = validation.real("eps", value, high=torch.finfo(torch.float32).max)
-        self._settings[1].fill_(self._eps)
+        self.trees.set(EPS, validation.real("eps", value, high=torch.finfo(torch.float32).max))
 
     @property
     def weight_normalization(self) -> str:
@@ -134,11 +136,7 @@ class PriorityTable:
 
     @weight_normalization.setter
     def weight_normalization(self, value: str) -> None:
-        value = validation.one_of("weight_normalization", value, NORMALIZATIONS)
-        smallest = self._smallest if value == "buffer" else None
-        if value == "buffer" and smallest is None:
-            smallest = ExtremumTree(self.masses.leaves, self.masses.layout, "min")
-        self._weight_normalization, self._smallest = value, smallest
+        self.choose(weight_normalization=value)
 
     @staticmethod
     def _way(draw: str, method: str, capacity: int) -> tuple[str, str]:
@@ -150,9 +148,14 @@ class PriorityTable:
 
     def _faster(self) -> str:
         """The method that draws, where "auto" leaves the choice."""
-        compiled, capacity = self.masses.kernels is not None, self.masses.capacity
+        trees = self.trees
         return draws.resolve_method(
-            self.method, self.draw, capacity, self.device, compiled=compiled
+            self.method,
+            self.draw,
+            self.capacity,
+            self.device,
+            compiled=trees.compiled,
+            many=bool(self.lead),
         )
 
     def choose(self, **changes: str) -> None:
@@ -165,15 +168,19 @@ class PriorityTable:
             ConfigurationError: a value is not one of those accepted, or two do not go together.
         """
         wanted = self.arguments | changes
-        draw, method = self._way(wanted["draw"], wanted["method"], self.masses.capacity)
+        draw, method = self._way(wanted["draw"], wanted["method"], self.capacity)
         new = validation.one_of("new_priority", wanted["new_priority"], NEW_PRIORITIES)
-        self.weight_normalization = wanted["weight_normalization"]  # the last that may be refused
+        normalization = validation.one_of(
+            "weight_normalization", wanted["weight_normalization"], NORMALIZATIONS
+        )
         self.draw, self.method, self.new_priority = draw, method, new
-        self._method = self._faster()
+        self.way = self._faster()
+        self.trees.keep_minima(normalization == "buffer")
+        self._weight_normalization = normalization
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What makes another table like this one, of any capacity, on any device."""
+        """The arguments that make another table like this one, of any capacity, on any device."""
         return {
             "alpha": self.alpha,
             "eps": self.eps,
@@ -185,111 +192,152 @@ class PriorityTable:
             "sort_interval": self.sort_interval,
         }
 
+    # --- views ------------------------------------------------------------------------------------
+
+    def _shaped(self, each: Tensor) -> Tensor:
+        """A tensor [S, ...] as [...] for one table."""
+        shaped: Tensor = each if self.lead else each[0]
+        return shaped
+
+    @property
+    def raw(self) -> Tensor:
+        """Raw priorities of all slots, float32 [capacity] or [S, capacity], a view."""
+        return self._shaped(self.trees.priorities)
+
+    @property
+    def mass(self) -> Tensor:
+        """Masses of all slots, float32 [capacity] or [S, capacity], a view."""
+        return self._shaped(self.trees.masses)
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of the masses, float64 [] or [S]."""
+        return self._shaped(self.trees.total)
+
+    @property
+    def largest(self) -> Tensor:
+        """The largest priority, 0 for none, float32 [] or [S]."""
+        return self._shaped(self.trees.largest)
+
+    @property
+    def smallest(self) -> Tensor:
+        """The smallest positive mass, float32 [] or [S]; inf for none, or where nobody needs it."""
+        return self._shaped(self.trees.smallest)
+
+    @property
+    def ever_max(self) -> Tensor:
+        """The largest priority that there ever was, float32 [] or [S], a view."""
+        return self._shaped(self.trees.ever_max)
+
+    @property
+    def replayed(self) -> Tensor:
+        """True for slots drawn since they were written, bool [capacity], a view; of one table."""
+        return self.trees.replayed[: self.capacity]
+
+    @property
+    def refused(self) -> Tensor:
+        """How many invalid priorities were refused on the device, int64 []."""
+        return self.trees.refused
+
     def for_new(self) -> Tensor:
-        """Priority of transitions that nobody gave one: 0-dim (section 3.3, algorithm 1 line 6).
+        """Priority of transitions that nobody gave one, [] or [S] (algorithm 1, line 6).
 
         The largest in the buffer, or 1 where there is none.
         """
-        known = self._largest.value if self.new_priority == "buffer_max" else self.ever_max
-        return torch.where(known > 0, known, 1.0)
+        each = self.trees.ops.for_new(self.trees, ever_max=self._ever_max)
+        return self._shaped(each)
 
-    def check_initial(self, priority: Any, index: Tensor) -> Tensor:
-        """Priorities supplied for new transitions as float32 [n]; -1 marks those refused.
+    @property
+    def _ever_max(self) -> bool:
+        return self.new_priority == "ever_max"
+
+    # --- writing ----------------------------------------------------------------------------------
+
+    def check_initial(self, priority: Any, index: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Check priorities supplied for new transitions.
+
+        Args:
+            priority: one for each of `index`.
+            index: int64 [n] or [S, n].
+            mask: bool, like `index`; where it is False, anything may stand.
+
+        Returns:
+            float32, in the shape of `index`; -1 marks those refused on the device.
 
         Raises:
             PriorityError: wrong shape or dtype, NaN, infinite or negative (refused on CUDA).
         """
         priority = validation.as_values("priority", priority, index)
-        valid = validation.require_finite("priority", priority, low=0.0)
+        valid = validation.require_finite("priority", priority, low=0.0, wanted=mask)
+        if validation.can_raise(priority):
+            return priority
         return torch.where(valid, priority, -1.0)
 
-    def write_new(self, index: Tensor, priority: Tensor | None, kept: Tensor | None = None) -> None:
-        """Give newly written slots their priority.
+    def write_new(self, index: Tensor, priority: Tensor | None, mask: Tensor | None = None) -> None:
+        """Give newly written slots their priority; where a slot occurs twice, the last holds.
 
         Args:
-            index: slots, int64 [n], without repetitions.
-            priority: from `check_initial`, [n]; None, and -1, stand for that of `for_new`.
-            kept: bool [n], False for what was not written, whatever its index; None: all was.
-                Not for ranks, which count what is new.
+            index: slots, int64 [n] or [S, n].
+            priority: from `check_initial`; None stands for that of `for_new`.
+            mask: bool, False for slots that were not written. Not for ranks, which count.
 
         Raises:
             IndexRangeError: an index is not that of a slot (on the CPU, where it can be looked at).
             PriorityError: there is not one priority per index.
         """
+        trees = self.trees
         if priority is not None:
             validation.require_same_shape("priority", priority, index)
-        kernel, done = self.masses.kernels, None
-        if kernel is not None and kept is None:
-            done = priority_kernels.assign(
-                kernel, self, index, priority, self.capacity, eps=0.0, new=True
-            )
-        if done is None:
-            self._write_new_in_torch(index, priority, kept)
-        if self.ranks is not None:
-            self._count_changes(self.ranks, len(index), new=True)
+            if not validation.can_raise(priority):
+                refused = priority < 0 if mask is None else (priority < 0) & mask
+                trees.refused += refused.sum()
+                new = self.for_new()
+                new = new.unsqueeze(-1) if self.lead else new
+                priority = torch.where(priority < 0, new, priority)
+        trees.ops.assign(
+            trees,
+            self.distribution,
+            index,
+            priority,
+            written=self.capacity,
+            limit=self.capacity,
+            mask=mask,
+            new=True,
+            ever_max=self._ever_max,
+        )
+        if self.distribution.changed(index.numel(), new=True):
+            self._refill()
 
-    def _write_new_in_torch(
-        self, index: Tensor, priority: Tensor | None, kept: Tensor | None
-    ) -> None:
-        if kept is None and validation.can_raise(index):
-            validation.require_in_range(index, self.capacity)
-        if priority is None:
-            priority = self.for_new().expand(index.shape)
-        else:
-            refused = priority < 0 if kept is None else (priority < 0) & kept
-            self.refused += refused.sum()
-            priority = torch.where(refused, self.for_new(), priority)
-        if kept is not None:
-            index, priority = validation.route(index, priority, kept, self.masses.layout.spare)
-        self._replayed.index_fill_(0, index, False)
-        self._write(index, priority, kept)
-
-    def write_row(self, start: int, n: int) -> None:
-        """`write_new` for the `n` slots, at most `capacity`, from `start` on and around the end.
-
-        Raises:
-            IndexRangeError: there are no such slots.
-        """
-        capacity = self.capacity
-        if not (0 <= start < capacity and 0 <= n <= capacity):
-            raise IndexRangeError(
-                f"slots: expected at most {capacity}, from one of them on, got {n} from {start} on"
-            )
-        kernel = self.masses.kernels
-        if kernel is None:
-            index = torch.arange(start, start + n, device=self.device).remainder_(capacity)
-            self.write_new(index, None)
-        elif n:
-            priority_kernels.renew(kernel, self, start, n)
-            if self.ranks is not None:
-                self._count_changes(self.ranks, n, new=True)
-
-    @property
-    def _launches(self) -> Any:
-        """The changes of priorities in Triton, which know no ranks."""
-        return None if self.ranks is not None else self.masses.launches
+    def write_runs(self, runs: Runs) -> None:
+        """`write_new` for runs of slots, first slot and length of each group, around the end."""
+        trees = self.trees
+        trees.ops.assign_new(trees, self.distribution, runs, ever_max=self._ever_max)
+        if self.distribution.changed(sum(runs[1::2]), new=True):
+            self._refill()
 
     def update(
         self,
         index: Tensor,
         td_error: Any,
-        size: Tensor | int,
-        live: Tensor | None = None,
         *,
+        written: Tensor | int,
         generation: Tensor | None = None,
-        written: Tensor | int = 0,
+        stamps: Tensor | None = None,
+        mask: Tensor | None = None,
+        squared: bool = False,
     ) -> Tensor | int:
         """Set priorities from TD errors; where an index occurs twice, its last one holds.
 
         Args:
-            index: slots, int64 [B].
-            td_error: TD errors [B].
-            size: number of filled slots, of which no more than the capacity count; on CUDA a 0-dim
-                tensor, which a CUDA graph reads anew.
-            live: bool [B], False for updates to be dropped; None drops none.
-            generation: instead of `live`: those of the transitions meant, int64 [B], in a ring of
-                this capacity; what has been overwritten since is dropped.
-            written: how many transitions were ever written to the ring.
+            index: slots, int64 [B] or [S, B].
+            td_error: one for each of `index`.
+            written: how many transitions were ever written, int64 [S], or one number for all: the
+                slots below it may be named.
+            generation: those of the transitions meant, int64, like `index`; what has been
+                overwritten since is dropped. None drops none.
+            stamps: generations of the slots, int64 [capacity]; None: they follow from `written`.
+            mask: bool, like `index`; False leaves a slot alone.
+            squared: the TD errors are delta^2.
 
         Returns:
             How many were dropped.
@@ -302,85 +350,34 @@ class PriorityTable:
         td_error = validation.as_values("td_error", td_error, index)
         if generation is not None:
             validation.require_same_shape("generation", generation, index)
-        kernel, launches = self.masses.kernels, self._launches
-        if launches is not None:
-            return priority_kernels.launch(
-                launches,
-                self,
-                index,
-                td_error,
-                eps=self._settings[1],
-                size=size,
-                live=live,
-                generation=generation,
-                written=written,
-            )
-        dropped: Tensor | int | None = None
-        if kernel is not None and live is None:
-            dropped = priority_kernels.assign(
-                kernel,
-                self,
-                index,
-                td_error,
-                min(int(size), self.capacity),
-                eps=self._eps,
-                generation=generation,
-                written=written,
-            )
-        if dropped is None:
-            if generation is not None:
-                live = generation == generation_of(index, written, self.capacity)
-            dropped = self._update_in_torch(index, td_error, size, live)
-        if self.ranks is not None:
-            self._count_changes(self.ranks, len(index))
+        trees = self.trees
+        dropped: Tensor | int = trees.ops.assign(
+            trees,
+            self.distribution,
+            index,
+            td_error,
+            written=written,
+            limit=self.capacity,
+            generation=generation,
+            stamps=stamps,
+            mask=mask,
+            add_eps=True,
+            squared=squared,
+            ever_max=self._ever_max,
+        )
+        if self.distribution.changed(index.numel()):
+            self._refill()
         return dropped
 
-    def _update_in_torch(
-        self, index: Tensor, td_error: Tensor, size: Tensor | int, live: Tensor | None
-    ) -> Tensor | int:
-        priority = priority_of(td_error, self._eps)
-        largest = self.capacity
-        size = size.clamp(max=largest) if isinstance(size, Tensor) else min(size, largest)
-        valid = validation.require_in_range(index, size)
-        valid = valid & validation.require_finite("td_error", priority)
-        if not validation.can_raise(valid):
-            self.refused += (~valid).sum()
-        if live is not None:
-            valid = valid & live
-        index, priority = validation.route(index, priority, valid, self.masses.layout.spare)
-        self._write(*reference.keep_last(index, priority))
-        return 0 if live is None else (~live).sum()
-
-    def _write(self, index: Tensor, priority: Tensor, kept: Tensor | None = None) -> None:
-        """Write valid priorities, and all that follows from them.
-
-        What is not `kept` [n] has been sent to the spare leaf.
-        """
-        launches = self._launches
-        if launches is not None:
-            if kept is not None:  # they would count the spare leaf as refused
-                index = torch.where(kept, index, 0)
-            priority_kernels.launch(launches, self, index, priority, live=kept)
-            return
-        self._raw[index] = priority
-        if self.ranks is None:
-            mass = mass_of(priority, self._alpha)
-        else:
-            mass = self.ranks.of(priority, self._alpha)
-        self.masses._write(index, mass)
-        self._largest.refresh(index)
-        if self._smallest is not None:
-            self._smallest.refresh(index)
-        if priority.numel():
-            torch.maximum(self.ever_max, priority.amax(), out=self.ever_max)
+    # --- the whole --------------------------------------------------------------------------------
 
     def moved(self, capacity: int, device: torch.device) -> "PriorityTable":
         """A table with the same settings and priorities, of this capacity, on this device."""
         table = PriorityTable(capacity, device=device, **self.arguments)
-        table.fill(self.raw[:capacity].to(device))
         kept = min(capacity, self.capacity)
+        table.fill(self.raw[:kept].to(device))
         table.replayed[:kept] = self.replayed[:kept].to(device)
-        table.ever_max.copy_(self.ever_max)
+        table.trees.ever_max.copy_(self.trees.ever_max)
         table.refused.copy_(self.refused)
         return table
 
@@ -390,46 +387,57 @@ class PriorityTable:
         All count as new: none has been replayed.
 
         Args:
-            priority: float32 [n].
-            mass: their masses, float32 [n]; None: what follows from the priorities.
+            priority: float32 [n] or [S, n].
+            mass: their masses, in the same shape; None: those that follow from the priorities.
         """
-        self._raw.zero_()
-        self.raw[..., : priority.shape[-1]] = priority
-        self._replayed.zero_()
-        self._largest.refresh_all()
-        if self.ranks is not None:
-            self.ranks.filled = len(priority)
-        if mass is not None:
-            whole = torch.zeros_like(self.raw)
-            whole[..., : mass.shape[-1]] = mass
-            mass = whole
+        n, trees = priority.shape[-1], self.trees
+        if n > self.capacity:
+            raise PerTdError(f"expected at most {self.capacity} priorities, got {n}")
+        trees.raw.zero_()
+        self.raw[..., :n] = priority
+        trees.replayed.zero_()
+        self.distribution.filled(n)
         self._refill(mass)
 
-    def sort(self) -> None:
-        """Give every priority its exact rank, in O(N log N); nothing to do where there are none."""
-        if self.ranks is not None:
-            self._refill()
-
-    def _count_changes(self, ranks: RankMasses, changes: int, *, new: bool = False) -> None:
-        """So many priorities have changed, or are new: `sort`, if that makes it time to."""
-        if new:
-            ranks.grow(changes)
-        if ranks.due(changes):
-            self.sort()
-
     def restore(self, priority: Tensor, ever_max: Tensor, mass: Tensor | None = None) -> None:
-        """`fill`, and take over the largest priority that there ever was, 0-dim.
+        """`fill`, and take over the largest priority that there ever was, [] or [S].
 
         Masses are part of a state, since what computes p^alpha, a kernel or torch, on one device
         or another, may round the last bit otherwise, and a draw would tell.
         """
         self.fill(priority, mass)
-        self.ever_max.copy_(ever_max)
+        self.trees.ever_max.copy_(ever_max.reshape(-1))
+
+    def sort(self) -> None:
+        """Compute all masses anew: for ranks, by the exact order."""
+        self._refill()
+
+    def void(self, start: int, n: int) -> None:
+        """Take away the priority of `n` slots from `start` on, around the end; then `rebuild`."""
+        index = torch.arange(start, start + n, device=self.device).remainder_(self.capacity)
+        self.trees.raw[index] = 0.0
+        self.trees.replayed[index] = False
+
+    def rebuild(self) -> None:
+        """Compute masses, sums and extremes anew from the raw priorities, in O(N)."""
+        self._refill()
 
     def _refill(self, mass: Tensor | None = None) -> None:
-        """All masses anew, these [capacity] or those that follow from the priorities."""
-        if mass is None and self.ranks is not None:
-            mass = self.ranks.sort(self.raw, self._alpha)
-        self.masses._fill(mass_of(self.raw, self._alpha) if mass is None else mass)
-        if self._smallest is not None:
-            self._smallest.refresh_all()
+        """Set all masses, these or those that follow from the priorities, and all nodes."""
+        trees = self.trees
+        if mass is None:
+            trees.leaves.copy_(self.distribution.all_masses(trees))
+        else:
+            trees.leaves.zero_()
+            self.mass[..., : mass.shape[-1]] = mass
+        trees.ops.refill(trees)
+
+    def check_valid(self) -> None:
+        """Raise PerTdError, naming what is wrong, if priorities do not explain all the rest."""
+        self.trees.check_valid()
+        if self.distribution.name == "proportional":
+            expected = self.distribution.masses(self.trees, self.trees.raw)
+            if not torch.allclose(self.trees.leaves, expected, rtol=1e-5, atol=0):
+                raise PerTdError("masses: one is not its priority^alpha")
+        if (self.trees.largest > self.trees.ever_max).any():
+            raise PerTdError("ever_max: a priority is larger than the largest there ever was")

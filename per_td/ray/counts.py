@@ -10,7 +10,6 @@ and q_i is the probability of equation 1 in Schaul et al. 2015 (arXiv 1511.05952
 import torch
 from torch import Tensor
 
-from per_td import draws
 from per_td.errors import EmptyBufferError
 from per_td.weights import importance_weights
 
@@ -43,7 +42,10 @@ def counts_of(
     edges = totals.cumsum(0)
     if not edges[-1] > 0:
         raise EmptyBufferError("expected a shard with a positive mass to draw from, got none")
-    point = draws.points(n, draw, totals.device, generator) * edges[-1]
+    point = torch.rand(n, dtype=torch.float64, device=totals.device, generator=generator)
+    if draw == "stratified":
+        point = (torch.arange(n, device=totals.device) + point) / n
+    point = point * edges[-1]
     shard = torch.searchsorted(edges, point, right=True)
     last = totals.nonzero()[-1, 0]  # a point may be rounded up to the sum itself
     return torch.bincount(torch.minimum(shard, last), minlength=len(totals))

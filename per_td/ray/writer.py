@@ -107,7 +107,7 @@ def checked(transitions: Any, *, batched: bool = True) -> Leaves:
     Raises:
         SchemaError: it cannot.
     """
-    leaves = Schema().check(transitions, batched=batched)
+    leaves, _ = Schema().check(transitions, batched=batched)
     if ("shard",) in leaves:
         raise SchemaError("'shard' is a reserved key: sampling adds it; expected others")
     return leaves

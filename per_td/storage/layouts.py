@@ -5,18 +5,20 @@ Either way every field is a tensor [capacity, ...]: with records, a view into th
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from per_td.memory import zeros
-
-__all__ = ["LAYOUTS", "Field", "block_of", "columns_of", "resolve_layout", "views_of"]
-
-Zeros = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
-"""Makes memory: shape, dtype and device."""
+__all__ = [
+    "LAYOUTS",
+    "RECORDS_UP_TO",
+    "SHARED_FROM",
+    "Field",
+    "bytes_of",
+    "resolve_layout",
+    "views_of",
+]
 
 LAYOUTS = ("auto", "columns", "records")
 
@@ -33,6 +35,7 @@ SHARED_FROM = 2**20
 """From this many bytes on, torch's several threads copy columns faster than one with a kernel."""
 
 _ALIGNMENT = 16
+_CACHE_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,6 @@ def resolve_layout(
     return "records" if compiled and (small or mapped) else "columns"
 
 
-def columns_of(
-    fields: list[Field], capacity: int, device: torch.device, zeros: Zeros = zeros
-) -> list[Tensor]:
-    """Memory for each field, [capacity, ...], filled with 0."""
-    return [zeros((capacity, *field.shape), field.dtype, device) for field in fields]
-
-
 def _offsets(fields: list[Field]) -> tuple[list[int], int]:
     """Where each field begins in a record, and the length of the record, in bytes.
 
@@ -87,17 +83,38 @@ def _offsets(fields: list[Field]) -> tuple[list[int], int]:
     return offsets, max(1, -(-end // _ALIGNMENT)) * _ALIGNMENT
 
 
-def block_of(
-    fields: list[Field], capacity: int, device: torch.device, zeros: Zeros = zeros
-) -> Tensor:
-    """Memory for records, uint8 [capacity, bytes of a record], filled with 0."""
-    return zeros((capacity, _offsets(fields)[1]), torch.uint8, device)
+def _starts(fields: list[Field], rows: int) -> list[int]:
+    """Where each column of `rows` rows begins in the block, and the end, in bytes."""
+    starts = [0]
+    for field in fields:
+        starts.append(starts[-1] + -(-rows * field.bytes // _CACHE_LINE) * _CACHE_LINE)
+    return starts
 
 
-def views_of(fields: list[Field], block: Tensor) -> list[Tensor]:
-    """The fields of the records in `block` [n, bytes], views [n, ...]."""
-    offsets, _ = _offsets(fields)
+def bytes_of(layout: str, fields: list[Field], rows: int) -> int:
+    """Length of the block for `rows` transitions."""
+    if layout == "records":
+        return rows * _offsets(fields)[1]
+    return max(_starts(fields, rows)[-1], 1)
+
+
+def views_of(layout: str, fields: list[Field], block: Tensor, rows: int) -> list[Tensor]:
+    """The fields of `rows` transitions in a block of bytes, views [rows, ...].
+
+    Args:
+        layout: "columns" or "records".
+        fields: of a transition.
+        block: uint8 [bytes_of(layout, fields, rows)].
+        rows: number of transitions.
+    """
+    if layout == "columns":
+        return [
+            block[start : start + rows * field.bytes].view(field.dtype).view(rows, *field.shape)
+            for field, start in zip(fields, _starts(fields, rows)[:-1], strict=True)
+        ]
+    offsets, length = _offsets(fields)
+    records = block.view(rows, length)
     return [
-        block[:, start : start + field.bytes].view(field.dtype).view(len(block), *field.shape)
+        records[:, start : start + field.bytes].view(field.dtype).view(rows, *field.shape)
         for field, start in zip(fields, offsets, strict=True)
     ]

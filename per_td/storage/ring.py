@@ -1,47 +1,50 @@
-"""RingStorage: transitions in preallocated memory, the oldest overwritten by the newest."""
+"""RingStorage: S rings of transitions in preallocated memory; the newest overwrite the oldest."""
 
+from array import array
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
 
 from per_td import kernels, validation
-from per_td.memory import Place, allocating
-from per_td.storage import batches as batch
-from per_td.storage import layouts, rows
-from per_td.storage.generations import generation_of
+from per_td.errors import PerTdError, SchemaError
+from per_td.kernels import reference
+from per_td.kernels.reference import Runs
+from per_td.memory import Memory, allocating
+from per_td.storage import batches, layouts, rows
 from per_td.storage.layouts import Field
-from per_td.storage.leaves import Leaves, count, flattened, named, nested
+from per_td.storage.leaves import Leaves, named, nested
 from per_td.storage.moves import Move
-from per_td.storage.schema import RESERVED, Schema
+from per_td.storage.schema import Schema
 
-__all__ = ["RESERVED", "Leaves", "RingStorage", "count", "flattened", "nested"]
+__all__ = ["RingStorage", "as_mask"]
 
 _PIECE = 2**24
 """Bytes brought to the device at a time from a state that may be larger than memory."""
 
 
 class RingStorage:
-    """A ring of transitions, one preallocated tensor per key.
+    """S rings of `capacity` slots, one ring after the other in one tensor per key.
 
-    Transition number k (counting from 0, for ever) lives in slot k mod capacity; its generation is
-    k // capacity. Memory is allocated when the first data, or an example, tells keys, shapes and
-    dtypes; from then on anything else is refused.
+    Transition number k of a ring (counting from 0, for ever) lives in slot k mod capacity; its
+    generation is k // capacity. Memory is allocated when the first data, or an example, tells keys,
+    shapes and dtypes; from then on anything else is refused. Each ring is written to and wraps on
+    its own.
 
     Args:
-        capacity: number of slots.
+        capacity: number of slots of each ring.
         device: where the transitions are brought to by `read`.
         layout: "columns", "records" or "auto"; see `per_td.storage.layouts`.
-        place: what kind of memory they live in; None: that of the device.
+        memory: kind of memory they live in; None: that of the device.
+        groups: S rings, with results of shape [S, ...]; None: one, without.
 
     Raises:
         ConfigurationError: `layout` is none of these.
     """
-
-    num_buffers: int | None = None
-    """How many rings there are; None: one, without a dimension for it."""
 
     epoch = 0
     """Added to the generations in batches: they were counted otherwise before a state moved."""
@@ -54,101 +57,138 @@ class RingStorage:
         capacity: int,
         device: torch.device,
         layout: str = "auto",
-        place: Place | None = None,
+        memory: Memory | None = None,
+        *,
+        groups: int | None = None,
     ) -> None:
-        self.capacity = self._rows = capacity
-        self.device = device
-        self.place = Place() if place is None else place
-        self.home = self.place.home(device)
-        self._advice = self.place.advice
-        self._away = self.home != device
+        self.capacity, self.device = capacity, device
+        self.lead = () if groups is None else (groups,)
+        self.groups = groups or 1
+        self.kind = Memory() if memory is None else memory
+        self.home = self.kind.home(device)
         self.layout = validation.one_of("layout", layout, layouts.LAYOUTS)
-        self._compiled = kernels.wanted(self.home)
+        self.starts = torch.arange(0, self.groups * capacity, capacity, device=self.home)
+        self.starts = self.starts.unsqueeze(-1)
+        self.record: Any = None
+        self._rows = self.groups * capacity + (groups is not None)  # one that takes what is masked
         self._schema = Schema()
         self._block: Tensor | None = None
-        self._columns: Leaves = {}
-        self._sizes = torch.empty(0, 2, dtype=torch.int64, device="cpu")
+        self._leaves: Leaves = {}
+        self.columns: Sequence[Tensor] = []
         self._bytes = 0
-        self._like: list[Tensor] = []
-        self._written = 0
-        self._write_count = torch.zeros((), dtype=torch.int64, device=device)
+        self.written = self.kind.beside((self.groups,), torch.int64, device)
+        """How many transitions were ever written to each ring, int64 [S], on the device."""
+        self._take_up()
 
-    def __len__(self) -> int:
-        return min(self._written, self.capacity)
+    def _take_up(self) -> None:
+        """Make what is not sent to a process, nor copied."""
+        self._operations = kernels.operations(self.home)
+        # On the CPU, numpy's view of `written`; of one ring elsewhere, the same number on the host
+        self._host = self.written.numpy() if self.written.is_cpu else np.zeros(1, np.int64)
+        self.record = None
+        if self._block is not None:
+            self._leaves = self._views(self._block)
+            self.columns = list(self._leaves.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        """Views of one block would become copies of it: they are left out."""
-        return self.__dict__ | ({} if self._block is None else {"_columns": {}})
+        left: dict[str, Any] = {"_operations": None, "record": None, "columns": [], "_leaves": {}}
+        return self.__dict__ | left | {"_host": self._host.copy()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self._block is not None:
-            self._columns = self._views(self._block)
+        host = self._host
+        self._take_up()
+        if not self.written.is_cpu:
+            self._host[:] = host
+
+    # --- counts -----------------------------------------------------------------------------------
 
     @property
-    def kernels(self) -> ModuleType | None:
-        """The compiled operations, where they are used; see `per_td.kernels`."""
-        return kernels.cpu_unless_tracing() if self._compiled else None
-
-    def _kernels_for(self, n: int) -> ModuleType | None:
-        """`kernels`, unless copying `n` transitions is worth sharing between torch's threads."""
-        large = self._block is None and n * self._bytes > layouts.SHARED_FROM
-        return None if large and torch.get_num_threads() > 1 else self.kernels
+    def num_buffers(self) -> int | None:
+        """Number of rings; None for one, without a dimension for it."""
+        return self.lead[0] if self.lead else None
 
     @property
-    def data(self) -> TensorDict | None:
-        """All slots, a TensorDict [capacity] in this memory; None before it is allocated."""
-        if not self._columns:
-            return None
-        return TensorDict(
-            nested(self._columns.items()), batch_size=[self.capacity], device=self.home
-        )
+    def compiled(self) -> bool:
+        """True if kernels copy rows, not plain torch."""
+        return self._operations is not reference
+
+    @property
+    def _known(self) -> bool:
+        """True if the host knows how much was written without waiting for the device."""
+        return self.written.is_cpu or self.groups == 1
+
+    def __len__(self) -> int:
+        if self.groups == 1:
+            return min(int(self._host[0]), self.capacity)
+        return int(self.lengths.min())
+
+    @property
+    def lengths(self) -> Tensor:
+        """Number of filled slots of each ring, int64 [] or [S], on the device."""
+        lengths = self.written.clamp(max=self.capacity)
+        return lengths if self.lead else lengths[0]
 
     @property
     def write_count(self) -> int:
-        """How many transitions were ever written."""
-        return self._written + self.written_before
+        """How many transitions were ever written, to all rings."""
+        count = int(self._host[0]) if self.groups == 1 else int(self.written.sum())
+        return count + self.written_before
 
     def ring_count(self) -> Any:
-        """How many were, since the last change of capacity: slots and generations follow."""
-        return self._written
+        """How many were, since the last change of capacity: an int, or int64 [S], a copy."""
+        return self.written.clone() if self.lead else int(self._host[0])
 
-    def _count(self, written: int) -> None:
-        self._written = written
-        self._write_count.fill_(written)
-
-    @property
-    def written(self) -> Tensor | int:
-        """`ring_count` as a 0-dim int64 tensor on the device; an int where kernels are used."""
-        return self._write_count if self._on_device else self._written
-
-    @property
-    def _on_device(self) -> bool:
-        """Whether numbers are tensors, for operations that do not wait for the host."""
-        return self._away or self.kernels is None
-
-    @property
-    def size(self) -> Tensor | int:
-        """Number of filled slots, in the same form."""
-        if self._on_device:
-            return self._write_count.clamp(max=self.capacity)
-        return len(self)
+    def _count(self, written: Tensor | int) -> None:
+        """Set `written`."""
+        if isinstance(written, Tensor):
+            self.written.copy_(written)
+            return
+        self._host[:] = written
+        if not self.written.is_cpu:
+            self.written.fill_(written)
 
     def generation(self, index: Tensor) -> Tensor:
-        """How often the ring had wrapped when the slots `index` [B] were written; -1 if never."""
-        return generation_of(index, self.written, self.capacity)
+        """How often a ring had wrapped when its slots `index` were written; -1 if they never were.
+
+        Args:
+            index: int64 [B] or [S, B].
+        """
+        slot = index.view(self.groups, -1)
+        ever = self.written.unsqueeze(-1)
+        return reference.generations(slot, ever, self.capacity).view(index.shape)
 
     def in_ring(self, generation: Tensor) -> Tensor:
         """Generations that a batch brings back, as `generation` counts them."""
         return generation - self.epoch if self.epoch else generation
 
-    def check(self, transitions: Any, *, batched: bool = True) -> Leaves:
-        """The leaves of `transitions`, if they fit; nothing is written. See `Schema.check`."""
-        return self._schema.check(transitions, batched=batched)
+    def check_valid(self) -> None:
+        """Raise PerTdError, naming what is wrong, if counts or memory make no sense."""
+        if (self.written < 0).any():
+            raise PerTdError("written: expected counts of at least 0, got a negative one")
+        if self.groups == 1 and int(self._host[0]) != int(self.written[0]):
+            raise PerTdError("written: the host and the device disagree")
+        for key, column in self._leaves.items():
+            field = self._schema.fields[key]
+            if column.shape != (self._rows, *field.shape) or column.dtype != field.dtype:
+                raise PerTdError(f"{named(key)}: its memory is not that of its field")
 
-    def check_leaves(self, leaves: Leaves) -> None:
-        """`check` for leaves [n, ...] that are no TensorDict."""
-        self._schema.check_leaves(leaves)
+    # --- what goes in -----------------------------------------------------------------------------
+
+    def check(self, transitions: Any, *, batched: bool = True) -> tuple[Leaves, int]:
+        """Check transitions [n] or [S, n], or one of each ring, [] or [S]; nothing is written.
+
+        Returns:
+            Leaves [S * n, ...] by key (of one transition of one ring, [...] will do), and n.
+
+        Raises:
+            SchemaError: see `Schema.check`.
+        """
+        return self._schema.check(transitions, self.lead, batched=batched)
+
+    def check_leaves(self, leaves: Leaves) -> tuple[Leaves, int]:
+        """`check` for leaves [n, ...] or [S, n, ...] that are no TensorDict."""
+        return self._schema.check_leaves(leaves, self.lead)
 
     def allocate(self, leaves: Leaves) -> None:
         """Allocate memory for transitions like those in `leaves` [n, ...], unless done before.
@@ -157,7 +197,7 @@ class RingStorage:
             AllocationError: there is not enough memory; nothing is fixed then.
             DiskAllocationError: the same of files.
         """
-        if not self._columns:
+        if not self._leaves:
             self._fix(leaves)
 
     @torch.inference_mode(False)
@@ -166,162 +206,198 @@ class RingStorage:
         fields = [Field(key, leaf.shape[1:], leaf.dtype) for key, leaf in leaves.items()]
         size = sum(field.bytes for field in fields)
         layout = layouts.resolve_layout(
-            self.layout, fields, compiled=self._compiled, mapped=self.place.storage == "memmap"
+            self.layout, fields, compiled=self.compiled, mapped=self.kind.storage == "memmap"
         )
         what = f"{self._rows} transitions of {', '.join(named(field.key) for field in fields)}"
-        memory = self._rows, self.home, self.place.zeros
-        with allocating(what, self._rows * size, self._advice):
-            if layout == "records":
-                block = layouts.block_of(fields, *memory)
-            else:
-                columns = layouts.columns_of(fields, *memory)
+        with allocating(what, self._rows * size, self.kind.advice):
+            length = layouts.bytes_of(layout, fields, self._rows)
+            block = self.kind.zeros((length,), torch.uint8, self.home)
         self._schema.fix(fields)
-        self.layout, self._bytes = layout, size
-        if layout == "records":
-            self._block, self._columns = block, self._views(block)
-        else:
-            self._columns = dict(zip(leaves, columns, strict=True))
-        self._sizes = rows.steps(self._columns.values())
+        self.layout, self._bytes, self._block = layout, size, block
+        self._take_up()
 
     def _views(self, block: Tensor) -> Leaves:
-        fields = self._schema.fields
-        return dict(zip(fields, layouts.views_of(list(fields.values()), block), strict=True))
+        fields = list(self._schema.fields.values())
+        views = layouts.views_of(self.layout, fields, block, self._rows)
+        return dict(zip(self._schema.fields, views, strict=True))
 
-    def next_slots(self, n: int) -> Tensor:
-        """The slots that the next `n` transitions will live in, int64 [n]."""
-        start = self._written % self.capacity
-        index = torch.arange(start, start + n, device=self.device)
-        return index if start + n <= self.capacity else index.remainder_(self.capacity)
+    def next_slots(self, n: int, mask: Tensor | None = None) -> Tensor:
+        """The slots of the next `n` transitions, int64 [n] or [S, n]; -1 where masked."""
+        if self.groups == 1 and mask is None:
+            start = int(self._host[0]) % self.capacity
+            index = torch.arange(start, start + n, device=self.device)
+            index = index if start + n <= self.capacity else index.remainder_(self.capacity)
+            return index.view(*self.lead, n)
+        before = self.written.unsqueeze(-1)
+        if mask is None:
+            return (before + torch.arange(n, device=self.device)).remainder_(self.capacity)
+        place = before + mask.cumsum(-1) - 1
+        return torch.where(mask, place.remainder_(self.capacity), -1)
 
-    def write(self, leaves: Leaves, n: int | None = None) -> tuple[int, int]:
+    def _runs(self, n: int, mask: Tensor | None) -> tuple[Runs, Tensor | int]:
+        """First slot and length of what is written to each ring, and the counts after that."""
+        capacity = self.capacity
+        if self.groups == 1 and mask is None:
+            after = int(self._host[0]) + n
+            kept = min(n, capacity)
+            return array("q", ((after - kept) % capacity, kept)), after
+        many = np.full(self.groups, n) if mask is None else mask.sum(-1).numpy()
+        ever = self._host + many
+        length = np.minimum(many, capacity)
+        runs = np.stack([(ever - length) % capacity, length], 1)
+        return array("q", runs.tobytes()), torch.from_numpy(ever)
+
+    def write(self, leaves: Leaves, n: int, mask: Tensor | None = None) -> "Runs | None":
         """Write checked leaves over the oldest; of too many, the last remain.
 
         Args:
-            leaves: [n, ...] by key; for an `n` of 1, [...] will do.
-            n: how many; None: see the leaves.
+            leaves: [S * n, ...] by key; for a single transition of one ring, [...] will do.
+            n: how many for each ring.
+            mask: bool [S, n], on the device; False leaves a transition out.
 
         Returns:
-            The first slot written, and how many were, around the end.
+            First slot and length of what was written to each ring, around the end; None where the
+            host does not know.
         """
         self.allocate(leaves)
-        n = count(leaves) if n is None else n
-        kept = min(n, self.capacity)
-        start = (self._written + n - kept) % self.capacity
-        new = [rows.plain(leaves[key], self.home) for key in self._columns]
-        if kept < n:
-            new = [leaf[-kept:] for leaf in new]
-        kernel = self._kernels_for(kept)
-        if kernel is None:
-            rows.require_memory(new)
-            self._copy(new, start, kept)
+        new = [rows.plain(leaves[key], self.home) for key in self._leaves]
+        if not self._known or (mask is not None and not mask.is_cpu):
+            self._write_unknown(new, n, mask)
+            return None
+        runs, after = self._runs(n, mask)
+        self._operations_for(n).write_rows(self, new, n, runs, mask=mask)
+        self._count(after)
+        return runs
+
+    def _write_unknown(self, new: list[Tensor], n: int, mask: Tensor | None) -> None:
+        """`write` where the device alone knows the counts: no branch depends on data."""
+        before, capacity = self.written.unsqueeze(-1), self.capacity
+        if mask is None:
+            place, after = before + torch.arange(n, device=self.device), before + n
+            kept = place >= after - capacity
         else:
-            rows.scatter(
-                kernel,
-                self._columns.values(),
-                self._sizes,
-                new,
-                capacity=self.capacity,
-                start=start,
-                n=kept,
-            )
-        self._count(self._written + n)
-        return start, kept
+            place, after = before + mask.cumsum(-1) - 1, before + mask.sum(-1, keepdim=True)
+            kept = mask & (place >= after - capacity)
+        starts = self.starts.to(self.device)
+        row = torch.where(kept, place.remainder_(capacity) + starts, self._rows - 1).flatten()
+        row = row.to(self.home)
+        for column, leaf in zip(self.columns, new, strict=True):
+            reference.indexable(column)[row] = reference.indexable(leaf.detach())
+        self._count(after.squeeze(-1))
 
-    def _copy(self, new: list[Tensor], start: int, n: int) -> None:
-        """Write `n` rows from the slot `start` on, and from slot 0 on past the end."""
-        head = min(n, self.capacity - start)
-        for column, leaf in zip(self._columns.values(), new, strict=True):
-            new_rows = leaf.detach().reshape(n, *column.shape[1:])
-            column[start : start + head] = new_rows[:head]
-            if head < n:
-                column[: n - head] = new_rows[head:]
+    def _operations_for(self, n: int) -> ModuleType:
+        """The operations, or plain torch where its threads share the copying of `n` rows."""
+        if torch.compiler.is_compiling():
+            return reference
+        large = self.layout == "columns" and n * self.groups * self._bytes > layouts.SHARED_FROM
+        return reference if large and torch.get_num_threads() > 1 else self._operations
 
-    def check_state(self, leaves: Leaves) -> None:
-        """Whether `restore` will take the leaves; raises SchemaError."""
-        self.check_leaves(leaves)
+    # --- what comes out ---------------------------------------------------------------------------
 
-    def restore(self, leaves: Leaves, moves: list[Move]) -> None:
-        """Take over what `filled` gave, which may be nothing, as the one move of them tells.
+    def _each(self, column: Tensor) -> Tensor:
+        """The rows of each ring, a view [capacity, ...] or [S, capacity, ...]."""
+        own = column[: self.groups * self.capacity]
+        return own.view(*self.lead, self.capacity, *column.shape[1:])
 
-        The leaves are such as `check_state` lets through.
-        """
-        (move,) = moves
-        if leaves:
-            self.allocate(leaves)  # of no transitions, too: they tell keys, shapes and dtypes
-            self._count(0)
-            step = max(1, _PIECE // max(1, sum(map(_row_bytes, leaves.values()))))
-            for part in move.parts:
-                for start in range(part.start, part.stop, step):
-                    piece = slice(start, min(start + step, part.stop))
-                    self.write({key: leaf[piece] for key, leaf in leaves.items()})
-        self._count(move.written)
+    @property
+    def data(self) -> TensorDict | None:
+        """All slots, a TensorDict [capacity] or [S, capacity] in this memory; None before any."""
+        if not self._leaves:
+            return None
+        return TensorDict(
+            nested((key, self._each(column)) for key, column in self._leaves.items()),
+            batch_size=[*self.lead, self.capacity],
+            device=self.home,
+        )
 
     def filled(self) -> Leaves:
-        """The filled part of every column, views [len, ...]."""
-        return {key: column[: len(self)] for key, column in self._columns.items()}
+        """The filled part of every column, views [len, ...]; of many, [S, longest, ...]."""
+        longest = len(self) if self.groups == 1 else int(self.lengths.max())
+        each = {key: self._each(column) for key, column in self._leaves.items()}
+        if self.lead:
+            return {key: column[:, :longest] for key, column in each.items()}
+        return {key: column[:longest] for key, column in each.items()}
 
     def gather(self, index: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Copies of the transitions in the slots `index` [B], and their `generation`.
+        """Copies of the transitions in the slots `index` [B] or [S, B], and their `generation`.
 
         Returns:
-            Contiguous tensors [B, ...] in the order of the keys; int64 [B].
+            Contiguous tensors, like `index` with the rest of their shape, in the order of the keys;
+            int64, like `index`.
         """
-        if self._away:
+        if self.home != self.device:
             return self._fetched(index), self.generation(index)
-        n = index.numel()
-        kernel = self._kernels_for(n)
-        if kernel is None or not index.is_contiguous():
-            return self._select(index), self.generation(index)
-        columns = self._columns.values()
-        like = self._like
-        if not like or like[0].shape[0] != n:
-            like = self._like = rows.likes(columns, n)
-        generation = torch.empty_like(index)
-        leaves = rows.gather(
-            kernel,
-            columns,
-            self._sizes,
-            like,
-            index,
-            generation=generation,
-            written=self._written,
-            capacity=self.capacity,
+        found: tuple[list[Tensor], Tensor] = self._operations_for(index.numel()).gather(
+            self, index, written=self.written
         )
-        return leaves, generation
+        return found
 
     def _fetched(self, index: Tensor) -> list[Tensor]:
-        """Rows [*B, ...] on the device of a storage in the host's memory; the host waits for it."""
-        found = self._select(index.flatten().to(self.home))
-        if self.place.storage == "pinned":  # what is pinned is copied while the host goes on
-            found = [leaf.pin_memory().to(self.device, non_blocking=True) for leaf in found]
-        else:
-            found = [validation.to_device(leaf, self.device) for leaf in found]
-        return [leaf.view(*index.shape, *leaf.shape[1:]) for leaf in found]
-
-    def _select(self, index: Tensor) -> list[Tensor]:
-        if self._block is None:
-            return [rows.select(column, index) for column in self._columns.values()]
-        records = self._block.index_select(0, index)
-        return [view.contiguous() for view in self._views(records).values()]
+        """Rows on the device of a storage in the host's memory; the host waits for them."""
+        found, _ = reference.gather(self, index.to(self.home), written=0)
+        if self.kind.storage == "pinned":  # what is pinned is copied while the host goes on
+            return [leaf.pin_memory().to(self.device, non_blocking=True) for leaf in found]
+        return [validation.to_device(leaf, self.device) for leaf in found]
 
     def leaves(self, index: Tensor) -> tuple[Leaves, Tensor]:
-        """Copies of the transitions in the slots `index` [B], by key; their generations in batches.
+        """Copies of the transitions in the slots `index`, by key; their generations in batches.
 
         Generations are those that `in_ring` takes back.
         """
         leaves, generation = self.gather(index)
         if self.epoch:
             generation = generation + self.epoch
-        return dict(zip(self._columns, leaves, strict=True)), generation
+        return dict(zip(self._leaves, leaves, strict=True)), generation
 
     def read(self, index: Tensor, extra: dict[str, Tensor]) -> TensorDict:
-        """The transitions in the slots `index` [B], with these, `generation` and `extra`, [B]."""
+        """The transitions in the slots `index`, with these, their generations and `extra`."""
         leaves, generation = self.leaves(index)
         tree = nested(leaves.items())
         tree.update(extra, index=index, generation=generation)
-        return batch.make(tree, index.shape, self.device)
+        return batches.make(tree, index.shape, self.device)
+
+    # --- states -----------------------------------------------------------------------------------
+
+    def check_state(self, leaves: Leaves) -> None:
+        """Raise SchemaError if `restore` will not take the leaves."""
+        self.check_leaves(leaves)
+
+    def restore(self, leaves: Leaves, moves: list[Move]) -> None:
+        """Take over what `filled` gave, which may be nothing, as the move of each ring tells.
+
+        The leaves are such as `check_state` lets through.
+        """
+        if leaves:
+            each = {key: leaf if self.lead else leaf.unsqueeze(0) for key, leaf in leaves.items()}
+            self.allocate({key: leaf.flatten(0, 1) for key, leaf in each.items()})
+            step = max(1, _PIECE // max(1, self._bytes))
+            for s, move in enumerate(moves):
+                at = s * self.capacity
+                for part in move.parts:
+                    for start in range(part.start, part.stop, step):
+                        end = min(start + step, part.stop)
+                        for key, column in self._leaves.items():
+                            piece = each[key][s, start:end]
+                            column[at : at + end - start] = rows.plain(piece, self.home)
+                        at += end - start
+        if self.lead:
+            written = [move.written for move in moves]
+            self._count(torch.tensor(written, dtype=torch.int64, device="cpu"))
+        else:
+            self._count(moves[0].written)
 
 
-def _row_bytes(leaf: Tensor) -> int:
-    """Length of a row of leaves [n, ...]."""
-    return leaf.shape[1:].numel() * leaf.itemsize
+def as_mask(mask: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """`mask` as bool of this shape on `device`.
+
+    Raises:
+        SchemaError: it is not of dtype bool, or of another shape.
+    """
+    mask = validation.as_tensor("mask", mask, SchemaError)
+    mask = mask if mask.numel() else mask.bool()  # an empty list has no dtype
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise SchemaError(
+            f"mask: expected bool of shape {list(shape)}, got {mask.dtype} of shape"
+            f" {list(mask.shape)}"
+        )
+    return validation.to_device(mask, device).contiguous()

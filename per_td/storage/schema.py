@@ -10,7 +10,6 @@ from per_td.storage.layouts import Field
 from per_td.storage.leaves import (
     Key,
     Leaves,
-    count,
     leaves_of,
     named,
     require_keys,
@@ -35,16 +34,20 @@ class Schema:
         self.fields = {field.key: field for field in fields}
         self._usual = (), [field.shape for field in fields]
 
-    def check(self, transitions: Any, *, batched: bool = True) -> Leaves:
-        """The leaves of `transitions`, if they fit.
+    def check(
+        self, transitions: Any, lead: tuple[int, ...] = (), *, batched: bool = True
+    ) -> tuple[Leaves, int]:
+        """Check transitions; nothing is written.
 
         Args:
-            transitions: TensorDict or tensorclass of batch size [n], or of one transition [];
-                or a dict of tensors like that.
-            batched: whether the first dimension counts transitions.
+            transitions: TensorDict or tensorclass of batch size [*lead, n], or of one transition
+                [*lead]; or a dict of tensors like that.
+            lead: [S] with many buffers.
+            batched: [*lead, n] is expected.
 
         Returns:
-            Leaves of shape [n, ...] by key; of one transition, it may be [...].
+            Leaves with one dimension for all transitions, by key, and n; of one transition without
+            a lead, that dimension may be missing.
 
         Raises:
             SchemaError: keys, shapes or dtypes are not those of the fields, a key is reserved, a
@@ -53,14 +56,14 @@ class Schema:
         leaves = leaves_of(transitions)
         size = getattr(transitions, "batch_size", None)  # a plain dict has none
         if size is not None:
-            if len(size) != batched:
-                raise self.wrong_batch_size(leaves, size, batched=batched)
-            if self._fits(leaves, size):
-                return leaves
+            if len(size) != len(lead) + batched or size[: len(lead)] != lead:
+                raise self.wrong_batch_size(leaves, size, lead, batched=batched)
+            n = size[-1] if batched else 1
+            if not lead and self._fits(leaves, size):
+                return leaves, n
         if not batched:
-            leaves = {key: leaf.unsqueeze(0) for key, leaf in leaves.items()}
-        self.check_leaves(leaves)
-        return leaves
+            leaves = {key: _one(key, leaf, lead) for key, leaf in leaves.items()}
+        return self.check_leaves(leaves, lead, None if size is None else n)
 
     def wrong_batch_size(
         self, leaves: Leaves, size: torch.Size, lead: tuple[int, ...] = (), *, batched: bool
@@ -90,16 +93,23 @@ class Schema:
         wanted = ", ".join([*map(str, lead), *["n"] * batched])
         return SchemaError(f"expected a TensorDict of batch size [{wanted}], got {[*size]}{hint}")
 
-    def check_leaves(self, leaves: Leaves) -> None:
-        """`check` for leaves [n, ...] that are no TensorDict."""
+    def check_leaves(
+        self, leaves: Leaves, lead: tuple[int, ...] = (), n: int | None = None
+    ) -> tuple[Leaves, int]:
+        """`check` for leaves [*lead, n, ...] that are no TensorDict; None takes n of the first."""
         require_tensors(leaves)
         for key, leaf in leaves.items():
             validation.require_plain(named(key), leaf, SchemaError)
-            if not leaf.ndim:
-                raise SchemaError(f"{named(key)}: expected shape [n, ...], got []")
-        n = count(leaves)
-        if self._fits(leaves, (n,)):
-            return
+            if leaf.ndim <= len(lead):
+                expected = ", ".join([*map(str, lead), "n", "..."])
+                raise SchemaError(f"{named(key)}: expected shape [{expected}], got {[*leaf.shape]}")
+        if n is None:
+            n = next(iter(leaves.values())).shape[len(lead)]
+        if lead:
+            leaves = {key: _flat(key, leaf, (*lead, n)) for key, leaf in leaves.items()}
+        rows = n * lead[0] if lead else n
+        if self._fits(leaves, (rows,)):
+            return leaves, n
         require_keys(leaves)
         for name in RESERVED:
             if (name,) in leaves:
@@ -107,8 +117,9 @@ class Schema:
         if self.fields:
             self._compare(leaves)
         for key, leaf in leaves.items():
-            if len(leaf) != n:
-                raise SchemaError(f"{named(key)}: expected {n} transitions, got {len(leaf)}")
+            if len(leaf) != rows:
+                raise SchemaError(f"{named(key)}: expected {rows} transitions, got {len(leaf)}")
+        return leaves, n
 
     def _fits(self, leaves: Leaves, rows: tuple[int, ...]) -> bool:
         """Whether these are leaves [*rows, ...] as expected; the usual answer, at little cost."""
@@ -149,3 +160,19 @@ def _common(leaves: Leaves) -> tuple[int, ...]:
             break
         common.append(sizes[0])
     return tuple(common)
+
+
+def _one(key: Key, leaf: Any, lead: tuple[int, ...]) -> Any:
+    """A leaf [*lead, ...] of one transition as [*lead, 1, ...]."""
+    if leaf.ndim < len(lead):
+        expected = ", ".join([*map(str, lead), "..."])
+        raise SchemaError(f"{named(key)}: expected shape [{expected}], got {[*leaf.shape]}")
+    return leaf.unsqueeze(len(lead))
+
+
+def _flat(key: Key, leaf: Any, size: tuple[int, ...]) -> Any:
+    """A leaf [S, n, ...] as [S * n, ...]."""
+    if leaf.shape[: len(size)] != size:
+        expected = ", ".join([*map(str, size), "..."])
+        raise SchemaError(f"{named(key)}: expected shape [{expected}], got {[*leaf.shape]}")
+    return leaf.flatten(0, 1)

@@ -3,6 +3,7 @@
 Indexing a TensorDict costs several times what indexing its tensors does. The result is the same.
 """
 
+from array import array
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from tensordict import MemoryMappedTensor, TensorDict
 from torch import Tensor
 
 from per_td import kernels
+from per_td.kernels import reference
 from per_td.storage import batches as batch
 from per_td.storage import rows as row_copies
 
@@ -139,12 +141,10 @@ class Columns:
         self._no_slots = columns[self._index][:0]
         self.capacity = len(columns[0])
         packed = all(column[:1].is_contiguous() for column in columns)
-        self._compiled = packed and kernels.wanted(columns[0].device)
-        self._sizes = row_copies.steps(columns)
-        self._drawn = columns[: self._index] + columns[self._index + 1 :]  # all but "index"
-        generation = torch.empty(0, dtype=torch.int64, device="cpu")  # lies close together
-        self._drawn_sizes = row_copies.steps([*self._drawn, generation])
-        self._like: list[Tensor] = []
+        self._operations = kernels.operations(columns[0].device) if packed else reference
+        self._written = row_copies.Rows(columns, self.capacity)
+        drawn = columns[: self._index] + columns[self._index + 1 :]  # all but "index"
+        self._drawn = row_copies.Rows(drawn, self.capacity)
 
     @classmethod
     def of(cls, data: Any, capacity: int, device: torch.device) -> "Columns | None":
@@ -161,8 +161,8 @@ class Columns:
         return key in self._keys
 
     @property
-    def _kernels(self) -> ModuleType | None:
-        return kernels.cpu_unless_tracing() if self._compiled else None
+    def _ops(self) -> ModuleType:
+        return reference if torch.compiler.is_compiling() else self._operations
 
     def rows_of(self, data: Any, *, single: bool = False) -> list[Tensor] | None:
         """The tensors of `data`, a row or rows for each column but "index".
@@ -203,36 +203,10 @@ class Columns:
         Returns:
             The slots, one after the other and around the end, int64 [n].
         """
-        kernel = self._kernels
-        if kernel is None:
-            return self._copy(rows, start, n, generation)
         device = generation.device  # which need not be torch's default
         rows[self._index] = index = torch.empty(n, dtype=torch.int64, device=device)
-        row_copies.scatter(
-            kernel,
-            self._columns,
-            self._sizes,
-            rows,
-            capacity=self.capacity,
-            start=start,
-            n=n,
-            generation=generation,
-            index=index,
-        )
-        return index
-
-    def _copy(self, rows: list[Tensor], start: int, n: int, generation: Tensor) -> Tensor:
-        index = torch.arange(start, start + n, device=generation.device)
-        whole = start + n <= self.capacity
-        if not whole:
-            index.remainder_(self.capacity)
-        rows[self._index] = index
-        generation[index] += 1
-        for column, new in zip(self._columns, rows, strict=True):
-            if whole:
-                column.narrow(0, start, n).copy_(new)  # a single row is broadcast
-            else:
-                column.index_copy_(0, index, new)
+        runs = array("q", (start, n))
+        self._ops.write_rows(self._written, rows, n, runs, stamps=generation, index=index)
         return index
 
     def gather(self, index: Tensor, generation: Tensor, extra: dict[str, Tensor]) -> TensorDict:
@@ -243,26 +217,12 @@ class Columns:
             generation: of all slots, as for `write`, to be read as a column is.
             extra: takes up "index" and "index_generation", int64 [B], too.
         """
-        kernel = self._kernels
-        if kernel is not None:
-            index = index.contiguous()
-            rows, extra["index_generation"] = self._read(kernel, index, generation)
-        else:
-            rows = [
-                index if place == self._index else column.index_select(0, index)
-                for place, column in enumerate(self._columns)
-            ]
-            extra["index_generation"] = generation.index_select(0, index)
+        drawn = self._drawn
+        if drawn.columns[-1] is not generation:  # one more column
+            own = drawn.columns[: len(self._columns) - 1]
+            drawn = self._drawn = row_copies.Rows([*own, generation], self.capacity)
+        found, _ = self._ops.gather(drawn, index, written=None)
+        *rows, extra["index_generation"] = found
+        rows.insert(self._index, index)
         extra["index"] = index
         return _assemble(self._root, rows, index.shape, extra)
-
-    def _read(
-        self, kernel: ModuleType, index: Tensor, generation: Tensor
-    ) -> tuple[list[Tensor], Tensor]:
-        """The rows `index`, by place, and their generations; `generation` is one more column."""
-        columns = [*self._drawn, generation]
-        if not self._like or self._like[0].shape[0] != index.shape[0]:
-            self._like = row_copies.likes(columns, index.shape[0])
-        *rows, drawn = row_copies.gather(kernel, columns, self._drawn_sizes, self._like, index)
-        rows.insert(self._index, index)
-        return rows, drawn

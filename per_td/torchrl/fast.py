@@ -4,6 +4,7 @@ It works on the same storage, writer and sampler as TorchRL's own way, with the 
 that every other method of the buffer goes on working.
 """
 
+from array import array
 from operator import is_
 from typing import Any
 
@@ -19,8 +20,7 @@ from torchrl.data.replay_buffers.storages import (
 )
 
 from per_td.errors import EmptyBufferError
-from per_td.priorities import kernel_calls as priority_kernels
-from per_td.priorities import sampling as priority_draws
+from per_td.priorities.sampling import sample_weighted
 from per_td.torchrl.columns import Columns
 from per_td.torchrl.sampler import PrioritizedSampler
 from per_td.torchrl.writer import GenerationWriter
@@ -168,7 +168,7 @@ def write(
     index = columns.write(rows, start, n, cache.generation)
     cache.wrote(storage, index, start + n)
     if table is not None and priority is None:
-        table.write_row(start, n)
+        table.write_runs(array("q", (start, n)))
     elif table is not None:
         table.write_new(index, priority)
     for entity in storage._attached_entities:
@@ -184,8 +184,8 @@ def read(
     sampler, size = buffer._sampler, _length(buffer._storage)
     if not size:
         raise EmptyBufferError("Cannot sample from an empty storage.")
-    index, weight = priority_draws.sample_weighted(
-        sampler._table, n, size, sampler._rng, beta=sampler._beta, filled=size
+    index, weight = sample_weighted(
+        sampler._table, n, sampler._rng, beta=sampler._beta, written=size, size=size
     )
     info = {"priority_weight": weight}
     return columns.gather(index, cache.generation, info), info
@@ -194,7 +194,7 @@ def read(
 def settle(
     buffer: ReplayBuffer, td_error: Tensor, index: Tensor, generation: Tensor | None
 ) -> bool:
-    """Set the priorities of a batch none of which is stale. The caller holds the locks.
+    """Set the priorities of a plain batch, and count what is stale. The caller holds the locks.
 
     Args:
         buffer: one whose sampler and writer are per_td's own, without a sample unit.
@@ -202,31 +202,34 @@ def settle(
         index, generation: as they were drawn.
 
     Returns:
-        False, and nothing is done, where there is no kernel for that, or something is stale or
-        wrong.
+        False, and nothing is done, where there is no kernel for that.
     """
     sampler, now = buffer._sampler, buffer._writer._generation
     table, n = sampler._table, index.numel()
-    capacity = table.capacity
-    return (
-        generation is not None
-        and now is not None
+    capacity, size = table.capacity, _length(buffer._storage)
+    if generation is None:
+        return False
+    plain = (
+        now is not None
         and now.is_cpu
+        and table.trees.compiled
         and _is_row(now, capacity, torch.int64)
         and index.ndim == 1
         and _packed(index, n, torch.int64)
         and _packed(generation, n, torch.int64)
         and _packed(td_error, n, torch.float32)
-        and priority_kernels.settle(
-            table,
-            index,
-            td_error,
-            min(_length(buffer._storage), capacity),
-            drawn=generation,
-            generation=now,
-            squared=sampler.td_error_unit == "squared",
-        )
     )
+    if not plain or (size < capacity and n and int(index.amax()) >= size):
+        return False
+    sampler._stale += table.update(
+        index,
+        td_error.reshape(n),
+        written=min(size, capacity),
+        generation=generation.reshape(n),
+        stamps=now,
+        squared=sampler.td_error_unit == "squared",
+    )
+    return True
 
 
 def _length(storage: Storage) -> int:

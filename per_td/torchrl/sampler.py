@@ -19,7 +19,7 @@ from per_td.errors import (
     IndexRangeError,
     PriorityError,
 )
-from per_td.priorities import sampling as priority_draws
+from per_td.priorities.sampling import sample_weighted
 from per_td.priorities.table import PriorityTable
 from per_td.torchrl.reductions import REDUCTIONS
 from per_td.torchrl.writer import SLOTS, slots_of
@@ -332,8 +332,8 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         if len(storage) == 0:
             raise EmptyBufferError("Cannot sample from an empty storage.")
         size = len(storage)
-        index, weight = priority_draws.sample_weighted(
-            self._table, batch_size, size, self._rng, beta=self._beta, filled=size
+        index, weight = sample_weighted(
+            self._table, batch_size, self._rng, beta=self._beta, written=size, size=size
         )
         where = unravelled(index, storage.shape) if storage.ndim > 1 else index
         return where, {"priority_weight": weight}
@@ -364,7 +364,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         if validation.can_raise(index):
             index, priority = index[written], None if priority is None else priority[written]
             written = None
-            validation.require_in_range(index, self._max_capacity, SLOTS)
+            validation.require_slots(index, self._max_capacity, what=SLOTS)
         self._table.write_new(index, priority, written)
 
     @torch.no_grad()
@@ -437,9 +437,9 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         if written is not None:
             kept = written if live is None else live & written
         try:
-            self._table.update(index, priority, capacity, kept)
+            self._table.update(index, priority, written=capacity, mask=kept)
         except IndexRangeError:
-            validation.require_in_range(index, capacity, SLOTS)
+            validation.require_slots(index, capacity, what=SLOTS)
             raise
         if live is not None:  # counted once nothing has been refused
             self._stale += (~live).sum()

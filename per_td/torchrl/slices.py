@@ -13,7 +13,6 @@ from torchrl.data.replay_buffers.storages import Storage
 
 from per_td import validation
 from per_td.errors import ConfigurationError, EmptyBufferError
-from per_td.priorities import sampling as priority_draws
 from per_td.torchrl import boundaries, slice_batches
 from per_td.torchrl.sampler import PrioritizedSampler, unravelled
 from per_td.weights import importance_weights
@@ -253,7 +252,7 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
                 f" {boundaries.longest(starts.end)}"
             )
         slot = starts.slot.to(self.device)
-        table, mass = self._table, self._table.masses[slot]
+        table, mass = self._table, self._table.mass[slot]
         chosen = slice_batches.choose(mass, n, table.draw, table.method, self._rng)
         weight = self._weights(slot[chosen], mass, chosen, len(storage))
 
@@ -274,7 +273,15 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
 
     def _weights(self, slot: Tensor, mass: Tensor, chosen: Tensor, size: int) -> Tensor:
         if self._table.weight_normalization != "none":
-            return priority_draws.weights(self._table, slot, self.beta, size)
+            table = self._table
+            weight: Tensor = table.trees.ops.weigh(
+                table.trees,
+                table.mass[slot],
+                beta=self.beta,
+                normalization=table.weight_normalization,
+                written=size,
+            )
+            return weight
         return importance_weights(
             mass[chosen],
             self.beta,

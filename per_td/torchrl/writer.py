@@ -125,5 +125,5 @@ class GenerationWriter(TensorDictRoundRobinWriter):
         try:
             return generation.index_select(0, index)
         except IndexError:
-            validation.require_in_range(index, len(generation), SLOTS)
+            validation.require_slots(index, len(generation), what=SLOTS)
             raise

@@ -1,8 +1,6 @@
-"""The wide sum tree: one memory layout, and its operations."""
+"""Wide trees: sums, and for priorities the largest and smallest, over S groups of slots."""
 
-from per_td.tree.extremum import ExtremumTree
-from per_td.tree.forest import ForestLayout, SumForest
-from per_td.tree.layout import FANOUT, Layout
 from per_td.tree.sum_tree import SumTree
+from per_td.tree.trees import Trees
 
-__all__ = ["FANOUT", "ExtremumTree", "ForestLayout", "Layout", "SumForest", "SumTree"]
+__all__ = ["SumTree", "Trees"]

@@ -7,7 +7,7 @@ gets a hash of the sources of all kernels: after an edit, nothing is found under
 
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from importlib import resources
 from pathlib import Path
@@ -16,7 +16,15 @@ from typing import Any
 import llvmlite
 from numba import njit
 
-__all__ = ["kernel"]
+from per_td.kernels.choice import checked
+
+__all__ = ["CHECKED", "kernel", "part"]
+
+CHECKED = checked()
+"""Compile with bounds checks, for tests; several times slower."""
+
+part = partial(njit, boundscheck=CHECKED)
+"""Compile a function that kernels call."""
 
 
 @cache
@@ -27,7 +35,7 @@ def _sources() -> str:
         if file.name.endswith(".py"):
             found.update(file.name.encode())
             found.update(file.read_bytes())
-    return found.hexdigest()[:16]
+    return ("c" if CHECKED else "") + found.hexdigest()[: 15 if CHECKED else 16]
 
 
 def kernel(signature: str) -> Callable[[Callable[..., Any]], Any]:
@@ -40,7 +48,7 @@ def kernel(signature: str) -> Callable[[Callable[..., Any]], Any]:
     def compiled(function: Callable[..., Any]) -> Any:
         name = function.__qualname__
         function.__qualname__ = f"{name}_{_sources()}"
-        made = njit(signature, cache=True, nogil=True, error_model="numpy")(function)
+        made = part(signature, cache=True, nogil=True, error_model="numpy")(function)
         if made.stats.cache_misses:
             file = function.__module__.rpartition(".")[2]
             _remove_outdated(Path(made.stats.cache_path), f"{file}.{name}")

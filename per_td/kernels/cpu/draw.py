@@ -1,24 +1,23 @@
-"""Draws from the sum tree on the CPU, and the weights of what was drawn.
+"""Draws from the sum trees on the CPU, and the weights of what was drawn; compiled.
 
-The operations of `per_td.tree.reference.find` and `per_td.weights.importance_weights`, compiled.
-Functions take addresses of contiguous tensors, and their lengths; the callers see to dtypes and
-ranges. `shape` is the table of `Layout.shape`: offset and width of each level above the leaves.
+The operations of `per_td.kernels.reference.find` and `per_td.weights.importance_weights`.
 """
 
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from per_td.kernels.cpu.compiling import kernel
-from per_td.kernels.cpu.memory import doubles, flags, floats, integers, prefetch, table
+from per_td.kernels.cpu.compiling import kernel, part
+from per_td.kernels.cpu.memory import doubles, flags, floats, group, integers, prefetch
 from per_td.kernels.cpu.power import power
+from per_td.kernels.cpu.records import levels_of, trees_at
 from per_td.kernels.cpu.vector import count_f32, count_f64
+from per_td.kernels.flags import BY_BUFFER, BY_SIZE, STRATIFIED
 
-__all__ = ["descend", "find", "sample"]
+__all__ = ["draw", "find"]
 
 
-@njit
+@part()
 def _search(children: Any, target: float) -> tuple[int, float]:
     """Which of 16 children holds the point, and the sum of those before it, one after the other.
 
@@ -38,134 +37,166 @@ def _search(children: Any, target: float) -> tuple[int, float]:
     return 0, 0.0
 
 
-@njit(inline="always", error_model="numpy")
-def descend(
-    leaves: int,
-    sums: int,
-    levels: Any,
-    top: int,
-    target: Any,
-    index: Any,
-    mass: Any,
-    beside: int,
-) -> None:
-    """From the nodes `index` of the level `top` to the leaves, all points together on each level.
+@part(inline="always")
+def _choose_top(tops: Any, target: Any, node: Any, start: int) -> None:
+    """Turn points [n] in [0, total) into nodes `start`, ..., and points in the nodes chosen.
+
+    The first node whose prefix sum lies above the point; where there is none (rounding), the last
+    of positive mass.
+    """
+    last = 0
+    for j in range(tops.shape[0]):
+        if tops[j] > 0:
+            last = j
+    for i in range(target.shape[0]):
+        chosen, before, total = last, 0.0, 0.0
+        for j in range(last):
+            total += tops[j]
+            if total > target[i]:
+                chosen = j
+                break
+            before = total
+        target[i] -= before
+        node[i] = start + chosen
+
+
+@part(inline="always", error_model="numpy")
+def _descend(trees: Any, levels: Any, target: Any, index: Any, mass: Any, replayed: bool) -> None:
+    """From the tops `index` to the leaves, all points together on each level.
 
     While the next group of children of one point is on its way from memory, others are served.
     Where rounding leads the quick count past the end, or to a mass of 0, the slow search decides;
-    such points are marked by a negative index. `beside` is the address of one byte per leaf that
-    will be wanted too, or 0.
+    such points are marked by a negative index. `replayed` fetches those flags on the way.
     """
     n = target.shape[0]
-    for level in range(top - 1, -1, -1):
-        here = sums + 8 * levels[0, level]
-        below = leaves if level == 0 else sums + 8 * levels[0, level - 1]
-        group = 64 if level == 0 else 128  # bytes of 16 children
+    leaves, sums = floats(trees.leaves, trees.leaf_slots), doubles(trees.sums, trees.node_slots)
+    for level in range(trees.height - 2, -1, -1):
+        here = sums[levels[0, level] :]
+        below = trees.leaves if level == 0 else trees.sums + 8 * levels[0, level - 1]
+        size = 64 if level == 0 else 128  # bytes of 16 children
         lost = 0
         for i in range(n):
-            place = here + 128 * index[i]
-            step, before = count_f64(place, target[i])
-            if step == 16 or doubles(place, 16)[step] == 0:
+            step, before = count_f64(group(here, index[i]), target[i])
+            if step == 16 or here[16 * index[i] + step] == 0:
                 lost += 1
                 index[i] = -1 - index[i]
                 continue
             target[i] -= before
             index[i] = 16 * index[i] + step
-            prefetch(below + group * index[i])
-            prefetch(below + group * index[i] + group - 64)
+            prefetch(below + size * index[i])
+            prefetch(below + size * index[i] + size - 64)
         if lost > 0:
             for i in range(n):
                 if index[i] < 0:
                     node = -1 - index[i]
-                    step, before = _search(doubles(here + 128 * node, 16), target[i])
+                    step, before = _search(here[16 * node : 16 * node + 16], target[i])
                     target[i] -= before
                     index[i] = 16 * node + step
     for i in range(n):
-        if beside != 0:
-            prefetch(beside + 16 * index[i])
-        place = leaves + 64 * index[i]
-        step, _ = count_f32(place, target[i])
-        if step == 16 or floats(place, 16)[step] == 0:
-            step, _ = _search(floats(place, 16), target[i])
+        if replayed:
+            prefetch(trees.replayed + 16 * index[i])
+        step, _ = count_f32(group(leaves, index[i]), target[i])
+        if step == 16 or leaves[16 * index[i] + step] == 0:
+            step, _ = _search(leaves[16 * index[i] : 16 * index[i] + 16], target[i])
         index[i] = 16 * index[i] + step
-        mass[i] = floats(place, 16)[step]
+        mass[i] = leaves[index[i]]
 
 
-@njit(inline="always", error_model="numpy")
-def _walk(
-    leaves: int, sums: int, levels: Any, target: Any, index: Any, mass: Any, beside: int
-) -> None:
-    """From the root to the leaves, as `descend`."""
-    index[:] = 0
-    descend(leaves, sums, levels, levels.shape[1] - 1, target, index, mass, beside)
+@part(inline="always")
+def _tops(trees: Any, levels: Any, s: int) -> Any:
+    nodes = doubles(trees.sums, trees.node_slots)[levels[0, trees.height - 1] :]
+    return nodes[s * trees.width : (s + 1) * trees.width]
 
 
-@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64)")
-def find(
-    leaves: int, sums: int, shape: int, depth: int, target: int, n: int, index: int, mass: int
-) -> None:
-    """Write the leaves that hold the points `target` to `index`, and their masses to `mass`.
-
-    `target` is used up.
-    """
-    levels = table(shape, 2, depth)
-    _walk(leaves, sums, levels, doubles(target, n), integers(index, n), floats(mass, n), 0)
-
-
-@kernel(
-    "float64(int64, int64, int64, int64, int64, int64, boolean, int64,"
-    " float64, int64, int64, int64, int64)"
-)
-def sample(
-    leaves: int,
-    sums: int,
-    shape: int,
-    depth: int,
-    point: int,
-    n: int,
-    stratified: bool,
-    index: int,
-    beta: float,
-    smallest: int,
-    size: int,
-    weight: int,
-    replayed: int,
-) -> float:
-    """Draw leaves, as `find` does, for points in [0, 1), which are used up, and weigh them.
+@kernel("void(int64, int64, int64, int64, int64)")
+def find(record: int, target: int, n: int, index: int, mass: int) -> None:
+    """Write the slots that hold the points `target` to `index`, and their masses to `mass`.
 
     Args:
-        leaves, sums, shape, depth: the tree.
-        point, n: random numbers in [0, 1), float64 [n].
-        stratified: whether each is to be moved into its n-th of the whole.
-        index: for the leaves, int64 [n].
+        record: of the trees.
+        target: points in [0, total of their tree), which are used up, float64 [groups, n].
+        n: points for each tree.
+        index, mass: int64 and float32 [groups, n].
+    """
+    trees = trees_at(record)
+    levels, total = levels_of(trees), trees.groups * n
+    points, found, masses = doubles(target, total), integers(index, total), floats(mass, total)
+    for s in range(trees.groups):
+        begin, end = s * n, (s + 1) * n
+        own, node = points[begin:end], np.empty(n, np.int64)
+        for i in range(n):
+            own[i] = max(own[i], 0.0) if own[i] == own[i] else 0.0  # NaN too
+        _choose_top(_tops(trees, levels, s), own, node, s * trees.width)
+        _descend(trees, levels, own, node, masses[begin:end], False)
+        for i in range(n):
+            found[begin + i] = node[i] - s * trees.stride
+
+
+@kernel("int64(int64, int64, int64, float64, int64, int64, int64, int64)")
+def draw(
+    record: int,
+    point: int,
+    n: int,
+    beta: float,
+    written: int,
+    index: int,
+    weight: int,
+    options: int,
+) -> int:
+    """Draw slots from each tree for points in [0, 1), which are used up, and weigh them.
+
+    Args:
+        record: of the trees.
+        point: random numbers in [0, 1), float64 [groups, n].
+        n: draws from each tree.
         beta: exponent of the weights.
-        smallest: address of the mass that gets the weight 1; 0: the smallest that is drawn.
-        size: if positive, the weights are (size * P)^-beta instead.
-        weight: for the weights, float32 [n].
-        replayed: bool, one per leaf; those drawn become true.
+        written: how many transitions were ever written to each group, int64 [groups].
+        index, weight: for the slots and their weights, int64 and float32 [groups, n].
+        options: flags: STRATIFIED moves each point into its n-th of the whole; BY_SIZE: the weights
+            are (size * P)^-beta; BY_BUFFER: the smallest mass of the tree gets the weight 1; else
+            the smallest that is drawn does.
 
     Returns:
-        The total mass; where it is 0, nothing is drawn.
+        How many trees have only masses of 0; then nothing may be taken from what was written.
     """
-    levels = table(shape, 2, depth)
-    total = doubles(sums, levels[0, -1] + 1)[-1]
-    if not total > 0:
-        return total
-    target, mass = doubles(point, n), np.empty(n, np.float32)
-    for i in range(n):
-        target[i] = ((i + target[i]) / n if stratified else target[i]) * total
-    found, drawn = integers(index, n), flags(replayed, 16 * levels[1, 0])
-    _walk(leaves, sums, levels, target, found, mass, replayed)
-    for i in range(n):
-        drawn[found[i]] = True
-    unit, factor = total, 1.0
-    if size > 0:
-        factor = float(size)
-    elif smallest != 0:
-        unit = np.float64(floats(smallest, 1)[0])
-    else:
-        unit = np.float64(mass.min())
-    for i in range(n):
-        target[i] = mass[i] / unit * factor
-    power(target, -beta, floats(weight, n))
-    return total
+    trees = trees_at(record)
+    levels, total, empty = levels_of(trees), trees.groups * n, 0
+    points, found, weights = doubles(point, total), integers(index, total), floats(weight, total)
+    ever, mass, node = (
+        integers(written, trees.groups),
+        np.empty(n, np.float32),
+        np.empty(n, np.int64),
+    )
+    replayed = trees.replayed_length > 0
+    drawn = flags(trees.replayed, trees.replayed_length)
+    for s in range(trees.groups):
+        tops, sum_of_all = _tops(trees, levels, s), 0.0
+        for top in tops:
+            sum_of_all += top
+        if not sum_of_all > 0:
+            empty += 1
+            continue
+        target = points[s * n : (s + 1) * n]
+        for i in range(n):
+            share = (i + target[i]) / n if (options & STRATIFIED) != 0 else target[i]
+            target[i] = share * sum_of_all
+        _choose_top(tops, target, node, s * trees.width)
+        _descend(trees, levels, target, node, mass, replayed)
+        if replayed:
+            for i in range(n):
+                drawn[node[i]] = True
+        unit, factor = sum_of_all, 1.0
+        if (options & BY_SIZE) != 0:
+            factor = float(min(ever[s], trees.capacity))
+        elif (options & BY_BUFFER) != 0:
+            least = floats(trees.minima, trees.node_slots)[levels[0, trees.height - 1] :]
+            unit = np.float64(least[s * trees.width])
+            for top in range(s * trees.width + 1, (s + 1) * trees.width):
+                unit = min(unit, np.float64(least[top]))
+        else:
+            unit = np.float64(mass.min())
+        for i in range(n):
+            found[s * n + i] = node[i] - s * trees.stride
+            target[i] = mass[i] / unit * factor
+        power(target, -beta, weights[s * n : (s + 1) * n])
+    return empty

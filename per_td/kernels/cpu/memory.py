@@ -1,68 +1,86 @@
-"""What the CPU kernels need to work on the memory of tensors, and numba does not have.
+"""Views of memory at an address, prefetching, and copies of bytes, for the CPU kernels.
 
-Kernels are given addresses (`Tensor.data_ptr()`), not array views: nothing has to be kept beside
-the tensors, or made anew where they are replaced, copied or moved to shared memory.
+A kernel gets the address of a record (see `records`), which names addresses and lengths. It makes
+array views of these. `PER_TD_KERNELS=checked` compiles all kernels with numba's bounds checks, and
+then what works on bare addresses here first touches both ends of what it will read or write.
 """
 
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from per_td.kernels.cpu.compiling import CHECKED, part
+
 __all__ = [
+    "address",
     "copy",
     "doubles",
     "flags",
     "floats",
+    "group",
     "integers",
     "pick",
+    "pointer",
     "prefetch",
     "spread",
-    "table",
 ]
 
 _BYTE_POINTER = ir.IntType(8).as_pointer()
 
 
 @intrinsic
-def _pointer(typing_context: Any, address: Any) -> Any:
+def pointer(typing_context: Any, address: Any) -> Any:
+    """An address as a pointer."""
+
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], _BYTE_POINTER)
 
     return types.voidptr(types.int64), generate
 
 
-@njit
+@part()
 def floats(address: int, n: int) -> Any:
     """The float32 array [n] at an address."""
-    return carray(_pointer(address), n, np.float32)
+    return carray(pointer(address), n, np.float32)
 
 
-@njit
+@part()
 def doubles(address: int, n: int) -> Any:
     """The float64 array [n] at an address."""
-    return carray(_pointer(address), n, np.float64)
+    return carray(pointer(address), n, np.float64)
 
 
-@njit
+@part()
 def integers(address: int, n: int) -> Any:
     """The int64 array [n] at an address."""
-    return carray(_pointer(address), n, np.int64)
+    return carray(pointer(address), n, np.int64)
 
 
-@njit
+@part()
 def flags(address: int, n: int) -> Any:
     """The bool array [n] at an address."""
-    return carray(_pointer(address), n, np.bool_)
+    return carray(pointer(address), n, np.bool_)
 
 
-@njit
-def table(address: int, rows: int, columns: int) -> Any:
-    """The int64 array [rows, columns] at an address."""
-    return carray(_pointer(address), (rows, columns), np.int64)
+@part(inline="always")
+def address(array: Any, at: int) -> int:
+    """The address of an element; in the checked build, of one that exists."""
+    if CHECKED:
+        array[at]
+    return array.ctypes.data + at * array.itemsize
+
+
+@part(inline="always")
+def group(array: Any, node: int) -> int:
+    """The address of the 16 children of a node; in the checked build, of children that exist."""
+    if CHECKED:
+        array[16 * node]
+        array[16 * node + 15]
+    return array.ctypes.data + 16 * node * array.itemsize
 
 
 @intrinsic
@@ -99,7 +117,7 @@ def _mover(size: int | None) -> Any:
 _move_32, _move_8, _move_4, _move_1, _move_many = map(_mover, (32, 8, 4, 1, None))
 
 
-@njit
+@part()
 def copy(to: int, source: int, count: int) -> None:
     """Copy bytes; the usual few without the call that a copy of unknown length costs."""
     if count > 256:
@@ -119,7 +137,7 @@ def copy(to: int, source: int, count: int) -> None:
         to, source, count = to + 1, source + 1, count - 1
 
 
-@njit
+@part()
 def spread(to: int, step: int, source: int, length: int, n: int) -> None:
     """Copy `n` rows of `length` bytes, which lie close together, to places `step` bytes apart."""
     if step == length:
@@ -141,7 +159,7 @@ def spread(to: int, step: int, source: int, length: int, n: int) -> None:
             copy(to + i * step, source + i * length, length)
 
 
-@njit
+@part()
 def pick(to: int, source: int, step: int, length: int, index: Any) -> None:
     """Copy the rows `index` [n] of `length` bytes, `step` bytes apart, to lie close together."""
     n = index.shape[0]

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from per_td.kernels.cpu.compiling import part
 
 __all__ = ["power"]
 
@@ -42,7 +44,7 @@ def _number(typing_context: Any, bits: Any) -> Any:
     return types.float64(types.int64), generate
 
 
-@njit(inline="always", error_model="numpy")
+@part(inline="always", error_model="numpy")
 def _log2(x: float) -> float:
     bits = _bits(x)
     exponent = (bits - _ROOT) >> 52
@@ -54,7 +56,7 @@ def _log2(x: float) -> float:
     return exponent + s * series
 
 
-@njit(inline="always", error_model="numpy")
+@part(inline="always", error_model="numpy")
 def _exp2(y: float) -> float:
     y = min(max(y, -1000.0), 1000.0)
     rounded = y + _ROUND
@@ -66,7 +68,7 @@ def _exp2(y: float) -> float:
     return series * _number((whole + 1023) << 52)
 
 
-@njit(inline="always", error_model="numpy")
+@part(inline="always", error_model="numpy")
 def power(x: Any, exponent: float, out: Any) -> None:
     """Write x^exponent, for normal positive float64 numbers, to `out`; both [n]."""
     for i in range(x.shape[0]):

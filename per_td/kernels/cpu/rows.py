@@ -1,66 +1,141 @@
-"""Rows of the ring on the CPU: read at random places, written one after the other; compiled.
+"""Rows of S rings on the CPU: read at random places, written one after the other; compiled.
 
 A field is described by the address of its first row, the distance between rows and the length of
 a row, in bytes. So it does not matter how the fields lie in memory.
 """
 
-from per_td.kernels.cpu.compiling import kernel
-from per_td.kernels.cpu.memory import integers, pick, prefetch, spread, table
+from typing import Any
 
-__all__ = ["gather", "scatter"]
+import numpy as np
+
+from per_td.kernels.cpu.compiling import kernel, part
+from per_td.kernels.cpu.memory import copy, flags, integers, pick, prefetch, spread
+from per_td.kernels.cpu.records import fields_of, rows_at
+from per_td.kernels.flags import GENERATION, MASK, STAMPS
+
+__all__ = ["gather", "write"]
+
+_AHEAD = 256
 
 
-@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64)")
+@kernel("boolean(int64, int64, int64, int64, int64, int64, int64)")
 def gather(
-    fields: int,
-    sizes: int,
-    count: int,
-    index: int,
-    n: int,
-    to: int,
-    written: int,
-    slots: int,
-    generation: int,
-) -> None:
-    """Copy the rows `index` [n] of `count` fields to where `to` says, close together.
+    record: int, index: int, n: int, to: int, written: int, generation: int, options: int
+) -> bool:
+    """Copy the rows of the slots `index` to where `to` says, close together.
 
     Args:
-        fields, to: addresses of the first rows, and of where to copy to, int64 [count].
-        sizes: distance between rows and length of a row, int64 [count, 2].
-        count: number of fields.
-        index, n: the rows, int64 [n].
-        written, slots: how many transitions were ever written, to how many slots.
-        generation: for how often the ring had wrapped when the rows were written, int64 [n]; 0 if
-            that is not wanted.
+        record: of the rows.
+        index: slots in their own group, int64 [groups, n].
+        n: slots of each group.
+        to: addresses of where to copy to, int64 [fields].
+        written: how many transitions were ever written to each group, int64 [groups].
+        generation: with GENERATION, for how often its ring had wrapped when a row was written,
+            int64 [groups, n].
+        options: GENERATION, or 0.
+
+    Returns:
+        False, and nothing is written, if a slot is not in [0, capacity).
     """
-    first, size, place = integers(fields, count), table(sizes, count, 2), integers(to, count)
-    at = integers(index, n)
-    for i in range(n):
-        for k in range(count):
-            prefetch(first[k] + at[i] * size[k, 0])
-    if generation != 0:
-        wrapped = integers(generation, n)
-        for i in range(n):
-            wrapped[i] = (written - 1 - at[i]) // slots
-    for k in range(count):
-        pick(place[k], first[k], size[k, 0], size[k, 1], at)
+    rows = rows_at(record)
+    fields, place, total = fields_of(rows), integers(to, rows.count), rows.groups * n
+    at, ever, row = (
+        integers(index, total),
+        integers(written, rows.groups),
+        np.empty(total, np.int64),
+    )
+    for s in range(rows.groups):
+        for i in range(s * n, (s + 1) * n):
+            slot = at[i]
+            if not 0 <= slot < rows.capacity:
+                return False
+            row[i] = s * rows.capacity + slot
+    # a few hundred rows at a time: so many the cache holds from the prefetch to the copy
+    for begin in range(0, total, _AHEAD):
+        some = row[begin : begin + _AHEAD]
+        for i in range(some.shape[0]):
+            for k in range(rows.count):
+                prefetch(fields[k, 0] + some[i] * fields[k, 1])
+        for k in range(rows.count):
+            pick(place[k] + begin * fields[k, 2], fields[k, 0], fields[k, 1], fields[k, 2], some)
+    if (options & GENERATION) != 0:
+        wrapped = integers(generation, total)
+        for s in range(rows.groups):
+            for i in range(s * n, (s + 1) * n):
+                wrapped[i] = (ever[s] - 1 - (row[i] - s * rows.capacity)) // rows.capacity
+    return True
 
 
-@kernel("void(int64, int64, int64, int64, int64, int64, int64)")
-def scatter(
-    fields: int, sizes: int, count: int, slots: int, start: int, n: int, source: int
-) -> None:
-    """Copy `n` rows for each field into the ring of `slots`, from the slot `start` on.
-
-    Args:
-        fields, sizes, count: as for `gather`.
-        slots, start, n: n is at most `slots`.
-        source: addresses of the rows, which lie close together, int64 [count].
-    """
-    begin, size, place = integers(fields, count), table(sizes, count, 2), integers(source, count)
+@part(inline="always")
+def _write_run(fields: Any, source: Any, origin: int, base: int, run: Any, slots: int) -> None:
+    """Copy rows, from `origin` on in the sources, to a run of slots of the ring at row `base`."""
+    start, n = run
     head = min(n, slots - start)
-    for k in range(count):
-        step, length = size[k]
-        first, origin = begin[k], place[k]
-        spread(first + start * step, step, origin, length, head)
-        spread(first, step, origin + head * length, length, n - head)
+    for k in range(fields.shape[0]):
+        first, step, length = fields[k, 0], fields[k, 1], fields[k, 2]
+        taken = source[k] + origin * length
+        spread(first + (base + start) * step, step, taken, length, head)
+        spread(first + base * step, step, taken + head * length, length, n - head)
+
+
+@kernel("boolean(int64, int64, int64, int64, int64, int64, int64, int64)")
+def write(
+    record: int,
+    source: int,
+    n: int,
+    runs: int,
+    mask: int,
+    stamps: int,
+    index: int,
+    options: int,
+) -> bool:
+    """Copy `n` rows for each group into the ring: the last of them that fit into its run of slots.
+
+    Args:
+        record: of the rows.
+        source: addresses of the rows, which lie close together, int64 [fields], [groups, n, ...].
+        n: rows for each group.
+        runs: first slot and length, around the end of the ring, int64 [groups, 2].
+        mask: bool [groups, n], with MASK: False leaves a row out.
+        stamps: with STAMPS, how often each slot was written, int64 [groups * capacity]; counted up.
+        index: with STAMPS, for the slots, int64 [groups, n]; it may be among the sources.
+        options: MASK and STAMPS.
+
+    Returns:
+        False, and nothing is written, if a run does not fit.
+    """
+    rows = rows_at(record)
+    fields, origin, slots = fields_of(rows), integers(source, rows.count), rows.capacity
+    run = integers(runs, 2 * rows.groups).copy()
+    for s in range(rows.groups):
+        if not (0 <= run[2 * s] < slots and 0 <= run[2 * s + 1] <= min(n, slots)):
+            return False
+    if (options & STAMPS) != 0:
+        stamp, at = integers(stamps, rows.groups * slots), integers(index, rows.groups * n)
+        for s in range(rows.groups):
+            for i in range(n):
+                slot = run[2 * s] + i
+                slot = slot if slot < slots else slot - slots
+                at[s * n + i] = slot
+                stamp[s * slots + slot] += 1
+    if (options & MASK) == 0:
+        for s in range(rows.groups):
+            start, length = run[2 * s], run[2 * s + 1]
+            _write_run(fields, origin, (s + 1) * n - length, s * slots, (start, length), slots)
+        return True
+    wanted, chosen = flags(mask, rows.groups * n), np.empty(n, np.int64)
+    for s in range(rows.groups):
+        count = 0
+        for i in range(s * n, (s + 1) * n):
+            if wanted[i]:
+                chosen[count] = i
+                count += 1
+        length = min(run[2 * s + 1], count)
+        for k in range(rows.count):
+            first, step, size = fields[k, 0], fields[k, 1], fields[k, 2]
+            for i in range(length):
+                slot = run[2 * s] + i
+                slot = slot if slot < slots else slot - slots
+                row = chosen[count - length + i]
+                copy(first + (s * slots + slot) * step, origin[k] + row * size, size)
+    return True

@@ -1,99 +1,118 @@
-"""Changes to the trees on the CPU, compiled: every node above what changed is recomputed once.
+"""Changes of priorities and masses on the CPU, and of the nodes above them; compiled.
 
-Functions take addresses of contiguous tensors, and their lengths; the callers see to dtypes.
-`shape` is the table of `Layout.shape`: offset and width of each level above the leaves. Sums are
-taken pairwise, in float64.
+Every kernel copies the indices that it is given and checks the copy, so that whoever writes to them
+meanwhile does no harm.
 """
 
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from per_td.kernels.cpu.compiling import kernel
-from per_td.kernels.cpu.memory import doubles, flags, floats, integers, prefetch, table
+from per_td.kernels.cpu.compiling import kernel, part
+from per_td.kernels.cpu.memory import (
+    doubles,
+    flags,
+    floats,
+    group,
+    integers,
+    prefetch,
+)
 from per_td.kernels.cpu.power import power
+from per_td.kernels.cpu.records import levels_of, trees_at
 from per_td.kernels.cpu.vector import max_f32, min_positive_f32, sum_f32, sum_f64
+from per_td.kernels.flags import (
+    ADD_EPS,
+    ALPHA_EXPONENT,
+    EPS,
+    EVER_MAX,
+    GENERATION,
+    MASK,
+    MINIMA,
+    NEW,
+    SQUARED,
+    STAMPS,
+    VALUE,
+)
 
-__all__ = ["assign", "put", "rebuild", "renew"]
+__all__ = ["assign", "assign_new", "refill", "set_masses"]
 
 _TINY = float(np.finfo(np.float32).tiny)
 _HUGE = float(np.finfo(np.float32).max)
 
 
-def _refreshers(first: Any, size: int, above: Any, above_size: int) -> Any:
+def _refreshers(first: Any, above: Any) -> Any:
     """Two functions that recompute the nodes above some leaves: those in a list, those in a row.
 
-    `first` and `above` reduce 16 leaves, or 16 nodes, of so many bytes each, at an address.
+    `first` reduces the 16 leaves at an address, `above` the 16 nodes.
     """
 
-    def level_with(reduce: Any, child: int) -> Any:
-        @njit
-        def row(children: int, nodes: Any, offset: int, begin: int, end: int) -> None:
+    def level_with(reduce: Any) -> Any:
+        @part()
+        def row(children: Any, nodes: Any, begin: int, end: int) -> None:
             for node in range(begin, end):
-                nodes[offset + node] = reduce(children + 16 * child * node)
+                nodes[node] = reduce(group(children, node))
 
-        @njit
-        def some(children: int, nodes: Any, offset: int, at: Any) -> None:
+        @part()
+        def some(children: Any, nodes: Any, at: Any) -> None:
             last = -1
             for i in range(at.shape[0]):
                 at[i] >>= 4
                 if at[i] != last:
                     last = at[i]
-                    nodes[offset + last] = reduce(children + 16 * child * last)
+                    nodes[last] = reduce(group(children, last))
 
         return row, some
 
-    row_of_leaves, some_leaves = level_with(first, size)
-    row_of_nodes, some_nodes = level_with(above, above_size)
+    row_of_leaves, some_leaves = level_with(first)
+    row_of_nodes, some_nodes = level_with(above)
 
-    @njit
-    def refresh_row(leaves: int, sums: int, nodes: Any, levels: Any, begin: int, end: int) -> None:
+    @part()
+    def refresh_row(leaves: Any, nodes: Any, levels: Any, begin: int, end: int) -> None:
         begin, end = begin >> 4, (end + 15) >> 4
-        row_of_leaves(leaves, nodes, 0, begin, end)
+        row_of_leaves(leaves, nodes, begin, end)
         for k in range(1, levels.shape[1]):
             begin, end = begin >> 4, (end + 15) >> 4
-            row_of_nodes(sums + above_size * levels[0, k - 1], nodes, levels[0, k], begin, end)
+            row_of_nodes(nodes[levels[0, k - 1] :], nodes[levels[0, k] :], begin, end)
 
-    @njit
-    def refresh(leaves: int, sums: int, nodes: Any, levels: Any, index: Any) -> None:
+    @part()
+    def refresh(leaves: Any, nodes: Any, levels: Any, index: Any) -> None:
         if index.shape[0] >= levels[1, 0]:  # as many leaves as nodes: all of them are cheaper
-            refresh_row(leaves, sums, nodes, levels, 0, 16 * levels[1, 0])
+            refresh_row(leaves, nodes, levels, 0, 16 * levels[1, 0])
             return
         at = index.copy()
-        some_leaves(leaves, nodes, 0, at)
+        some_leaves(leaves, nodes, at)
         for k in range(1, levels.shape[1]):
-            children = sums + above_size * levels[0, k - 1]
+            children, level = nodes[levels[0, k - 1] :], nodes[levels[0, k] :]
             if at.shape[0] >= levels[1, k]:
-                row_of_nodes(children, nodes, levels[0, k], 0, levels[1, k])
+                row_of_nodes(children, level, 0, levels[1, k])
             else:
-                some_nodes(children, nodes, levels[0, k], at)
+                some_nodes(children, level, at)
 
     return refresh, refresh_row
 
 
-_refresh_sums, _refresh_row_of_sums = _refreshers(sum_f32, 4, sum_f64, 8)
-_refresh_max, _refresh_row_of_max = _refreshers(max_f32, 4, max_f32, 4)
-_refresh_min, _refresh_row_of_min = _refreshers(min_positive_f32, 4, min_positive_f32, 4)
+_refresh_sums, _refresh_row_of_sums = _refreshers(sum_f32, sum_f64)
+_refresh_max, _refresh_row_of_max = _refreshers(max_f32, max_f32)
+_refresh_min, _refresh_row_of_min = _refreshers(min_positive_f32, min_positive_f32)
 
 
-@njit(inline="always", error_model="numpy")
-def _masses_of(priorities: Any, alpha: float, masses: Any) -> None:
-    """Write p^alpha to `masses`: positive and finite in float32, 0 for a priority of 0."""
-    power(priorities, alpha, masses)
+@part(inline="always", error_model="numpy")
+def _masses_of(priorities: Any, exponent: float, masses: Any) -> None:
+    """Write p^exponent to `masses`: positive and finite in float32, 0 for a priority of 0."""
+    power(priorities, exponent, masses)
     for i in range(priorities.shape[0]):
         mass = min(max(masses[i], _TINY), _HUGE)
         masses[i] = mass if priorities[i] > 0 else 0.0
 
 
-@njit(inline="always")
-def _rank_all(priorities: Any, snapshot: int, slots: int) -> None:
+@part(inline="always")
+def _rank_all(priorities: Any, ordered: Any) -> None:
     """Turn priorities into ranks: 1 + how many in the snapshot are larger; 0 stays 0.
 
     The snapshot is float32 [slots], ascending. All searches go together, step by step: those of
     others go on while one waits for memory, and there are no branches to guess.
     """
-    ordered, low = floats(snapshot, slots), np.zeros(priorities.shape[0], np.int64)
+    slots, low = ordered.shape[0], np.zeros(priorities.shape[0], np.int64)
     length = slots
     while length > 0:  # `low` are known not to be larger, of the next `length` it is open
         half = (length + 1) >> 1
@@ -105,168 +124,205 @@ def _rank_all(priorities: Any, snapshot: int, slots: int) -> None:
             priorities[i] = slots + 1 - low[i]
 
 
-@kernel("void(int64, int64, int64, int64)")
-def rebuild(leaves: int, sums: int, shape: int, depth: int) -> None:
-    """Recompute all sums."""
-    levels = table(shape, 2, depth)
-    nodes = doubles(sums, levels[0, -1] + 1)
-    _refresh_row_of_sums(leaves, sums, nodes, levels, 0, 16 * levels[1, 0])
+@part(inline="always")
+def _for_new(trees: Any, levels: Any, s: int, ever: bool) -> Any:
+    """The priority of new transitions in a group: the largest in it, or ever; 1 for none."""
+    known = np.float32(0)
+    if ever:
+        known = floats(trees.ever_max, trees.groups)[s]
+    else:
+        tops = floats(trees.maxima, trees.node_slots)[levels[0, trees.height - 1] :]
+        for top in range(s * trees.width, (s + 1) * trees.width):
+            known = max(known, tops[top])
+    return known if known > 0 else np.float32(1)
 
 
-@kernel("boolean(int64, int64, int64, int64, int64, int64, int64, int64)")
-def put(
-    leaves: int, sums: int, shape: int, depth: int, index: int, value: int, n: int, size: int
-) -> bool:
-    """Set the masses of the leaves `index` [n] one after the other; sums follow.
+@kernel("void(int64)")
+def refill(record: int) -> None:
+    """Recompute all nodes from the leaves and the priorities."""
+    trees = trees_at(record)
+    levels = levels_of(trees)
+    leaves = floats(trees.leaves, trees.leaf_slots)
+    end = 16 * levels[1, 0]
+    _refresh_row_of_sums(leaves, doubles(trees.sums, trees.node_slots), levels, 0, end)
+    if trees.raw_length > 0:
+        raw = floats(trees.raw, trees.raw_length)
+        _refresh_row_of_max(raw, floats(trees.maxima, trees.node_slots), levels, 0, end)
+        if doubles(trees.settings, 4)[MINIMA] > 0:
+            _refresh_row_of_min(leaves, floats(trees.minima, trees.node_slots), levels, 0, end)
 
-    False, and nothing is written, if an index is not in [0, size) or a value is negative, infinite
-    or NaN.
+
+@kernel("boolean(int64, int64, int64, int64)")
+def set_masses(record: int, index: int, value: int, n: int) -> bool:
+    """Set the masses of the slots `index` [groups, n] one after the other; sums follow.
+
+    False, and nothing is written, if an index is not in [0, capacity) or a value is negative,
+    infinite or NaN.
     """
-    at, masses = integers(index, n), floats(value, n)
-    for i in range(n):
-        if not (0 <= at[i] < size and 0 <= masses[i] <= _HUGE):
-            return False
-    levels = table(shape, 2, depth)
-    column = floats(leaves, 16 * levels[1, 0])
-    for i in range(n):
-        column[at[i]] = masses[i]
-    _refresh_sums(leaves, sums, doubles(sums, levels[0, -1] + 1), levels, at)
+    trees = trees_at(record)
+    total = trees.groups * n
+    at, values, leaf = integers(index, total), floats(value, total), np.empty(total, np.int64)
+    new = np.empty(total, np.float32)
+    for s in range(trees.groups):
+        for i in range(s * n, (s + 1) * n):
+            slot, mass = at[i], values[i]
+            if not (0 <= slot < trees.capacity and 0 <= mass <= _HUGE):
+                return False
+            leaf[i], new[i] = s * trees.stride + slot, mass
+    leaves = floats(trees.leaves, trees.leaf_slots)
+    for i in range(total):
+        leaves[leaf[i]] = new[i]
+    _refresh_sums(leaves, doubles(trees.sums, trees.node_slots), levels_of(trees), leaf)
     return True
 
 
-@kernel(
-    "void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, float64, int64,"
-    " int64, int64, int64)"
-)
-def renew(
-    raw: int,
-    leaves: int,
-    sums: int,
-    maxima: int,
-    minima: int,
-    shape: int,
-    depth: int,
-    start: int,
-    n: int,
-    slots: int,
-    alpha: float,
-    known: int,
-    ever_max: int,
-    replayed: int,
-    snapshot: int,
-) -> None:
-    """Give `n` slots, from `start` on and around the ring, the priority at `known`, or 1 for 0.
-
-    The other arguments are those of `assign`.
-    """
-    levels = table(shape, 2, depth)
-    width, nodes = 16 * levels[1, 0], levels[0, -1] + 1
-    priorities, masses = floats(raw, width), floats(leaves, width)
-    priority, largest = floats(known, 1)[0], floats(ever_max, 1)
-    priority = priority if priority > 0 else np.float32(1)
-    largest[0] = max(largest[0], priority)
-    p, mass = np.full(1, np.float64(priority)), np.empty(1)
-    if snapshot != 0:
-        _rank_all(p, snapshot, slots)
-    _masses_of(p, alpha, mass)
-    drawn = flags(replayed, slots)
-    begin, end = start, min(start + n, slots)
-    for _ in range(2):
-        drawn[begin:end] = False
-        priorities[begin:end] = priority
-        masses[begin:end] = mass[0]
-        _refresh_row_of_sums(leaves, sums, doubles(sums, nodes), levels, begin, end)
-        _refresh_row_of_max(raw, maxima, floats(maxima, nodes), levels, begin, end)
-        if minima != 0:
-            _refresh_row_of_min(leaves, minima, floats(minima, nodes), levels, begin, end)
-        begin, end = 0, start + n - slots
-        if end <= 0:
-            break
-
-
-@kernel(
-    "int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64,"
-    " int64, int64, float64, float64, int64, int64, int64, int64)"
-)
-def assign(
-    raw: int,
-    leaves: int,
-    sums: int,
-    maxima: int,
-    minima: int,
-    shape: int,
-    depth: int,
-    index: int,
-    value: int,
-    n: int,
-    size: int,
-    generation: int,
-    written: int,
-    slots: int,
-    eps: float,
-    alpha: float,
-    known: int,
-    ever_max: int,
-    replayed: int,
-    snapshot: int,
-) -> int:
-    """Set the priorities of the slots `index` [n] to |value| + eps, one after the other.
+@kernel("boolean(int64, int64, int64)")
+def assign_new(record: int, runs: int, options: int) -> bool:
+    """Give runs of slots, one in each group, the priority of new transitions.
 
     Args:
-        raw, leaves: priorities and masses.
-        sums, maxima, minima: the nodes above; minima may be 0: there are none.
-        shape, depth: the table of levels.
-        index, value: slots and values, [n]. A `value` of 0 stands for the priority at `known`, or
-            1 if that is 0, for all.
-        n, size: how many; how many slots may be named.
-        generation: those of the transitions meant, [n], to drop what is stale; 0 drops nothing.
-        written, slots: how many transitions were ever written, to how many slots.
-        eps, alpha: as in the paper.
-        known, ever_max: addresses of priorities; the second is raised to the largest ever.
-        replayed: bool, one per slot; those written become false. May be 0: nothing is to.
-        snapshot: float32 [slots], ascending, or 0. Given one, masses are rank^alpha, with the rank
-            that a priority would have had there.
+        record: of the trees.
+        runs: first slot and length, around the end of the ring, int64 [groups, 2].
+        options: EVER_MAX.
 
     Returns:
-        How many were dropped; -1, and nothing has been written, if an index is not in [0, size)
-        or a priority is infinite or NaN.
+        False, and nothing is written, if a run does not fit.
     """
-    at, values, then = integers(index, n), floats(value, n), integers(generation, n)
-    for i in range(n):
-        if not (0 <= at[i] < size and (value == 0 or abs(values[i]) + np.float32(eps) <= _HUGE)):
-            return -1
-        prefetch(raw + 4 * at[i])
-        prefetch(leaves + 4 * at[i])
-        prefetch(sums + 8 * (at[i] >> 4))
-        prefetch(maxima + 4 * (at[i] >> 4))
-    levels = table(shape, 2, depth)
-    width, nodes = 16 * levels[1, 0], levels[0, -1] + 1
-    priorities, masses = floats(raw, width), floats(leaves, width)
-    default = floats(known, 1)[0]
-    default = default if default > 0 else np.float32(1)
-    kept, count = np.empty(n, np.int64), 0
-    for i in range(n):
-        if generation != 0 and then[i] != (written - 1 - at[i]) // slots:
+    trees = trees_at(record)
+    levels, settings = levels_of(trees), doubles(trees.settings, 4)
+    run, slots = integers(runs, 2 * trees.groups).copy(), trees.capacity
+    for s in range(trees.groups):
+        if not (0 <= run[2 * s] < slots and 0 <= run[2 * s + 1] <= slots):
+            return False
+    raw, leaves = floats(trees.raw, trees.raw_length), floats(trees.leaves, trees.leaf_slots)
+    sums, maxima = doubles(trees.sums, trees.node_slots), floats(trees.maxima, trees.node_slots)
+    minima, largest = floats(trees.minima, trees.node_slots), floats(trees.ever_max, trees.groups)
+    drawn = flags(trees.replayed, trees.replayed_length)
+    p, mass = np.empty(1), np.empty(1)
+    for s in range(trees.groups):
+        start, n = run[2 * s], run[2 * s + 1]
+        if n == 0:
             continue
-        priorities[at[i]] = default if value == 0 else abs(values[i]) + np.float32(eps)
-        kept[count] = at[i]
-        count += 1
-    kept = kept[:count]
-    if replayed != 0:
-        drawn = flags(replayed, slots)
-        for i in range(count):
-            drawn[kept[i]] = False
-    p, mass, largest = np.empty(count), np.empty(count), floats(ever_max, 1)
-    for i in range(count):  # of equal indices, the last has been left
-        p[i] = priorities[kept[i]]
-        largest[0] = max(largest[0], priorities[kept[i]])
-    if snapshot != 0:
-        _rank_all(p, snapshot, slots)
-    _masses_of(p, alpha, mass)
+        priority = _for_new(trees, levels, s, (options & EVER_MAX) != 0)
+        largest[s] = max(largest[s], priority)
+        p[0] = priority
+        if trees.snapshot_length > 0:
+            _rank_all(p, floats(trees.snapshot, trees.snapshot_length))
+        _masses_of(p, settings[ALPHA_EXPONENT], mass)
+        first = s * trees.stride
+        begin, end = first + start, first + min(start + n, slots)
+        for _ in range(2):
+            if trees.replayed_length > 0:
+                drawn[begin:end] = False
+            raw[begin:end] = priority
+            leaves[begin:end] = mass[0]
+            _refresh_row_of_sums(leaves, sums, levels, begin, end)
+            _refresh_row_of_max(raw, maxima, levels, begin, end)
+            if settings[MINIMA] > 0:
+                _refresh_row_of_min(leaves, minima, levels, begin, end)
+            begin, end = first, first + start + n - slots
+            if end <= first:
+                break
+    return True
+
+
+@kernel("int64(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
+def assign(
+    record: int,
+    index: int,
+    value: int,
+    generation: int,
+    mask: int,
+    written: int,
+    stamps: int,
+    n: int,
+    limit: int,
+    options: int,
+) -> int:
+    """Set the priorities of the slots `index` [groups, n], one after the other.
+
+    Args:
+        record: of the trees.
+        index: slots in their own group, int64 [groups, n].
+        value: float32 [groups, n], with VALUE; else all get the priority of new transitions.
+        generation: those of the transitions meant, int64 [groups, n], with GENERATION: what has
+            been overwritten since is dropped.
+        mask: bool [groups, n], with MASK: False leaves a slot alone.
+        written: how many transitions were ever written to each group, int64 [groups].
+        stamps: with STAMPS, the generations of the slots, int64 [limit]; else they follow from
+            `written`. Only for a single group.
+        n: updates in each group.
+        limit: slots below min(written, limit) may be named.
+        options: flags: those above, and ADD_EPS: |value| + eps; SQUARED: the root of |value|; NEW:
+            the slots have not been replayed; EVER_MAX.
+
+    Returns:
+        How many were dropped; -1, and nothing is written, if a slot is out of range or a
+        priority is infinite or NaN.
+    """
+    trees = trees_at(record)
+    total, slots = trees.groups * n, trees.capacity
+    levels, settings = levels_of(trees), doubles(trees.settings, 4)
+    at, ever = integers(index, total), integers(written, trees.groups)
+    given, known = (options & VALUE) != 0, (options & GENERATION) != 0
+    masked, stamped = (options & MASK) != 0, (options & STAMPS) != 0
+    eps = np.float32(settings[EPS]) if (options & ADD_EPS) != 0 else np.float32(0)
+    values, then = floats(value, total if given else 0), integers(generation, total if known else 0)
+    wanted, stamp = flags(mask, total if masked else 0), integers(stamps, limit if stamped else 0)
+    if stamped:
+        for i in range(total):
+            prefetch(stamps + 8 * at[i])
+    leaf, new, ends = np.empty(total, np.int64), np.empty(total, np.float32), np.empty(trees.groups)
+    count = stale = 0
+    for s in range(trees.groups):
+        size = min(ever[s], limit)
+        default = _for_new(trees, levels, s, (options & EVER_MAX) != 0)
+        for i in range(s * n, (s + 1) * n):
+            if masked and not wanted[i]:
+                continue
+            slot, priority = at[i], default
+            if given:
+                priority = abs(values[i])
+                if (options & SQUARED) != 0:
+                    priority = np.sqrt(priority)
+                priority += eps
+            if not (0 <= slot < size and priority <= _HUGE):
+                return -1
+            place = s * trees.stride + slot
+            prefetch(trees.raw + 4 * place)
+            prefetch(trees.leaves + 4 * place)
+            prefetch(trees.sums + 8 * (place >> 4))
+            prefetch(trees.maxima + 4 * (place >> 4))
+            if known:
+                now = stamp[slot] if stamped else (ever[s] - 1 - slot) // slots
+                if then[i] != now:
+                    stale += 1
+                    continue
+            leaf[count], new[count] = place, priority
+            count += 1
+        ends[s] = count
+    leaf = leaf[:count]
+    raw, leaves = floats(trees.raw, trees.raw_length), floats(trees.leaves, trees.leaf_slots)
     for i in range(count):
-        masses[kept[i]] = mass[i]
-    _refresh_sums(leaves, sums, doubles(sums, nodes), levels, kept)
-    _refresh_max(raw, maxima, floats(maxima, nodes), levels, kept)
-    if minima != 0:
-        _refresh_min(leaves, minima, floats(minima, nodes), levels, kept)
-    return n - count
+        raw[leaf[i]] = new[i]
+    if (options & NEW) != 0 and trees.replayed_length > 0:
+        drawn = flags(trees.replayed, trees.replayed_length)
+        for i in range(count):
+            drawn[leaf[i]] = False
+    p, mass, largest = np.empty(count), np.empty(count), floats(trees.ever_max, trees.groups)
+    i = 0
+    for s in range(trees.groups):
+        while i < ends[s]:  # of equal indices, the last has been left
+            p[i] = raw[leaf[i]]
+            largest[s] = max(largest[s], raw[leaf[i]])
+            i += 1
+    if trees.snapshot_length > 0:
+        _rank_all(p, floats(trees.snapshot, trees.snapshot_length))
+    _masses_of(p, settings[ALPHA_EXPONENT], mass)
+    for i in range(count):
+        leaves[leaf[i]] = mass[i]
+    _refresh_sums(leaves, doubles(trees.sums, trees.node_slots), levels, leaf)
+    _refresh_max(raw, floats(trees.maxima, trees.node_slots), levels, leaf)
+    if settings[MINIMA] > 0:
+        _refresh_min(leaves, floats(trees.minima, trees.node_slots), levels, leaf)
+    return stale

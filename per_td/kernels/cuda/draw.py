@@ -1,6 +1,6 @@
 """Draws from the sum tree on CUDA, and the weights of what was drawn, in Triton.
 
-The operations of `per_td.tree.reference.find` and `per_td.weights.importance_weights`. Launches
+The operations of `per_td.kernels.reference.find` and `per_td.weights.importance_weights`. Launches
 depend on shapes alone and nothing is read back, so all of this can be captured in a CUDA graph.
 """
 

@@ -1,6 +1,6 @@
 """The nodes above the leaves on CUDA, in Triton: recomputed from their children, level by level.
 
-The operations of `per_td.tree.reference.refresh`. Programs that meet in a node write the same
+The nodes of `per_td.kernels.reference`. Programs that meet in a node write the same
 number, so the order in which they run does not matter. The sums, the largest and the smallest
 values have the same layout and share their launches; the last levels share one.
 """
@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from per_td.tree.layout import FANOUT, Layout
+from per_td.kernels.layout import FANOUT, Layout
 
-__all__ = ["Trees", "refresh"]
+__all__ = ["Kinds", "refresh"]
 
 NODES = 32  # nodes of one program, of 16 children each
 TOP = FANOUT**2  # nodes of the widest level that one program recomputes together with those above
@@ -129,7 +129,7 @@ Tree = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Trees:
+class Kinds:
     """Trees of one layout that change together; each a pair of its leaves and its nodes."""
 
     layout: Layout
@@ -138,7 +138,7 @@ class Trees:
     minima: Tree | None = None
 
 
-def refresh(trees: Trees, index: Tensor) -> None:
+def refresh(trees: Kinds, index: Tensor) -> None:
     """Recompute all ancestors of the leaves `index`, int64 [B]; others than leaves are left out."""
     layout, n = trees.layout, len(index)
     widths, offsets = layout.widths, layout.offsets

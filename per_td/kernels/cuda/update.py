@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from per_td.kernels.cuda.nodes import Trees, refresh
+from per_td.kernels.cuda.nodes import Kinds, refresh
 
 __all__ = ["assign", "put"]
 
@@ -109,7 +109,7 @@ def _settle(column, masses, index, value, eps, alpha, ever_max, n, slots, FLAT: 
         tl.atomic_max(ever_max, largest, sem="relaxed")
 
 
-def put(trees: Trees, index: Tensor, value: Tensor) -> None:
+def put(trees: Kinds, index: Tensor, value: Tensor) -> None:
     """Set the masses of the leaves `index` [B], one after the other; nodes above follow.
 
     Skipped are indices that no leaf has but the spare one, and values that are negative, infinite
@@ -122,7 +122,7 @@ def put(trees: Trees, index: Tensor, value: Tensor) -> None:
     """
     if len(index):
         index, value = index.contiguous(), value.contiguous()
-        column, n, slots = trees.sums[0].view(torch.uint32), len(index), trees.layout.capacity
+        column, n, slots = trees.sums[0].view(torch.uint32), len(index), trees.layout.spare
         grid, unused = (triton.cdiv(n, FLAT),), (None,) * 6
         _claim[grid](column, index, value, None, *unused, n, slots, slots, FLAT)
         _settle[grid](column, None, index, value, None, None, None, n, slots, FLAT)
@@ -130,7 +130,7 @@ def put(trees: Trees, index: Tensor, value: Tensor) -> None:
 
 
 def assign(
-    trees: Trees,
+    trees: Kinds,
     raw: Tensor,
     index: Tensor,
     value: Tensor,
@@ -163,7 +163,7 @@ def assign(
     Returns:
         How many were dropped, int64, 0-dim, or 0.
     """
-    n, slots = len(index), trees.layout.capacity
+    n, slots = len(index), trees.layout.spare
     if not n:
         return 0
     index, value = index.contiguous(), value.contiguous()

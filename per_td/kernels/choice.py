@@ -1,0 +1,31 @@
+"""The environment variable that chooses between kernels and plain torch."""
+
+import os
+
+from per_td.errors import ConfigurationError
+
+__all__ = ["CHOICES", "VARIABLE", "allowed", "checked"]
+
+VARIABLE = "PER_TD_KERNELS"
+CHOICES = ("auto", "off", "checked")
+
+
+def _choice() -> str:
+    choice = os.environ.get(VARIABLE, "auto")
+    if choice not in CHOICES:
+        raise ConfigurationError(f"{VARIABLE}: expected one of {CHOICES}, got {choice!r}")
+    return choice
+
+
+def allowed() -> bool:
+    """True unless plain torch is asked for.
+
+    Raises:
+        ConfigurationError: the environment variable is not one of `CHOICES`.
+    """
+    return _choice() != "off"
+
+
+def checked() -> bool:
+    """True if kernels are to be compiled with bounds checks; raises as `allowed`."""
+    return _choice() == "checked"

@@ -1,0 +1,356 @@
+"""The one door to compiled code: tensors come in, addresses go out.
+
+The operations of `per_td.kernels.reference`, with the same arguments. Each looks at the device,
+dtype, contiguity and length of every tensor before its address goes on. A kernel checks what it
+reads there, slots and values, and refuses before it writes; the reference then finds the words.
+"""
+
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from per_td.errors import PerTdError
+from per_td.kernels import reference
+from per_td.kernels.cpu import draw as draws
+from per_td.kernels.cpu import rows as row_kernels
+from per_td.kernels.cpu import update
+from per_td.kernels.cpu.records import ROWS, TREES
+from per_td.kernels.flags import (
+    ADD_EPS,
+    BY_BUFFER,
+    BY_SIZE,
+    EVER_MAX,
+    GENERATION,
+    MASK,
+    NEW,
+    SQUARED,
+    STAMPS,
+    STRATIFIED,
+    VALUE,
+)
+from per_td.kernels.parts import Distribution, Rows, Trees
+from per_td.kernels.reference import Runs, draw_distinct, for_new, mark_replayed, weigh
+
+__all__ = [
+    "assign",
+    "assign_new",
+    "draw",
+    "draw_distinct",
+    "find",
+    "for_new",
+    "gather",
+    "mark_replayed",
+    "refill",
+    "set_masses",
+    "weigh",
+    "write_rows",
+]
+
+_NORMALIZATIONS = {"batch": 0, "buffer": BY_BUFFER, "none": BY_SIZE}
+
+
+# --- addresses ------------------------------------------------------------------------------------
+
+
+def _address(tensor: Tensor, dtype: torch.dtype, length: int) -> int:
+    """Where the numbers of a contiguous tensor begin.
+
+    Raises:
+        PerTdError: the tensor is of another device, dtype or length, or has no memory of its own.
+    """
+    if not (
+        tensor.is_cpu
+        and tensor.dtype is dtype
+        and tensor.is_contiguous()
+        and tensor.numel() == length
+    ):
+        raise PerTdError(
+            f"expected contiguous memory of {length} {dtype} on the CPU, got {tensor.numel()}"
+            f" {tensor.dtype} on {tensor.device}"
+        )
+    address = tensor.data_ptr()
+    if not address and length:
+        raise PerTdError(
+            f"expected a tensor with memory of its own, got {type(tensor).__name__} without:"
+            " such as results of collectives; clone() makes a plain one"
+        )
+    return address
+
+
+def _numbers(written: Tensor | int, groups: int) -> tuple[int, Any]:
+    """Address of one int64 per group, and what keeps it alive."""
+    if isinstance(written, Tensor):
+        return _address(written, torch.int64, groups), written
+    kept = array("q", [written]) * groups
+    return kept.buffer_info()[0], kept
+
+
+def _trees_record(trees: Trees) -> int:
+    """The address of the trees' record, made anew when their memory has moved."""
+    block, base = trees.block, trees.block.memory.data_ptr()
+    if block.record is None or block.record[0] != base:
+        block.record = base, *_new_trees_record(trees)
+    address: int = block.record[1]
+    return address
+
+
+def _new_trees_record(trees: Trees) -> tuple[int, Any, Any]:
+    layout = trees.layout
+    levels = np.array([layout.offsets, layout.widths], np.int64)
+    record = np.zeros(1, TREES)
+    views = (
+        "leaves",
+        "raw",
+        "sums",
+        "maxima",
+        "minima",
+        "settings",
+        "ever_max",
+        "replayed",
+        "snapshot",
+    )
+    for name in views:
+        record[name] = trees.block[name].data_ptr()
+    for name in ("raw", "replayed", "snapshot"):
+        record[f"{name}_length"] = len(trees.block[name])
+    for name in ("leaf_slots", "node_slots", "groups", "capacity", "stride", "width", "height"):
+        record[name] = getattr(layout, name)
+    record["levels"], record["depth"] = levels.ctypes.data, len(layout.widths)
+    return record.ctypes.data, record, levels
+
+
+def _rows_record(rows: Rows) -> int:
+    """The address of the rows' record, made anew when a column has moved."""
+    bases = list(map(Tensor.data_ptr, rows.columns))
+    if rows.record is None or rows.record[0] != bases:
+        rows.record = bases, *_new_rows_record(rows, bases)
+    address: int = rows.record[1]
+    return address
+
+
+def _new_rows_record(rows: Rows, bases: list[int]) -> tuple[int, Any, Any, int, int]:
+    """Its address, itself, its fields, and the bounds of all columns' memory."""
+    fields = np.empty((len(bases), 3), np.int64)
+    for field, base, column in zip(fields, bases, rows.columns, strict=True):
+        length = column.shape[1:].numel() * column.itemsize
+        if not (column.is_cpu and column[:1].is_contiguous()):
+            raise PerTdError("expected columns on the CPU whose rows lie in one piece of memory")
+        if len(column) < rows.groups * rows.capacity or (length and not base):
+            raise PerTdError(
+                f"expected columns of {rows.groups * rows.capacity} rows, got {len(column)}"
+            )
+        field[:] = base, column.stride(0) * column.itemsize, length
+    record = np.zeros(1, ROWS)
+    record["fields"], record["count"] = fields.ctypes.data, len(fields)
+    record["groups"], record["capacity"] = rows.groups, rows.capacity
+    ends = [
+        base + len(column) * column.stride(0) * column.itemsize
+        for base, column in zip(bases, rows.columns, strict=True)
+    ]
+    return record.ctypes.data, record, fields, min(bases), max(ends)
+
+
+# --- operations -----------------------------------------------------------------------------------
+
+
+def refill(trees: Trees) -> None:
+    """As `reference.refill`."""
+    update.refill(_trees_record(trees))
+
+
+def set_masses(trees: Trees, index: Tensor, value: Tensor) -> None:
+    """As `reference.set_masses`."""
+    index, value, total = index.contiguous(), value.contiguous(), index.numel()
+    at, new = _address(index, torch.int64, total), _address(value, torch.float32, total)
+    if not update.set_masses(_trees_record(trees), at, new, total // trees.layout.groups):
+        reference.set_masses(trees, index, value)
+
+
+def assign_new(trees: Trees, distribution: Distribution, runs: Runs, *, ever_max: bool) -> None:
+    """As `reference.assign_new`."""
+    if len(runs) != 2 * trees.layout.groups or runs.itemsize != 8:
+        raise PerTdError(f"expected {trees.layout.groups} runs, got {len(runs) / 2:g}")
+    where = runs.buffer_info()[0]
+    if not update.assign_new(_trees_record(trees), where, EVER_MAX if ever_max else 0):
+        raise PerTdError(f"expected runs within {trees.layout.capacity} slots, got {list(runs)}")
+
+
+def assign(
+    trees: Trees,
+    distribution: Distribution,
+    index: Tensor,
+    value: Tensor | None,
+    *,
+    written: Tensor | int,
+    limit: int,
+    generation: Tensor | None = None,
+    stamps: Tensor | None = None,
+    mask: Tensor | None = None,
+    add_eps: bool = False,
+    squared: bool = False,
+    new: bool = False,
+    ever_max: bool = False,
+) -> Tensor | int:
+    """As `reference.assign`."""
+    total, groups = index.numel(), trees.layout.groups
+    options = (
+        (add_eps and ADD_EPS) | (squared and SQUARED) | (new and NEW) | (ever_max and EVER_MAX)
+    )
+    index = index.contiguous()
+    at, values, then, wanted, stamp = _address(index, torch.int64, total), 0, 0, 0, 0
+    if value is not None:
+        value = value.contiguous()
+        values, options = _address(value, torch.float32, total), options | VALUE
+    if generation is not None:
+        generation = generation.contiguous()
+        then, options = _address(generation, torch.int64, total), options | GENERATION
+    if mask is not None:
+        mask = mask.contiguous()
+        wanted, options = _address(mask, torch.bool, total), options | MASK
+    if stamps is not None:
+        if groups != 1 or generation is None:
+            raise PerTdError("expected one group and a generation beside stamps")
+        stamp, options = _address(stamps, torch.int64, limit), options | STAMPS
+    ever, _kept = _numbers(written, groups)
+    if limit > trees.layout.capacity:
+        raise PerTdError(f"expected a limit of at most {trees.layout.capacity}, got {limit}")
+    dropped: int = update.assign(
+        _trees_record(trees), at, values, then, wanted, ever, stamp, total // groups, limit, options
+    )
+    if dropped >= 0:
+        return dropped
+    return reference.assign(
+        trees,
+        distribution,
+        index,
+        value,
+        written=written,
+        limit=limit,
+        generation=generation,
+        stamps=stamps,
+        mask=mask,
+        add_eps=add_eps,
+        squared=squared,
+        new=new,
+        ever_max=ever_max,
+    )
+
+
+def find(trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
+    """As `reference.find`."""
+    target = target.clone(memory_format=torch.contiguous_format)  # the kernel uses it up
+    total = target.numel()
+    index, mass = torch.empty_like(target, dtype=torch.int64), target.float()
+    draws.find(
+        _trees_record(trees),
+        _address(target, torch.float64, total),
+        total // trees.layout.groups,
+        _address(index, torch.int64, total),
+        _address(mass, torch.float32, total),
+    )
+    return index, mass
+
+
+def draw(
+    trees: Trees,
+    point: Tensor,
+    *,
+    stratified: bool,
+    beta: Tensor | float,
+    normalization: str,
+    written: Tensor | int,
+) -> tuple[Tensor, Tensor] | None:
+    """As `reference.draw`; uses up `point`."""
+    total, groups = point.numel(), trees.layout.groups
+    index = torch.empty_like(point, dtype=torch.int64)
+    weight = torch.empty_like(point, dtype=torch.float32)
+    ever, _kept = _numbers(written, groups)
+    options = _NORMALIZATIONS[normalization] | (stratified and STRATIFIED)
+    empty = draws.draw(
+        _trees_record(trees),
+        _address(point, torch.float64, total),
+        total // groups,
+        float(beta),
+        ever,
+        index.data_ptr(),
+        weight.data_ptr(),
+        options,
+    )
+    return None if empty else (index, weight)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> "array[int]":
+    return array("q", map(Tensor.data_ptr, tensors))
+
+
+def gather(
+    rows: Rows, index: Tensor, *, written: Tensor | int | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """As `reference.gather`; no generations where `written` is None."""
+    index, total = index.contiguous(), index.numel()
+    out = [
+        torch.empty(*index.shape, *c.shape[1:], dtype=c.dtype, device="cpu") for c in rows.columns
+    ]
+    to, generation, options = _addresses(out), None, 0
+    ever, _kept = _numbers(0 if written is None else written, rows.groups)
+    wrapped = 0
+    if written is not None:
+        generation = torch.empty_like(index)
+        wrapped, options = generation.data_ptr(), GENERATION
+    done = row_kernels.gather(
+        _rows_record(rows),
+        _address(index, torch.int64, total),
+        total // rows.groups,
+        to.buffer_info()[0],
+        ever,
+        wrapped,
+        options,
+    )
+    if not done:
+        raise PerTdError(f"expected slots in [0, {rows.capacity}), got others")
+    return out, generation
+
+
+def write_rows(
+    rows: Rows,
+    new: Sequence[Tensor],
+    n: int,
+    runs: Runs,
+    *,
+    mask: Tensor | None = None,
+    stamps: Tensor | None = None,
+    index: Tensor | None = None,
+) -> None:
+    """As `reference.write_rows`.
+
+    Args:
+        rows, new, n, runs, mask: as there.
+        stamps: how often each slot was written, int64 [S * capacity], counted up, with an `index`.
+        index: for the slots, int64 [S, n]; may be among the new rows.
+    """
+    total, options, wanted, stamp, at = rows.groups * n, 0, 0, 0, 0
+    if len(new) != len(rows.columns) or len(runs) != 2 * rows.groups or runs.itemsize != 8:
+        raise PerTdError(f"expected {len(rows.columns)} columns and {rows.groups} runs")
+    sources = array("q")
+    record = _rows_record(rows)
+    low, high = rows.record[-2:]
+    kept = []  # clones, until the kernel has read them
+    for column, leaf in zip(rows.columns, new, strict=True):
+        address = _address(leaf, column.dtype, total * column.shape[1:].numel())
+        if low <= address < high:  # rows of its own, which are overwritten meanwhile
+            kept.append(leaf.clone())
+            address = kept[-1].data_ptr()
+        sources.append(address)
+    if mask is not None:
+        mask = mask.contiguous()
+        wanted, options = _address(mask, torch.bool, total), MASK
+    if stamps is not None and index is not None:
+        stamp = _address(stamps, torch.int64, rows.groups * rows.capacity)
+        at, options = _address(index, torch.int64, total), options | STAMPS
+    where = sources.buffer_info()[0], n, runs.buffer_info()[0]
+    if not row_kernels.write(record, *where, wanted, stamp, at, options):
+        raise PerTdError(f"expected runs within {rows.capacity} slots, got {list(runs)}")

@@ -1,0 +1,54 @@
+"""What the operations need of the parts that they work on."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from per_td.kernels.layout import Block, Layout
+
+__all__ = ["Distribution", "Rows", "Trees"]
+
+
+class Trees(Protocol):
+    """S trees in one block of memory; see `per_td.tree.Trees`."""
+
+    layout: Layout
+    block: Block
+    device: torch.device
+    starts: Tensor
+    leaves: Tensor
+    sums: Tensor
+    raw: Tensor
+    maxima: Tensor
+    minima: Tensor
+    settings: Tensor
+    ever_max: Tensor
+    replayed: Tensor
+    refused: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of the masses of each tree, float64 [S]."""
+
+    @property
+    def keeps_minima(self) -> bool:
+        """True if the smallest positive masses are kept up to date."""
+
+
+class Distribution(Protocol):
+    """How masses follow from priorities; see `per_td.priorities.distributions`."""
+
+    def masses(self, trees: Any, priority: Tensor) -> Tensor:
+        """Masses of changed or new priorities, float32 [B]."""
+
+
+class Rows(Protocol):
+    """S rings of rows, one ring after the other in each column."""
+
+    groups: int
+    capacity: int
+    columns: Sequence[Tensor]
+    starts: Tensor
+    record: Any

@@ -1,0 +1,543 @@
+"""The list of operations in plain torch, on any device: the truth that kernels must match.
+
+`per_td.kernels.cpu` and `per_td.kernels.cuda` have the same operations, with the same arguments. An
+index is that of a slot in its own tree; S trees take and give tensors of S rows, flattened or not.
+Nothing here reads a value back to the host where that would wait.
+"""
+
+from array import array
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from per_td import validation
+from per_td.kernels.flags import EPS
+from per_td.kernels.layout import FANOUT
+from per_td.kernels.parts import Distribution, Rows, Trees
+from per_td.weights import importance_weights
+
+__all__ = [
+    "assign",
+    "assign_new",
+    "draw",
+    "draw_distinct",
+    "find",
+    "for_new",
+    "gather",
+    "generations",
+    "mark_replayed",
+    "refill",
+    "set_masses",
+    "sizes",
+    "weigh",
+    "write_rows",
+]
+
+Reduce = Callable[[Tensor], Tensor]
+Runs: TypeAlias = "array[int]"
+"""Of int64: first slot and length of a run of slots, for each group."""
+
+
+# --- nodes ----------------------------------------------------------------------------------------
+
+
+def _sum(children: Tensor) -> Tensor:
+    return children.sum(-1, dtype=torch.float64)
+
+
+def _max(children: Tensor) -> Tensor:
+    return children.amax(-1)
+
+
+def _min_positive(children: Tensor) -> Tensor:
+    return torch.where(children > 0, children, torch.inf).amin(-1)
+
+
+def _columns(trees: Trees) -> list[tuple[Tensor, Tensor, Reduce]]:
+    """Leaves, nodes, and how a node follows from its children, for each kind that is kept."""
+    kinds: list[tuple[Tensor, Tensor, Reduce]] = [(trees.leaves, trees.sums, _sum)]
+    if len(trees.raw):
+        kinds.append((trees.raw, trees.maxima, _max))
+        if trees.keeps_minima:
+            kinds.append((trees.leaves, trees.minima, _min_positive))
+    return kinds
+
+
+def _refresh(trees: Trees, index: Tensor) -> None:
+    """Recompute all ancestors of the leaves `index` [B] from their children."""
+    for children, nodes, reduce in _columns(trees):
+        at = index
+        for level in trees.layout.levels(nodes):
+            groups = children.view(-1, FANOUT)
+            if at.numel() < groups.shape[0]:
+                at = at // FANOUT
+                level[at] = reduce(groups.index_select(0, at))
+            else:  # as many updates as nodes: the whole level is cheaper, and so are those above
+                level[: groups.shape[0]] = reduce(groups)
+            children = level
+
+
+def refill(trees: Trees) -> None:
+    """Recompute every node from the leaves and the priorities, in O(N)."""
+    for children, nodes, reduce in _columns(trees):
+        for level in trees.layout.levels(nodes):
+            groups = children.view(-1, FANOUT)
+            level[: groups.shape[0]] = reduce(groups)
+            children = level
+
+
+def keep_last(index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Give every occurrence of an index the value of its last one.
+
+    Writing the result in any order, or in parallel, leaves what a sequential loop would leave.
+
+    Args:
+        index: int64 [B].
+        value: [B].
+
+    Returns:
+        The indices sorted, and the values to write there, [B] each.
+    """
+    ordered, order = index.sort(stable=True)
+    last = torch.searchsorted(ordered, ordered, right=True) - 1
+    return ordered, value[order[last]]
+
+
+# --- changes --------------------------------------------------------------------------------------
+
+
+def set_masses(trees: Trees, index: Tensor, value: Tensor) -> None:
+    """Set the masses of slots; where one occurs twice, its last value holds.
+
+    Args:
+        trees: the trees.
+        index: int64 [S, B].
+        value: float32 [S, B].
+
+    Raises:
+        IndexRangeError: an index is not in [0, capacity).
+        PriorityError: a value is NaN, infinite or negative. On CUDA such pairs are skipped.
+    """
+    layout = trees.layout
+    slot, value = index.view(layout.groups, -1), value.view(layout.groups, -1)
+    valid = validation.require_slots(slot, layout.capacity)
+    valid = valid & validation.require_finite("value", value, low=0.0)
+    leaf = torch.where(valid, slot + trees.starts, layout.spare).flatten()
+    leaf, value = keep_last(leaf, torch.where(valid, value, 0.0).flatten())
+    trees.leaves[leaf] = value
+    _refresh(trees, leaf)
+
+
+def for_new(trees: Trees, *, ever_max: bool) -> Tensor:
+    """Priority of new transitions in each tree, [S]: the largest, or the largest ever; 1 for 0."""
+    known = trees.ever_max if ever_max else trees.layout.tops(trees.maxima).amax(-1)
+    return torch.where(known > 0, known, 1.0)
+
+
+def _write(trees: Trees, distribution: Distribution, leaf: Tensor, priority: Tensor) -> None:
+    """Write valid priorities of leaves [n], and all that follows from them."""
+    trees.raw[leaf] = priority
+    trees.leaves[leaf] = distribution.masses(trees, priority)
+    _refresh(trees, leaf)
+    largest = trees.layout.tops(trees.maxima).amax(-1)
+    torch.maximum(trees.ever_max, largest, out=trees.ever_max)
+
+
+def assign_new(trees: Trees, distribution: Distribution, runs: Runs, *, ever_max: bool) -> None:
+    """Give runs of slots, one in each tree, the priority of new transitions.
+
+    Args:
+        trees: the trees.
+        distribution: how masses follow from priorities.
+        runs: first slot and length, around the end of the ring, of each tree.
+        ever_max: see `for_new`.
+    """
+    layout, new, leaves, priorities = trees.layout, for_new(trees, ever_max=ever_max), [], []
+    for s in range(layout.groups):
+        start, n = runs[2 * s : 2 * s + 2]
+        slot = torch.arange(start, start + n, device=trees.device).remainder_(layout.capacity)
+        leaves.append(slot + s * layout.stride)
+        priorities.append(new[s].expand(n))
+    leaf = torch.cat(leaves)
+    _forget_draws(trees, leaf)
+    _write(trees, distribution, leaf, torch.cat(priorities))
+
+
+def _forget_draws(trees: Trees, leaf: Tensor) -> None:
+    if len(trees.replayed):
+        trees.replayed.index_fill_(0, leaf, False)
+
+
+def assign(
+    trees: Trees,
+    distribution: Distribution,
+    index: Tensor,
+    value: Tensor | None,
+    *,
+    written: Tensor | int,
+    limit: int,
+    generation: Tensor | None = None,
+    stamps: Tensor | None = None,
+    mask: Tensor | None = None,
+    add_eps: bool = False,
+    squared: bool = False,
+    new: bool = False,
+    ever_max: bool = False,
+) -> Tensor | int:
+    """Set the priorities of slots; where one occurs twice, its last value holds.
+
+    Args:
+        trees: the trees.
+        distribution: how masses follow from priorities.
+        index: int64 [S, B].
+        value: float32 [S, B]; None gives the priority of new transitions.
+        written: how many transitions were ever written, int64 [S], or one number for all.
+        limit: slots below min(written, limit) may be named.
+        generation: those of the transitions meant, int64 [S, B]: updates of what has been
+            overwritten since are dropped. None drops none.
+        stamps: generations of the slots, int64 [limit], for one tree; None: see `written`.
+        mask: bool [S, B]; False leaves a slot alone. None leaves none alone.
+        add_eps: add eps to |value|.
+        squared: take the root of |value| first.
+        new: the slots have not been replayed.
+        ever_max: see `for_new`.
+
+    Returns:
+        How many updates were dropped.
+
+    Raises:
+        IndexRangeError: an index is not that of a filled slot.
+        PriorityError: a priority is NaN or infinite. On CUDA such updates are refused and counted.
+    """
+    layout = trees.layout
+    slot = index.view(layout.groups, -1)
+    ever = written.view(layout.groups, 1) if isinstance(written, Tensor) else written
+    size = ever.clamp(max=limit) if isinstance(ever, Tensor) else min(ever, limit)
+    wanted = None if mask is None else mask.view(slot.shape)
+    if value is None:
+        priority = for_new(trees, ever_max=ever_max).unsqueeze(-1).expand(slot.shape)
+    else:
+        priority = value.view(slot.shape).abs()
+        priority = priority.sqrt() if squared else priority
+        priority = priority + trees.settings[EPS].float() if add_eps else priority
+    right = validation.require_slots(slot, size, wanted)
+    right = right & validation.require_finite("td_error", priority, wanted=wanted)
+    if not validation.can_raise(slot):
+        trees.refused += (~right if wanted is None else wanted & ~right).sum()
+    kept = right if wanted is None else right & wanted
+    dropped: Tensor | int = 0
+    if generation is not None:
+        now = generations(slot, ever, layout.capacity) if stamps is None else stamps[slot]
+        stale = generation.view(slot.shape) != now
+        stale = stale if wanted is None else stale & wanted
+        kept, dropped = kept & ~stale, stale.sum()
+    leaf = torch.where(kept, slot + trees.starts, layout.spare).flatten()
+    leaf, priority = keep_last(leaf, torch.where(kept, priority, 0.0).flatten())
+    if new:
+        _forget_draws(trees, leaf)
+    _write(trees, distribution, leaf, priority)
+    return dropped
+
+
+def generations(slot: Tensor, written: Tensor | int, capacity: int) -> Tensor:
+    """How often each ring had wrapped when its slots [S, B] were written; -1 if they never were.
+
+    Transition number k (from 0, for ever) lives in slot k mod capacity.
+
+    Args:
+        slot: int64 [S, B].
+        written: how many transitions were ever written, int64 [S, 1], or one number for all.
+        capacity: number of slots of each ring.
+    """
+    return (written - 1 - slot).div(capacity, rounding_mode="floor")
+
+
+# --- draws ----------------------------------------------------------------------------------------
+
+
+def _child_at(prefix: Tensor, target: Tensor) -> Tensor:
+    """Which of 16 children holds the point `target` [n], given their prefix sums [n, 16].
+
+    The first child whose prefix sum lies above the point. Such a child has a positive mass, which
+    is why a mass of 0 is never drawn; a point at or past the end (rounding) is moved inside first.
+    Where all 16 masses are 0, child 0.
+    """
+    inside = torch.minimum(target, torch.nextafter(prefix[:, -1], torch.zeros_like(target)))
+    return (prefix <= inside.unsqueeze(-1)).sum(-1).remainder_(FANOUT)
+
+
+def find(trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Walk down the sum trees to the slots in which the cumulative masses reach `target`.
+
+    Args:
+        trees: the trees.
+        target: points in [0, total of their tree), float64 [S, B].
+
+    Returns:
+        Slots int64 and their masses float32, in the shape of `target`.
+    """
+    layout = trees.layout
+    point = target.view(layout.groups, -1)
+    tops = layout.tops(trees.sums)
+    prefix = tops.cumsum(-1)
+    inside = torch.minimum(point, torch.nextafter(prefix[:, -1:], torch.zeros_like(point)))
+    step = torch.searchsorted(prefix, inside, right=True).remainder_(layout.width)  # as `_child_at`
+    before = torch.nn.functional.pad(prefix, (1, 0)).gather(-1, step)
+    node, point = (step + _first_tops(trees)).flatten(), (point - before).flatten()
+    levels = layout.levels(trees.sums)[: layout.height - 1]
+    for children in (*reversed(levels), trees.leaves):
+        prefix = children.view(-1, FANOUT).index_select(0, node).cumsum(-1, dtype=torch.float64)
+        step = _child_at(prefix, point).unsqueeze(-1)
+        before = torch.nn.functional.pad(prefix, (1, 0)).gather(-1, step).squeeze(-1)
+        point = point - before
+        node = node * FANOUT + step.squeeze(-1)
+    mass = trees.leaves.index_select(0, node).view(target.shape)
+    return (node.view(layout.groups, -1) - trees.starts).view(target.shape), mass
+
+
+def _first_tops(trees: Trees) -> Tensor:
+    """The first of the highest nodes of each tree, int64 [S, 1]."""
+    groups, width = trees.layout.groups, trees.layout.width
+    return torch.arange(0, groups * width, width, device=trees.device).unsqueeze(-1)
+
+
+def draw(
+    trees: Trees,
+    point: Tensor,
+    *,
+    stratified: bool,
+    beta: Tensor | float,
+    normalization: str,
+    written: Tensor | int,
+) -> tuple[Tensor, Tensor] | None:
+    """Draw slots for random points, and weigh them; they count as replayed.
+
+    Args:
+        trees: the trees.
+        point: random numbers in [0, 1), float64 [S, B]; they may be overwritten.
+        stratified: move each into its own of B equal parts of the total.
+        beta, normalization, written: see `weigh`.
+
+    Returns:
+        Slots int64 and weights float32, in the shape of `point`; None if a tree has only masses of
+        0, where that can be seen.
+    """
+    total = trees.total
+    if validation.can_raise(total) and not (total > 0).all():
+        return None
+    n = point.shape[-1]
+    if stratified:
+        point = (torch.arange(n, device=point.device) + point) / n
+    scaled = point.view(trees.layout.groups, -1) * total.unsqueeze(-1)
+    index, mass = find(trees, scaled.view(point.shape))
+    mark_replayed(trees, index)
+    weight = weigh(trees, mass, beta=beta, normalization=normalization, written=written)
+    return index, weight
+
+
+def mark_replayed(trees: Trees, index: Tensor) -> None:
+    """Count the slots `index` [S, B] as replayed."""
+    if len(trees.replayed):
+        trees.replayed.index_fill_(0, index.view(-1), True)
+
+
+def weigh(
+    trees: Trees,
+    mass: Tensor,
+    *,
+    beta: Tensor | float,
+    normalization: str,
+    written: Tensor | int,
+) -> Tensor:
+    """Importance-sampling weights of what was drawn.
+
+    Args:
+        trees: what it was drawn from.
+        mass: masses of what was drawn, float32 [S, B].
+        beta: exponent of the weights.
+        normalization: as for `importance_weights`; "batch" is each row of S.
+        written: how many transitions were ever written, int64 [S], or one number for all.
+
+    Returns:
+        float32, in the shape of `mass`.
+    """
+    layout = trees.layout
+    rows = mass.view(layout.groups, -1)
+    size = sizes(written, layout.capacity)
+    size = size.unsqueeze(-1) if isinstance(size, Tensor) else size
+    smallest = None
+    if normalization == "buffer":
+        smallest = layout.tops(trees.minima).amin(-1, keepdim=True)
+    elif normalization == "batch":  # of each row
+        smallest, normalization = rows.amin(-1, keepdim=True), "buffer"
+    weight = importance_weights(
+        rows,
+        beta,
+        total=trees.total.unsqueeze(-1),
+        size=size,
+        smallest=smallest,
+        normalization=normalization,
+    )
+    return weight.view(mass.shape)
+
+
+def sizes(written: Tensor | int, capacity: int) -> Tensor | int:
+    """How many slots are filled, int64 [S], or one number for all."""
+    return written.clamp(max=capacity) if isinstance(written, Tensor) else min(written, capacity)
+
+
+def _exponential(
+    shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None
+) -> Tensor:
+    """Times ~ Exp(1), float64."""
+    out = torch.empty(shape, dtype=torch.float64, device=device)
+    return out.exponential_(generator=generator)
+
+
+def _arrivals(
+    children: Tensor, node: Tensor, arrival: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """When the 16 children of each `node` [n] arrive, the first of them at `arrival` [n]: [n, 16].
+
+    See `draw_distinct`.
+    """
+    groups = children.view(-1, FANOUT)
+    node = node.clamp(max=len(groups) - 1)  # nodes that never arrive may lie in the padding
+    mass = groups.index_select(0, node).double()
+    prefix = mass.cumsum(-1)
+    point = torch.rand(node.shape, dtype=torch.float64, device=node.device, generator=generator)
+    first = _child_at(prefix, point * prefix[:, -1]).unsqueeze(-1)
+    later = _exponential((len(node), FANOUT), node.device, generator) / mass
+    arrivals = (arrival.unsqueeze(-1) + later).scatter_(1, first, arrival.unsqueeze(-1))
+    return arrivals.masked_fill_(mass <= 0, torch.inf)
+
+
+def draw_distinct(
+    trees: Trees, n: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw `n` different slots from each tree, exactly as one-by-one draws would.
+
+    Let every slot arrive at a time ~ Exp(mass): the order of arrival is the order of sequential
+    draws without replacement. A node's first arrival is ~ Exp(sum), is that of one child drawn in
+    proportion to mass, and the other children arrive later by independent Exp(mass) (exponentials
+    have no memory). So the first n arrivals are found level by level, keeping n nodes on each:
+    O(n log N) without touching the tree. (Kool et al. 2019, arXiv 1903.06059, section 4.1, do the
+    same with Gumbel variables.)
+
+    Args:
+        trees: the trees.
+        n: how many of each, at most the leaves of a tree.
+        generator: source of the random numbers, on the same device.
+
+    Returns:
+        Slots int64 [S, n] in the order drawn, their masses float32, and bool: False where fewer
+        than n slots have a positive mass, and the first one drawn stands in.
+    """
+    layout = trees.layout
+    tops = layout.tops(trees.sums)
+    arrivals = _exponential((layout.groups, layout.width), trees.device, generator) / tops
+    arrivals = arrivals.masked_fill_(tops <= 0, torch.inf)
+    arrival, best = arrivals.topk(min(n, layout.width), largest=False, sorted=True)
+    node = best + _first_tops(trees)
+    levels = layout.levels(trees.sums)[: layout.height - 1]
+    for children in (*reversed(levels), trees.leaves):
+        arrivals = _arrivals(children, node.flatten(), arrival.flatten(), generator)
+        arrivals = arrivals.view(layout.groups, -1)
+        arrival, best = arrivals.topk(min(n, arrivals.shape[1]), largest=False, sorted=True)
+        node = node.gather(1, best // FANOUT) * FANOUT + best % FANOUT
+    found = arrival.isfinite()
+    slot = torch.where(found, node, node[:, :1]) - trees.starts
+    slot = slot.clamp_(0, layout.capacity - 1)
+    mass = trees.leaves.index_select(0, (slot + trees.starts).flatten()).view(slot.shape)
+    return slot, mass, found
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+def gather(
+    rows: Rows, index: Tensor, *, written: Tensor | int | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """Copy the rows of slots.
+
+    Args:
+        rows: the rings of rows.
+        index: int64 [S, B].
+        written: how many transitions were ever written, int64 [S], or one number for all; None
+            asks for no generations.
+
+    Returns:
+        Contiguous tensors [S, B, ...], in the order of the columns, and the `generations`, int64
+        [S, B].
+    """
+    slot = index.view(rows.groups, -1)
+    row = (slot + rows.starts).flatten()
+    found = [select(column, row).view(*index.shape, *column.shape[1:]) for column in rows.columns]
+    if written is None:
+        return found, None
+    ever = written.unsqueeze(-1) if isinstance(written, Tensor) else written
+    return found, generations(slot, ever, rows.capacity).view(index.shape)
+
+
+_AS = {
+    torch.uint16: torch.int16,
+    torch.uint32: torch.int32,
+    torch.uint64: torch.int64,
+    torch.float8_e4m3fn: torch.uint8,
+    torch.float8_e5m2: torch.uint8,
+}
+"""What torch stores and copies, but does not index: numbers of the same size that it does."""
+
+
+def indexable(column: Tensor) -> Tensor:
+    """The same memory in a dtype whose rows torch can gather and scatter."""
+    dtype = _AS.get(column.dtype)
+    return column if dtype is None else column.view(dtype)
+
+
+def select(column: Tensor, index: Tensor) -> Tensor:
+    """Copies of the rows `index` [B] of a column."""
+    found = indexable(column).index_select(0, index)
+    return found if found.dtype is column.dtype else found.view(column.dtype)
+
+
+def write_rows(
+    rows: Rows,
+    new: Sequence[Tensor],
+    n: int,
+    runs: Runs,
+    *,
+    mask: Tensor | None = None,
+    stamps: Tensor | None = None,
+    index: Tensor | None = None,
+) -> None:
+    """Copy `n` rows for each group into its run of slots: the last of them that fit.
+
+    Args:
+        rows: the rings of rows.
+        new: rows for each column, [S * n, ...], or [...] for a single one.
+        n: rows for each group.
+        runs: first slot and length, around the end of the ring, of each group.
+        mask: bool [S, n]; False leaves a row out.
+        stamps: how often each slot was written, int64 [S * capacity], counted up, with an `index`.
+        index: for the slots, int64 [S, n], n at most the capacity; may be among the new rows.
+    """
+    for s in range(rows.groups):
+        start, length = runs[2 * s : 2 * s + 2]
+        if stamps is not None and index is not None:
+            slot = torch.arange(start, start + length, device=stamps.device)
+            slot.remainder_(rows.capacity)
+            stamps[slot + s * rows.capacity] += 1
+            index.view(rows.groups, -1)[s] = slot
+        head, base = min(length, rows.capacity - start), s * rows.capacity
+        for column, leaf in zip(rows.columns, new, strict=True):
+            if leaf.untyped_storage()._cdata == column.untyped_storage()._cdata:
+                leaf = leaf.clone()  # rows of its own, which are overwritten meanwhile
+            own = leaf.detach().reshape(rows.groups * n, *column.shape[1:])[s * n : (s + 1) * n]
+            own = own if mask is None else own[mask[s].to(own.device)]
+            own = own[n - length :] if mask is None else own[len(own) - length :]
+            column[base + start : base + start + head] = own[:head]
+            if head < length:
+                column[base : base + length - head] = own[head:]
