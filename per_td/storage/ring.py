@@ -227,7 +227,7 @@ class RingStorage:
             start = int(self._host[0]) % self.capacity
             index = torch.arange(start, start + n, device=self.device)
             index = index if start + n <= self.capacity else index.remainder_(self.capacity)
-            return index.view(*self.lead, n)
+            return index.unsqueeze(0) if self.lead else index
         before = self.written.unsqueeze(-1)
         if mask is None:
             return (before + torch.arange(n, device=self.device)).remainder_(self.capacity)

@@ -50,19 +50,20 @@ def gather(
             if not 0 <= slot < rows.capacity:
                 return False
             row[i] = s * rows.capacity + slot
+    known = (options & GENERATION) != 0
+    wrapped = integers(generation, total if known else 0)
     # a few hundred rows at a time: so many the cache holds from the prefetch to the copy
     for begin in range(0, total, _AHEAD):
         some = row[begin : begin + _AHEAD]
         for i in range(some.shape[0]):
             for k in range(rows.count):
                 prefetch(fields[k, 0] + some[i] * fields[k, 1])
+        if known:  # while the rows are on their way
+            for i in range(begin, begin + some.shape[0]):
+                s = i // n if rows.groups > 1 else 0
+                wrapped[i] = (ever[s] - 1 - (row[i] - s * rows.capacity)) // rows.capacity
         for k in range(rows.count):
             pick(place[k] + begin * fields[k, 2], fields[k, 0], fields[k, 1], fields[k, 2], some)
-    if (options & GENERATION) != 0:
-        wrapped = integers(generation, total)
-        for s in range(rows.groups):
-            for i in range(s * n, (s + 1) * n):
-                wrapped[i] = (ever[s] - 1 - (row[i] - s * rows.capacity)) // rows.capacity
     return True
 
 
