@@ -221,7 +221,7 @@ class Trees:
         if self.leaves[self.layout.spare].item() or (
             len(self.raw) and self.raw[self.layout.spare].item()
         ):
-            raise PerTdError("the spare leaf is not empty")
+            raise PerTdError("broken invariant: the spare leaf is empty")
         if len(self.raw) and ((self.raw > 0) != (self.leaves > 0)).any():
             raise PerTdError("masses: expected positive ones just where priorities are positive")
 
