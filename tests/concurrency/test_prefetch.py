@@ -281,6 +281,7 @@ def test_finalizers_do_not_pile_up():
     def alive():
         return len(weakref.finalize._registry)
 
+    gc.collect()  # finalizers of what other tests left must not go meanwhile
     buffer, before = make(prefetch=1), alive()
     buffer.extend(transitions(range(10)))
     for _ in range(5):
