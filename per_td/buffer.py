@@ -231,7 +231,7 @@ class PrioritizedReplayBuffer(ReplayState):
         if example is None:
             return
         try:
-            leaves, _ = self._storage.check(example, batched=False)
+            leaves = self._storage.check_example(example)
         except SchemaError as error:
             raise SchemaError(f"example: {error}") from error
         self._storage.allocate(leaves)
@@ -361,9 +361,22 @@ class PrioritizedReplayBuffer(ReplayState):
                     f"expected batch_size <= {size}, the transitions in the buffer, to draw"
                     f" without replacement, got {n}"
                 )
-        return sample_weighted(
-            self._priorities, n, self.generator, beta=self._beta, written=ring.written, size=size
-        )
+        try:
+            return sample_weighted(
+                self._priorities,
+                n,
+                self.generator,
+                beta=self._beta,
+                written=ring.written,
+                size=size,
+            )
+        except EmptyBufferError:
+            if ring.lead and not (ring.written > 0).all():
+                which = self._priorities.trees.which(ring.written == 0)
+                raise EmptyBufferError(
+                    "expected transitions to sample from in every buffer, got none" + which
+                ) from None
+            raise
 
     def _batch_size(self, batch_size: int | None) -> int:
         """That asked for, or that of the constructor."""

@@ -1,9 +1,9 @@
 """The layout of S wide trees, and the one block of memory that they and their table share.
 
 A tree of fan-out 16. Level 0 is the leaves; node j of level k + 1 has the children 16 j to
-16 j + 15 of level k, so parents are found by a division and children lie side by side in one or two cache
-lines. The levels above the leaves lie one after the other in a single tensor, each padded to whole
-groups of 16 (the root excepted).
+16 j + 15 of level k, so parents are found by a division and children lie side by side in one or two
+cache lines. The levels above the leaves lie one after the other in a single tensor, each padded to
+whole groups of 16 (the root excepted).
 
 Many trees of one size share these levels. Each tree owns `stride` leaves: those below `width` whole
 nodes of the level `height`, its tops. A change in one tree never touches a node of another up to
@@ -20,7 +20,7 @@ from torch import Tensor
 from per_td.errors import PerTdError
 from per_td.memory import Zeros
 
-__all__ = ["ABSENT", "FANOUT", "Block", "Layout"]
+__all__ = ["FANOUT", "Block", "Layout"]
 
 FANOUT = 16
 
@@ -111,10 +111,6 @@ class Layout:
     def starts(self, device: torch.device) -> Tensor:
         """The first leaf of each tree, int64 [S, 1]."""
         return torch.arange(0, self.spare, self.stride, device=device).unsqueeze(-1)
-
-
-ABSENT = ((0,), torch.uint8)
-"""Shape and dtype of a view that a block does without."""
 
 
 class Block:

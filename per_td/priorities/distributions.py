@@ -58,9 +58,9 @@ class Proportional:
         """Return what a state needs beside the priorities and masses of the first `n` slots."""
         return None
 
-    def load(self, trees: Trees, state: dict[str, Any]) -> Tensor:
-        """Take over a `state`; returns its masses."""
-        raise NotImplementedError
+    def load(self, trees: Trees, state: dict[str, Any]) -> Tensor | None:
+        """Take over a `state`; returns its masses, or None: they follow from the priorities."""
+        return None
 
 
 class Rank:
@@ -135,7 +135,7 @@ class Rank:
             "changes": self._changes,
         }
 
-    def load(self, trees: Trees, state: dict[str, Any]) -> Tensor:
+    def load(self, trees: Trees, state: dict[str, Any]) -> Tensor | None:
         """Take over a `state`; returns its masses, float32 [n]."""
         n = self._filled = len(state["mass"])
         self._changes = state["changes"]

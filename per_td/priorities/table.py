@@ -268,7 +268,7 @@ class PriorityTable:
             PriorityError: wrong shape or dtype, NaN, infinite or negative (refused on CUDA).
         """
         priority = validation.as_values("priority", priority, index)
-        valid = validation.require_finite("priority", priority, low=0.0, wanted=mask)
+        valid: Tensor = validation.require_finite("priority", priority, low=0.0, wanted=mask)
         if validation.can_raise(priority):
             return priority
         return torch.where(valid, priority, -1.0)

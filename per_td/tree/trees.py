@@ -10,7 +10,7 @@ from per_td import draws, kernels, validation
 from per_td.errors import EmptyBufferError, PerTdError
 from per_td.kernels import reference
 from per_td.kernels.flags import MINIMA
-from per_td.kernels.layout import ABSENT, Block, Layout
+from per_td.kernels.layout import Block, Layout
 from per_td.memory import Zeros, zeros
 
 __all__ = ["Trees"]
@@ -188,15 +188,16 @@ class Trees:
         if short.any():
             raise EmptyBufferError(
                 f"expected at least {n} transitions of positive priority to draw {n} without"
-                f" replacement, got {int(drawable.min())}{self._which(short)}"
+                f" replacement, got {int(drawable.min())}{self.which(short)}"
             )
 
     def nothing_to_draw(self) -> str:
         """Say in which trees all masses are 0."""
-        which = self._which(~(self.total > 0))
+        which = self.which(~(self.total > 0))
         return f"expected a positive mass to draw from, got only masses of 0{which}"
 
-    def _which(self, wrong: Tensor) -> str:
+    @staticmethod
+    def which(wrong: Tensor) -> str:
         """Name the trees where `wrong` [S] holds, for an error: " in 1 of 3: 2"; "" for one."""
         if len(wrong) == 1:
             return ""

@@ -4,7 +4,8 @@ from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorData
 
 from per_td import SchemaError
-from per_td.storage.ring import RingStorage, flattened, nested
+from per_td.storage.leaves import flattened, nested
+from per_td.storage.ring import RingStorage
 from tests.support.oracle import CAPACITIES, data
 
 
