@@ -374,7 +374,7 @@ class PrioritizedReplayBuffer(ReplayState):
             if ring.lead and not (ring.written > 0).all():
                 which = self._priorities.trees.which(ring.written == 0)
                 raise EmptyBufferError(
-                    "expected transitions to sample from in every buffer, got none" + which
+                    f"expected transitions to sample from in every buffer, got empty ones{which}"
                 ) from None
             raise
 

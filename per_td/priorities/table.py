@@ -244,8 +244,7 @@ class PriorityTable:
 
         The largest in the buffer, or 1 where there is none.
         """
-        each = self.trees.ops.for_new(self.trees, ever_max=self._ever_max)
-        return self._shaped(each)
+        return self._shaped(self.trees.ops.for_new(self.trees, ever_max=self._ever_max))
 
     @property
     def _ever_max(self) -> bool:

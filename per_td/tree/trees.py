@@ -17,7 +17,12 @@ __all__ = ["Trees"]
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
-_NO_EXTREMES: Shapes = dict.fromkeys(("raw", "maxima", "minima", "replayed", "snapshot"), ABSENT)
+_NO_EXTREMES: Shapes = {
+    "raw": ((0,), torch.float32),
+    "maxima": ((0,), torch.float32),
+    "minima": ((0,), torch.float32),
+    "replayed": ((0,), torch.bool),
+}
 
 
 class Trees:
