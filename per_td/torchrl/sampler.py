@@ -279,6 +279,13 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         """Sum of all masses, float64 [], a copy."""
         return self._table.total.clone()
 
+    def stats(self) -> dict[str, int]:
+        """Counters since the start: "stale_updates" and "refused_priorities" (on CUDA)."""
+        return {
+            "stale_updates": self.stale_updates,
+            "refused_priorities": int(self._table.refused),
+        }
+
     def check_valid(self) -> None:
         """Look for damage, in O(N); on CUDA the host waits.
 
