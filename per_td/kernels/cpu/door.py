@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from per_td.errors import PerTdError
 from per_td.kernels import reference
@@ -131,6 +132,7 @@ class _RowsRecord:
         kinds: dtype and numbers per row of each column.
         low, high: bounds of the columns' memory.
         likes: a batch like those that were gathered last.
+        versions: columns whose version counters stand for all: views of one memory share theirs.
     """
 
     def __init__(self, rows: Rows, bases: list[int]) -> None:
@@ -156,6 +158,8 @@ class _RowsRecord:
         self.address, self._memory = record.ctypes.data, (record, fields)
         self.kinds = [(column.dtype, column.shape[1:].numel()) for column in rows.columns]
         self.likes: list[Tensor] = []
+        storages = {column.untyped_storage()._cdata for column in rows.columns}
+        self.versions = rows.columns[:1] if len(storages) == 1 else rows.columns
 
     def empty(self, rows: Rows, shape: torch.Size) -> list[Tensor]:
         """Tensors for rows of this shape; `empty_like` takes half the time of `empty`."""
@@ -376,3 +380,4 @@ def write_rows(
     where = sources.buffer_info()[0], n, runs.buffer_info()[0]
     if not row_kernels.write(record.address, *where, wanted, stamp, at, options):
         raise PerTdError(f"expected runs within {rows.capacity} slots, got {list(runs)}")
+    increment_version(record.versions)  # autograd is told what it cannot see
