@@ -110,7 +110,7 @@ def _possible(own: PerTd, call: str) -> list[Part]:
 
     def fresh() -> None:
         at["index"], at["td_error"] = own.pool.next()
-        at["generation"] = own.buffer._storage.generation(at["index"])
+        at["generation"] = own.buffer.generation_of(at["index"])
 
     for name, run in CALLS[call](own, at).items():
         try:
@@ -138,7 +138,7 @@ def measure(case: Case, *, seed: int) -> tuple[list[Entry], int, float]:
     own = PerTd(point)
     own.cpu = torch.device("cpu")
     own.points = Pool(point)  # points in the tree, in place of TD errors
-    total = own.buffer._priorities.masses.total
+    total = own.buffer.total_mass
     own.points.td_error = torch.rand(len(own.points.index), dtype=torch.float64) * total
     own.buffer.beta = BETA
     entries = [

@@ -1,7 +1,7 @@
 """PrioritizedReplayBuffer: storage and priorities wired together to write, draw and update."""
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -16,13 +16,29 @@ from per_td.replay_state import ReplayState
 from per_td.storage.leaves import Leaves, count, entries_of
 from per_td.storage.ring import RingStorage
 
-__all__ = ["MANY_ALONE", "PrioritizedReplayBuffer"]
+__all__ = ["MANY_ALONE", "Draw", "PrioritizedReplayBuffer"]
 
 MANY_ALONE = (
     "many buffers in one set of tensors cannot be combined with shared, threads or prefetch: call"
     " them from one thread, or make several buffers without num_buffers"
 )
 """What errors say."""
+
+
+class Draw(NamedTuple):
+    """Transitions drawn, with their masses; see `PrioritizedReplayBuffer.draw_leaves`.
+
+    Attributes:
+        slot: where they are, int64 [B].
+        leaves: copies of them by key, [B, ...].
+        generation: to be handed back with an update, int64 [B].
+        mass: their masses, float32 [B].
+    """
+
+    slot: Tensor
+    leaves: Leaves
+    generation: Tensor
+    mass: Tensor
 
 
 class PrioritizedReplayBuffer(ReplayState):
@@ -295,6 +311,16 @@ class PrioritizedReplayBuffer(ReplayState):
         leaves, generation = self._storage.leaves(index)
         return leaves, index, weight, generation
 
+    def draw_leaves(self, batch_size: int | None = None) -> Draw:
+        """`sample_leaves` for a part of a larger buffer: with masses in place of weights.
+
+        The weights follow from the masses when the total of all parts is known. The same random
+        numbers draw the same slots as in `sample`.
+        """
+        slot, _ = self._draw(batch_size)
+        leaves, generation = self._storage.leaves(slot)
+        return Draw(slot, leaves, generation, self._priorities.mass.gather(-1, slot))
+
     def _draw(self, batch_size: int | None) -> tuple[Tensor, Tensor]:
         """Slots and their weights."""
         n, size = self._batch_size(batch_size), len(self)
@@ -319,8 +345,24 @@ class PrioritizedReplayBuffer(ReplayState):
             )
         return validation.positive_int("batch_size", n)
 
+    def generation_of(self, index: Any) -> Tensor:
+        """Generations that a batch would bring if these slots were drawn now.
+
+        Args:
+            index: slots, integers [B].
+
+        Returns:
+            int64 [B]; of a slot that was never written, less than that of any batch.
+
+        Raises:
+            IndexRangeError: an index is not that of a slot (on the CPU).
+        """
+        index = validation.as_index(index, self.device)
+        if validation.can_raise(index):
+            validation.require_in_range(index, self.capacity, "the slots")
+        return self._generation(index)
+
     def _generation(self, index: Tensor) -> Tensor:
-        """Generations that a batch would bring, were the slots `index` drawn now."""
         generation, epoch = self._storage.generation(index), self._storage.epoch
         return generation + epoch if epoch else generation
 
@@ -355,10 +397,6 @@ class PrioritizedReplayBuffer(ReplayState):
             written=self._storage.written,
         )
         self._drop(stale)
-
-    def _drop(self, stale: Tensor | int) -> None:
-        if isinstance(stale, Tensor) or stale:
-            self._stale += stale
 
     def update_tensordict_priority(self, batch: Any) -> None:
         """`update_priority` with "index", "td_error" and "generation" (if any) of a batch [B].

@@ -82,6 +82,32 @@ class ManyBuffers(PrioritizedReplayBuffer):
         return self._priorities.raw.clone()
 
     @property
+    def mass(self) -> Tensor:
+        """Masses of all slots, 0 where nothing is, float32 [S, capacity], a copy."""
+        return self._priorities.mass.clone()
+
+    @property
+    def replayed(self) -> Tensor:
+        """Not for many buffers: they do not keep it.
+
+        Raises:
+            ConfigurationError: always.
+        """
+        raise ConfigurationError(
+            f"replayed: expected one buffer, got num_buffers={self.num_buffers}"
+        )
+
+    def generation_of(self, index: Any) -> Tensor:
+        """Generations that a batch would bring if these slots were drawn now, int64 [S, B].
+
+        `index` is [S, B]; see `PrioritizedReplayBuffer.generation_of`.
+        """
+        index = as_index_each("index", index, self._storage.num_buffers, self.device)
+        if validation.can_raise(index):
+            validation.require_in_range(index.flatten(), self.capacity, "the slots")
+        return self._generation(index)
+
+    @property
     def transitions(self) -> TensorDict | None:
         """All slots, a TensorDict [S, capacity] in the buffers' memory; None before any data.
 

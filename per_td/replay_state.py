@@ -13,6 +13,7 @@ from per_td.checkpoint import file as checkpoint
 from per_td.checkpoint import state as states
 from per_td.copies import Copied
 from per_td.priorities.table import PriorityTable
+from per_td.storage.leaves import Leaves
 from per_td.storage.ring import RingStorage
 
 __all__ = ["ReplayState"]
@@ -207,10 +208,79 @@ class ReplayState(Copied):
         return self._priorities.raw[: len(self)].clone()
 
     @property
+    def mass(self) -> Tensor:
+        """Masses of the filled slots, which draws are in proportion to, float32 [len], a copy."""
+        return self._priorities.mass[: len(self)].clone()
+
+    @property
+    def total_mass(self) -> Tensor:
+        """Sum of all masses, float64 [], a copy; nothing can be drawn where it is 0."""
+        return self._priorities.total.clone()
+
+    @property
+    def smallest_mass(self) -> Tensor:
+        """The smallest positive mass, float32 [], a copy; inf where there is none.
+
+        It is also inf where no weight needs it: unless `weight_normalization` is "buffer".
+        """
+        smallest = self._priorities.smallest
+        if smallest is None:
+            return torch.full_like(self._priorities.total, torch.inf, dtype=torch.float32)
+        return smallest.clone()
+
+    @property
+    def replayed(self) -> Tensor:
+        """Which of the filled slots have been drawn since they were written, bool [len], a copy."""
+        return self._priorities.replayed[: len(self)].clone()
+
+    @property
+    def kernels(self) -> bool:
+        """True where compiled kernels for the CPU are used; see `per_td.kernels`."""
+        return self._priorities.masses.kernels is not None
+
+    @property
     def transitions(self) -> TensorDict | None:
         """The filled slots, a TensorDict [len] in the buffer's memory; None before any data."""
         data = self._storage.data
         return None if data is None else data[: len(self)]
+
+    def filled_leaves(self) -> Leaves:
+        """The filled slots by key, [len, ...], in the buffer's memory."""
+        return self._storage.filled()
+
+    def count_stale(self, updates: int) -> None:
+        """Count updates as stale that were found to be so before they came here.
+
+        Raises:
+            ConfigurationError: the number is negative, or none.
+        """
+        self._drop(validation.integer("updates", updates, 0))
+
+    def _drop(self, stale: Tensor | int) -> None:
+        if isinstance(stale, Tensor) or stale:
+            self._stale += stale
+
+    @torch.no_grad()
+    def check_valid(self) -> None:
+        """Look for damage, in O(N), rank-based in O(N log N); on CUDA the host waits.
+
+        Whatever is handed in and whoever is killed, there should be none: this is for tests, and
+        for bug reports.
+
+        Raises:
+            PerTdError: it names the broken invariant: priorities are finite, not negative and 0
+                beyond the filled slots, masses, sums and extrema follow from them, counts agree.
+        """
+        require, table, lengths = validation.require_valid, self._priorities, self.lengths
+        self._storage.check_valid()
+        table.check_valid()
+        slot = torch.arange(self.capacity, device=self.device)
+        empty = slot >= lengths.unsqueeze(-1)
+        require(not (table.raw.bool() & empty).any(), "priorities beyond the filled slots are 0")
+        if table.ranks is not None:
+            require(table.ranks.filled == len(self), "there are as many ranks as filled slots")
+        require((self._beta >= 0) & (self._beta <= 1), "beta is in [0, 1]")
+        require(self._stale >= 0, "the count of stale updates is at least 0")
 
     def increase_beta(self) -> None:
         """Add `beta_increment` to beta, up to 1 (section 3.4: beta grows to 1 over training)."""

@@ -244,7 +244,7 @@ class TransitionReplayBuffer(Copied):
         buffer, capacity = self.buffer, len(self._drawn)
         if not self._drawn.is_cpu:
             drawn = self._drawn.index_select(0, index.clamp(0, capacity - 1))
-            return torch.minimum(drawn, buffer._generation(index))
+            return torch.minimum(drawn, buffer.generation_of(index))
         if buffer.write_count <= capacity:
             return None
         try:
@@ -253,7 +253,7 @@ class TransitionReplayBuffer(Copied):
             return None
         if drawn.numpy().max(initial=0) < _NEVER:  # as usual, and what is below takes a while
             return drawn
-        return torch.minimum(drawn, buffer._generation(index))
+        return torch.minimum(drawn, buffer.generation_of(index))
 
     def increase_beta(self) -> None:
         """Add `beta_increment` to beta, up to 1; once per episode, as taught."""

@@ -288,6 +288,12 @@ def as_reals(name: str, values: Any, device: torch.device, dtype: torch.dtype) -
     return reals
 
 
+def require_valid(holds: Tensor | bool, invariant: str) -> None:
+    """Raise a PerTdError that names the `invariant` where it does not hold; for `check_valid`."""
+    if not holds:
+        raise PerTdError(f"broken invariant: {invariant}")
+
+
 def require_same_shape(name: str, values: Tensor, index: Tensor) -> None:
     """Refuse with a PriorityError `values` that are not one per index."""
     if values.shape != index.shape:

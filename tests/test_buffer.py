@@ -12,16 +12,20 @@ from per_td import (
     PriorityError,
     SchemaError,
 )
-from tests.support.oracle import CAPACITIES, NaiveBuffer, assert_drawn_from, data
+from tests.support.model import Ring
+from tests.support.oracle import CAPACITIES, assert_drawn_from, data
 
 DRAWS = ("independent", "stratified", "without_replacement")
 
 
-def agree(buffer: PrioritizedReplayBuffer, naive: NaiveBuffer) -> None:
+def agree(buffer: PrioritizedReplayBuffer, naive: Ring) -> None:
     assert len(buffer) == len(naive)
-    assert buffer.priority.tolist() == pytest.approx(naive.priority[: len(naive)], rel=1e-6)
-    assert buffer.transitions["action"].tolist() == naive.slots[: len(naive)]
+    assert buffer.priority.tolist() == pytest.approx(
+        naive.priority[: len(naive)].tolist(), rel=1e-6
+    )
+    assert buffer.transitions["action"].tolist() == naive.item[: len(naive)]
     assert buffer.stats()["stale_updates"] == naive.stale
+    buffer.check_valid()
 
 
 @pytest.mark.parametrize("new_priority", ["buffer_max", "ever_max"])
@@ -35,7 +39,7 @@ def test_random_operations_agree_with_a_naive_buffer(capacity, new_priority, dev
     buffer = PrioritizedReplayBuffer(
         capacity, alpha=0.37, eps=0.01, new_priority=new_priority, device=device
     )
-    naive = NaiveBuffer(capacity, 0.37, 0.01, new_priority)
+    naive = Ring(capacity, alpha=0.37, eps=0.01, new_priority=new_priority)
     batches = []
     for _ in range(60):
         n, k = 1 + below(capacity + 3), naive.written
@@ -74,7 +78,7 @@ def test_batches_carry_what_was_stored_and_the_right_weights(normalization, meth
         method=method,
         device=device,
     )
-    naive = NaiveBuffer(50, 0.37, 0.01)
+    naive = Ring(50, alpha=0.37, eps=0.01)
     buffer.extend(data(0, 70, device))
     naive.extend(range(70))
     td_error = torch.randn(50, generator=torch.Generator().manual_seed(0)) * 3
@@ -83,8 +87,8 @@ def test_batches_carry_what_was_stored_and_the_right_weights(normalization, meth
     batch = buffer.sample()
     index = batch["index"].tolist()
     assert batch.batch_size == (40,)
-    assert batch["action"].tolist() == [naive.slots[i] for i in index]
-    assert batch["next", "reward"].squeeze(-1).tolist() == [naive.slots[i] for i in index]
+    assert batch["action"].tolist() == [naive.item[i] for i in index]
+    assert batch["next", "reward"].squeeze(-1).tolist() == [naive.item[i] for i in index]
     assert batch["generation"].tolist() == [naive.generation[i] for i in index]
     assert batch["priority_weight"].dtype == torch.float32
     expected = naive.weights(index, 0.83, normalization)
@@ -101,7 +105,7 @@ def test_transitions_are_drawn_in_proportion_to_priority_to_the_alpha(
     buffer = PrioritizedReplayBuffer(
         40, alpha=0.6, draw=draw, method=method, device=device, generator=generator
     )
-    naive = NaiveBuffer(40)
+    naive = Ring(40)
     buffer.extend(data(0, 30, device))
     naive.extend(range(30))
     td_error = torch.randn(30, generator=torch.Generator().manual_seed(0)).exp()

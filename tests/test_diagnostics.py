@@ -9,6 +9,7 @@ import torch
 from per_td import PrioritizedReplayBuffer, TransitionReplayBuffer, diagnostics
 from per_td.diagnostics import QUANTILES
 from tests.support.oracle import data
+from tests.support.tables import table
 
 CPU = torch.device("cpu")
 KEYS = {
@@ -35,12 +36,12 @@ def filled(n, capacity=None, *, device="cpu", zeros=0.0, **settings) -> Prioriti
 
 def naive(buffer) -> dict[str, float]:
     """From priorities and the formulas, in numpy."""
-    table, n = buffer._priorities, len(buffer)
-    priority, mass = table.raw[:n].cpu().numpy(), table.masses[:n].cpu().numpy().astype(np.float64)
+    n = len(buffer)
+    priority, mass = buffer.priority.cpu().numpy(), buffer.mass.double().cpu().numpy()
     probability = mass / mass.sum()
     drawable = probability[probability > 0]
     weight = (n * drawable) ** -buffer.beta
-    if table.weight_normalization != "none":
+    if buffer.weight_normalization != "none":
         weight = weight / weight.max()
     number = list(range(buffer.write_count))[-n:]  # of each transition that is left
     age_of_slot = {k % buffer.capacity: buffer.write_count - 1 - k for k in number}
@@ -57,7 +58,7 @@ def naive(buffer) -> dict[str, float]:
         "effective_sample_size": 1 / (probability**2).sum(),
         "effective_share": 1 / (probability**2).sum() / n,
         "top_1_percent_share": np.sort(probability)[-math.ceil(n / 100) :].sum(),
-        "never_replayed_share": 1 - table.replayed[:n].float().mean().item(),
+        "never_replayed_share": 1 - buffer.replayed.float().mean().item(),
         **{f"priority/{key}": np.quantile(priority, q) for key, q in levels},
         **{f"weight/{key}": np.quantile(weight, q) for key, q in levels},
         **{f"age/{key}": drawn_age(q) for key, q in levels},
@@ -191,7 +192,7 @@ def test_what_was_never_replayed_is_what_a_set_says(
         buffer.update_priority(batch["index"], torch.rand(len(batch)), batch["generation"])
         expected = len(never) / len(buffer)
         assert buffer.diagnostics()["never_replayed_share"].item() == pytest.approx(expected)
-        slots = (~buffer._priorities.replayed[: len(buffer)]).nonzero().flatten()
+        slots = (~buffer.replayed).nonzero().flatten()
         assert set(slots.tolist()) == never
 
 
@@ -199,9 +200,9 @@ def test_one_transition_at_a_time_is_told_apart_too():
     buffer = TransitionReplayBuffer(5)
     for k in range(12):
         buffer.push([float(k)], 0, 0.0, [0.0], False)
-        assert not buffer.buffer._priorities.replayed[k % 5]
+        assert not buffer.buffer.replayed[k % 5]
         buffer.sample(100)
-        assert buffer.buffer._priorities.replayed[: len(buffer)].all()
+        assert buffer.buffer.replayed.all()
 
 
 def test_what_was_replayed_is_saved_and_older_states_load_without(tmp_path, device):
@@ -211,7 +212,7 @@ def test_what_was_replayed_is_saved_and_older_states_load_without(tmp_path, devi
     assert 0.5 < share < 1
     buffer.save(tmp_path / "buffer.pt")
     loaded = PrioritizedReplayBuffer.load(tmp_path / "buffer.pt", device=device)
-    assert torch.equal(loaded._priorities.replayed, buffer._priorities.replayed)
+    assert torch.equal(loaded.replayed, buffer.replayed)
     state = buffer.state_dict()
     for key in ("replayed", "ranks"):
         del state[key]
@@ -227,15 +228,16 @@ def test_compiled_draws_are_seen():
     torch._dynamo.reset()
     buffer = filled(40)
     index = torch.compile(buffer.sample, fullgraph=True, backend="aot_eager")(10)["index"]
-    assert buffer._priorities.replayed.nonzero().flatten().tolist() == index.unique().tolist()
+    assert buffer.replayed.nonzero().flatten().tolist() == index.unique().tolist()
     torch._dynamo.reset()
 
 
 def test_a_table_of_another_capacity_remembers_what_was_replayed():
-    buffer = filled(10)
-    buffer._priorities.replayed[:4] = True
+    whole = table(10)
+    whole.write_row(0, 10)
+    whole.replayed[:4] = True
     for capacity in (3, 10, 20):
-        moved = buffer._priorities.moved(capacity, CPU)
+        moved = whole.moved(capacity, CPU)
         assert moved.replayed.sum() == min(capacity, 4)
         assert len(moved.replayed) == capacity
 

@@ -19,9 +19,9 @@ from per_td import (
     kernels,
     validation,
 )
-from tests.support.oracle import NaiveBuffer, assert_drawn_from, data
+from tests.support.model import Ring
+from tests.support.oracle import S, assert_drawn_from, data, numbered
 
-S = 3
 DRAWS = ("independent", "stratified", "without_replacement")
 WAYS = [(draw, method) for draw in DRAWS for method in ("tree", "multinomial")]
 WAYS.remove(("stratified", "multinomial"))
@@ -34,31 +34,27 @@ def choice(request, monkeypatch) -> str:
     return request.param
 
 
-def numbered(start: int, n: int, device="cpu", count: int = S) -> TensorDict:
-    """Transitions [count, n] that can be told apart, also from those of other buffers."""
-    return torch.stack([data(10_000 * s + start, n, device) for s in range(count)])
-
-
 def agree(many: PrioritizedReplayBuffer, singles: list[PrioritizedReplayBuffer]) -> None:
     """Everything that S separate buffers hold, the many hold too."""
-    table = many._priorities
+    many.check_valid()
+    ever_max = many.state_dict()["ever_max"]
     assert len(many) == min(map(len, singles))
     assert many.lengths.tolist() == list(map(len, singles))
     assert many.write_count == sum(single.write_count for single in singles)
     assert many.stats()["stale_updates"] == sum(s.stats()["stale_updates"] for s in singles)
     for s, single in enumerate(singles):
-        n, own = len(single), single._priorities
+        n = len(single)
         assert torch.equal(many.priority[s, :n], single.priority)
         assert (many.priority[s, n:] == 0).all()
-        assert torch.equal(table.masses[s], own.masses[:])
-        torch.testing.assert_close(table.masses.total[s], own.masses.total, rtol=1e-14, atol=0)
-        assert table.for_new_each()[s] == own.for_new()
-        assert table.ever_max_each[s] == own.ever_max
+        assert torch.equal(many.mass[s, :n], single.mass)
+        torch.testing.assert_close(many.total_mass[s], single.total_mass, rtol=1e-14, atol=0)
+        assert many.smallest_mass[s] == single.smallest_mass
+        assert ever_max[s] == single.state_dict()["ever_max"]
         if n:
             assert (many.transitions[s, :n] == single.transitions).all()
     slots = torch.arange(many.capacity, device=many.device)
-    expected = torch.stack([single._storage.generation(slots) for single in singles])
-    assert torch.equal(many._storage.generation(slots.expand(len(singles), -1)), expected)
+    expected = torch.stack([single.generation_of(slots) for single in singles])
+    assert torch.equal(many.generation_of(slots.expand(len(singles), -1)), expected)
 
 
 def pick(random: torch.Generator, *shape: int) -> torch.Tensor:
@@ -162,7 +158,7 @@ def test_batches_hold_what_was_stored_in_their_own_buffer(layout, choice, device
         index = batch["index"][s]
         stored = single.transitions[index]
         assert (batch[s].select(*stored.keys()) == stored).all()
-        assert torch.equal(batch["generation"][s], single._storage.generation(index))
+        assert torch.equal(batch["generation"][s], single.generation_of(index))
     batch["observation"].fill_(-1)
     assert (both.many.transitions["observation"] >= 0).all()
 
@@ -178,7 +174,7 @@ def uneven(draw="independent", method="auto", **settings):
     buffer.update_priority(torch.arange(45).expand(S, -1), td_error, mask=mask)
     naives = []
     for s, n in enumerate((30, 40, 45)):
-        naive = NaiveBuffer(45)
+        naive = Ring(45)
         naive.extend(range(n))
         naive.update(range(n), td_error[s, :n].tolist())
         naives.append(naive)
@@ -368,7 +364,7 @@ def test_where_values_cannot_be_looked_at_wrong_ones_are_refused_and_counted(mon
     buffer.update_priority([[0, 1, 2], [1, -1, 9]], td_error, mask=mask)
     assert buffer.priority.tolist() == [[1, 7, 0, 0], [1, 5, 3, 0]]
     assert buffer.stats()["refused_priorities"] == 6
-    assert buffer._priorities.masses.total.tolist() == [8, 9]
+    assert buffer.total_mass.tolist() == [8, 9]
 
 
 def test_a_mask_goes_with_many_buffers_only():

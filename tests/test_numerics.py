@@ -62,7 +62,7 @@ def test_priorities_from_1e_minus_30_to_1e30_are_drawn_as_the_formula_says(choic
         assert_drawn_from(
             buffer.sample(20_000)["index"], torch.nn.functional.pad(probability, (0, 60 - top))
         )
-        assert float(buffer._priorities.masses.total) == pytest.approx(
+        assert float(buffer.total_mass) == pytest.approx(
             math.fsum(buffer.priority.tolist()), rel=1e-12
         )
         buffer.update_priority(range(max(top - 5, 0), top + 1), [0.0] * (top + 1 - max(top - 5, 0)))

@@ -214,7 +214,7 @@ class BufferMachine(Kernels):
             assert len(set(index)) == len(index)
             assert all(ring.mass[i] > 0 for i in index)
         elif self.given["method"] == "tree":
-            mass = self.masses()[s].double().numpy()
+            mass = self.buffer.mass.view(len(self.rings), -1)[s].double().numpy()
             stratified = self.given["draw"] == "stratified"
             check_drawn(np.array(index), mass, point, stratified=stratified)
 
@@ -321,16 +321,13 @@ class BufferMachine(Kernels):
 
     # --- what always holds ------------------------------------------------------------------------
 
-    def masses(self) -> torch.Tensor:
-        table = self.buffer._priorities
-        return table.masses[:] if self.count else table.masses[:].unsqueeze(0)
-
     @invariant()
     def agree(self):
         if not hasattr(self, "buffer"):
             return
         type(self).steps += 1
-        buffer, table = self.buffer, self.buffer._priorities
+        buffer = self.buffer
+        buffer.check_valid()
         assert len(buffer) == min(map(len, self.rings))
         assert buffer.beta == pytest.approx(self.beta, abs=1e-15)
         assert buffer.stats() == {
@@ -339,33 +336,32 @@ class BufferMachine(Kernels):
             "refused_priorities": 0,
         }
         slots = torch.arange(buffer.capacity)
-        generation = buffer._storage.generation(
-            slots.expand(self.count, -1) if self.count else slots
-        )
-        total = table.masses.total.view(-1)
-        new = table.for_new_each() if self.count else table.for_new().view(1)
+        generation = buffer.generation_of(slots.expand(self.count, -1) if self.count else slots)
+        state = buffer.state_dict()
         for s, ring in enumerate(self.rings):
             assert buffer.alpha == ring.alpha
             assert buffer.eps == ring.eps
-            self.agree_on(s, ring, total[s], new[s])
+            self.agree_on(s, ring)
+            assert state["ever_max"].view(-1)[s] == ring.ever_max
             rows = generation[s] if self.count else generation
             assert rows.tolist() == ring.generation
-        if table.ranks is not None:
-            assert table.ranks.changes == self.rings[0].changes
+        if state["ranks"] is not None:
+            assert state["ranks"]["changes"] == self.rings[0].changes
 
-    def agree_on(self, s, ring, total, new):
-        n, table = len(ring), self.buffer._priorities
+    def agree_on(self, s, ring):
+        n = len(ring)
+        mass = self.buffer.mass[s, :n] if self.count else self.buffer.mass
         priority = self.buffer.priority[s, :n] if self.count else self.buffer.priority
         assert priority.tolist() == ring.priority[:n].tolist()
-        np.testing.assert_allclose(self.masses()[s].numpy(), ring.mass, rtol=1e-6)
-        assert total.item() == pytest.approx(math.fsum(ring.mass), rel=1e-6)
-        assert new.item() == ring.for_new()
-        smallest = table.smallest_each if self.count else table._smallest
-        if smallest is not None and ring.drawable():
-            least = smallest[s] if self.count else smallest.value
-            assert least.item() == pytest.approx(ring.mass[ring.mass > 0].min(), rel=1e-6)
+        np.testing.assert_allclose(mass.numpy(), ring.mass[:n], rtol=1e-6)
+        assert self.buffer.total_mass.view(-1)[s].item() == pytest.approx(
+            math.fsum(ring.mass), rel=1e-6
+        )
+        if self.buffer.weight_normalization == "buffer" and ring.drawable():
+            least = self.buffer.smallest_mass.view(-1)[s].item()
+            assert least == pytest.approx(ring.mass[ring.mass > 0].min(), rel=1e-6)
         if not self.count:
-            assert table.replayed[:n].tolist() == ring.replayed[:n]
+            assert self.buffer.replayed.tolist() == ring.replayed[:n]
         if n:
             held = self.buffer.transitions
             held = held[s, :n] if self.count else held
@@ -487,8 +483,8 @@ class CourseMachine(Kernels):
         assert self.buffer.stats()["stale_updates"] == self.ring.stale
         assert self.buffer.beta == pytest.approx(self.beta)
         assert self.buffer.priority.tolist() == self.ring.priority[:n].tolist()
-        mass = self.buffer.buffer._priorities.masses[:]
-        np.testing.assert_allclose(mass.numpy(), self.ring.mass, rtol=1e-6)
+        np.testing.assert_allclose(self.buffer.buffer.mass.numpy(), self.ring.mass[:n], rtol=1e-6)
+        self.buffer.buffer.check_valid()
 
 
 class TreeMachine(Kernels):
@@ -560,6 +556,7 @@ class TreeMachine(Kernels):
         if not hasattr(self, "tree"):
             return
         type(self).steps += 1
+        self.tree.check_valid()
         assert self.tree[:].tolist() == self.shaped(self.mass).tolist()
         total = self.tree.total.view(-1).numpy()
         np.testing.assert_allclose(total, self.mass.sum(-1), rtol=1e-12)

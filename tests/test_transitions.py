@@ -11,7 +11,7 @@ from per_td import (
     SchemaError,
     TransitionReplayBuffer,
 )
-from tests.support.oracle import NaiveBuffer
+from tests.support.model import Ring
 
 
 def pushed(n: int, capacity: int = 50, device="cpu") -> TransitionReplayBuffer:
@@ -48,7 +48,7 @@ def test_the_courses_loop_runs_as_taught():
     optimizer = torch.optim.Adam(network.parameters())
     gamma = 0.99
     buffer = TransitionReplayBuffer(500)
-    naive = NaiveBuffer(500, 0.6, 0.001)
+    naive = Ring(500, alpha=0.6, eps=0.001)
     torch.manual_seed(0)
     environment.action_space.seed(0)
     for episode in range(12):
@@ -77,7 +77,9 @@ def test_the_courses_loop_runs_as_taught():
             buffer.update_priorities(indices, td_errors)
             naive.update(indices.tolist(), td_errors.tolist())
     assert buffer.beta == pytest.approx(0.4 + 12 * 0.001)
-    assert buffer.priority.tolist() == pytest.approx(naive.priority[: len(naive)], rel=1e-5)
+    assert buffer.priority.tolist() == pytest.approx(
+        naive.priority[: len(naive)].tolist(), rel=1e-5
+    )
 
 
 def test_the_defaults_are_those_of_the_course():

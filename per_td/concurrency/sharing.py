@@ -8,6 +8,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
+from per_td import validation
 from per_td.buffer import MANY_ALONE
 from per_td.checkpoint import state as states
 from per_td.concurrency.mutex import RobustMutex
@@ -335,6 +336,14 @@ class SharedReplayBuffer(LockedReplayBuffer):
         with self._lock:
             self._journal.note(0, self.capacity, self.write_count + self.capacity)
             super().load_state_dict(state)
+
+    def check_valid(self) -> None:
+        """As `PrioritizedReplayBuffer.check_valid`; what a dead process left is repaired before."""
+        with self._lock:
+            validation.require_valid(
+                not self._journal.page[0], "no note of a write is left when it has ended"
+            )
+            super().check_valid()
 
     def stats(self) -> dict[str, int]:
         """As `PrioritizedReplayBuffer.stats`.

@@ -7,7 +7,6 @@ from typing import Any, SupportsIndex, TypeVar
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor
 
 from per_td import validation
 from per_td.buffer import MANY_ALONE, PrioritizedReplayBuffer
@@ -28,6 +27,11 @@ def _alone(method: Callable[..., T]) -> Callable[..., T]:
             return method(self, *args, **given)
 
     return call
+
+
+def _read_alone(view: Any) -> Any:
+    """The property with the buffer's lock held."""
+    return property(_alone(view.fget), doc=view.__doc__)
 
 
 class LockedReplayBuffer(PrioritizedReplayBuffer):
@@ -144,16 +148,20 @@ class LockedReplayBuffer(PrioritizedReplayBuffer):
         with self._lock:
             self._priorities.alpha = value
 
-    def _priority(self) -> Tensor:
-        with self._lock:
-            return super().priority
-
     alpha = property(lambda self: self._priorities.alpha, _set_alpha)
-    priority = property(_priority)
+    priority = _read_alone(PrioritizedReplayBuffer.priority)
+    mass = _read_alone(PrioritizedReplayBuffer.mass)
+    total_mass = _read_alone(PrioritizedReplayBuffer.total_mass)
+    smallest_mass = _read_alone(PrioritizedReplayBuffer.smallest_mass)
+    replayed = _read_alone(PrioritizedReplayBuffer.replayed)
     add = _alone(PrioritizedReplayBuffer.add)
     extend = _alone(PrioritizedReplayBuffer.extend)
     extend_leaves = _alone(PrioritizedReplayBuffer.extend_leaves)
     sample_leaves = _alone(PrioritizedReplayBuffer.sample_leaves)
+    draw_leaves = _alone(PrioritizedReplayBuffer.draw_leaves)
+    generation_of = _alone(PrioritizedReplayBuffer.generation_of)
+    count_stale = _alone(PrioritizedReplayBuffer.count_stale)
+    check_valid = _alone(PrioritizedReplayBuffer.check_valid)
     update_priority = _alone(PrioritizedReplayBuffer.update_priority)
     increase_beta = _alone(PrioritizedReplayBuffer.increase_beta)
     diagnostics = _alone(PrioritizedReplayBuffer.diagnostics)

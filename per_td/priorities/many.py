@@ -65,18 +65,18 @@ class ManyPriorities(PriorityTable):
         return "multinomial" if few else "tree"
 
     @property
-    def largest_each(self) -> Tensor:
+    def largest(self) -> Tensor:
         """The largest priority in each buffer, 0 where there is none, float32 [S]."""
         return self._forest.tops(self._largest.nodes).amax(-1)
 
     @property
-    def smallest_each(self) -> Tensor | None:
+    def smallest(self) -> Tensor | None:
         """The smallest positive mass in each buffer, float32 [S]; None where it is not needed."""
         return None if self._smallest is None else self._forest.tops(self._smallest.nodes).amin(-1)
 
     def for_new_each(self) -> Tensor:
         """Priority of transitions that nobody gave one, in each buffer: [S]; see `for_new`."""
-        known = self.largest_each if self.new_priority == "buffer_max" else self.ever_max_each
+        known = self.largest if self.new_priority == "buffer_max" else self.ever_max_each
         return torch.where(known > 0, known, 1.0)
 
     def check_initial_each(self, priority: Any, plan: Plan) -> Tensor:
@@ -116,7 +116,7 @@ class ManyPriorities(PriorityTable):
             self._write(leaf, priority, kept)
 
     def _note_largest(self) -> None:
-        torch.maximum(self.ever_max_each, self.largest_each, out=self.ever_max_each)
+        torch.maximum(self.ever_max_each, self.largest, out=self.ever_max_each)
 
     def update_each(
         self,
@@ -289,7 +289,7 @@ class ManyPriorities(PriorityTable):
         point = self.masses.points(n, generator)
         index = torch.empty_like(point, dtype=torch.int64)
         weight = torch.empty_like(point, dtype=torch.float32)
-        smallest = self.smallest_each
+        smallest = self.smallest
         by_size = self._weight_normalization == "none"
         empty = compiled().sample(
             *self.masses.memory,
@@ -308,7 +308,7 @@ class ManyPriorities(PriorityTable):
         return None if empty else (index, weight)
 
     def _weights_each(self, mass: Tensor, beta: Tensor, lengths: Tensor) -> Tensor:
-        smallest, normalization = self.smallest_each, self._weight_normalization
+        smallest, normalization = self.smallest, self._weight_normalization
         if normalization == "batch":  # of each row
             smallest, normalization = mass.amin(-1), "buffer"
         return importance_weights(

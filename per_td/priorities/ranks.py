@@ -100,6 +100,17 @@ class RankMasses:
         mass = mass_of(len(self.snapshot) + 1 - below, -alpha)
         return torch.where(priority > 0, mass, 0.0)
 
+    def range_of(self, priority: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        """The least and the largest mass that each of the priorities may have, float32 [B] both.
+
+        They differ where several were equal at the last sort: each of those has its own rank.
+        """
+        last = len(self.snapshot) - torch.searchsorted(self.snapshot, priority.contiguous())
+        most = self.of(priority, alpha)
+        return torch.where(priority > 0, mass_of(last.clamp(min=1), -alpha), 0.0).minimum(
+            most
+        ), most
+
     def grow(self, n: int) -> None:
         """`n` transitions are new."""
         self.filled = min(self.filled + n, len(self.snapshot))

@@ -100,6 +100,29 @@ class PriorityTable:
         return self.masses.slots(self._raw)
 
     @property
+    def mass(self) -> Tensor:
+        """Masses of all slots, float32 [capacity], a view."""
+        return self.masses.slots(self.masses.leaves)
+
+    @property
+    def total(self) -> Tensor:
+        """Sum of all masses, float64 []; not to be written to."""
+        return self.masses.total
+
+    @property
+    def largest(self) -> Tensor:
+        """The largest priority, 0 where there is none, float32 []; not to be written to."""
+        return self._largest.value
+
+    @property
+    def smallest(self) -> Tensor | None:
+        """The smallest positive mass, inf where there is none, float32 []; not to be written to.
+
+        None where it is not kept: unless `weight_normalization` is "buffer".
+        """
+        return None if self._smallest is None else self._smallest.value
+
+    @property
     def replayed(self) -> Tensor:
         """Whether each slot has been drawn since it was written, bool, a view."""
         return self._replayed[: self.masses.layout.capacity]
@@ -404,6 +427,38 @@ class PriorityTable:
             whole[..., : mass.shape[-1]] = mass
             mass = whole
         self._refill(mass)
+
+    def check_valid(self) -> None:
+        """Look for damage, in O(N), rank-based in O(N log N); on CUDA the host waits.
+
+        Raises:
+            PerTdError: it names the broken invariant: priorities are finite, not negative and 0
+                beyond the slots, masses and extrema follow from them, sums from the masses.
+        """
+        require, raw, mass = validation.require_valid, self.raw, self.mass
+        require((raw.isfinite() & (raw >= 0)).all(), "priorities are finite and at least 0")
+        require(
+            self._raw.count_nonzero() == raw.count_nonzero(), "priorities beyond the slots are 0"
+        )
+        self.masses.check_valid()
+        require(((mass > 0) == (raw > 0)).all(), "masses are positive just where priorities are")
+        if self.ranks is None:
+            least = most = mass_of(raw, self._alpha)
+            source = "priority^alpha"
+        else:
+            require((self.ranks.snapshot.diff() >= 0).all(), "the snapshot of ranks is in order")
+            least, most = self.ranks.range_of(raw, self._alpha)
+            source = "the ranks at the last sort"
+        near = (mass >= least * (1 - 1e-5)) & (mass <= most.double() * (1 + 1e-5))
+        require(near.all(), f"masses follow from {source}")
+        self._largest.check_valid("maxima")
+        if self._smallest is not None:
+            self._smallest.check_valid("minima")
+        known = self.ever_max
+        require(known.isfinite() & (known >= 0), "the largest priority ever is finite")
+        require(self.refused >= 0, "the count of refused priorities is at least 0")
+        told = self._settings.tolist()
+        require(told == [self._alpha, self._eps], "alpha and eps are the same for all kernels")
 
     def sort(self) -> None:
         """Give every priority its exact rank, in O(N log N); nothing to do where there are none."""

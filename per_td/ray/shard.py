@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from tensordict import TensorDict
 
-from per_td import part
 from per_td.buffer import PrioritizedReplayBuffer
 from per_td.errors import CheckpointError
 from per_td.ray import wire
@@ -104,8 +103,8 @@ class Shard:
         self._serial += 1
         stats = self._buffer.stats()
         return Report(
-            part.total_mass(self._buffer),
-            part.smallest_mass(self._buffer),
+            float(self._buffer.total_mass),
+            float(self._buffer.smallest_mass),
             len(self._buffer),
             stats["written"],
             stats["stale_updates"],
@@ -133,9 +132,9 @@ class Shard:
 
     def sample(self, n: int) -> Drawn | Report:
         """Draw `n` transitions; only a report where there is nothing to draw."""
-        if not part.total_mass(self._buffer) > 0:
+        if not self._buffer.total_mass > 0:
             return self.report()
-        drawn = part.draw(self._buffer, n)
+        drawn = self._buffer.draw_leaves(n)
         packed = wire.pack(drawn.leaves)
         told = wire.array(drawn.generation) + (self._epoch << _EPOCH_BITS)
         return Drawn(self.report(), packed, wire.array(drawn.slot), told, wire.array(drawn.mass))
@@ -149,7 +148,7 @@ class Shard:
         if generation is not None:
             # Of another epoch, an index may lie beyond what the shard holds now: so here, not below
             live = (generation >> _EPOCH_BITS) == self._epoch
-            part.count_stale(self._buffer, int((~live).sum()))
+            self._buffer.count_stale(int((~live).sum()))
             index, td_error = index[live], td_error[live]
             generation = generation[live] & ((1 << _EPOCH_BITS) - 1)
         if len(index):
@@ -174,7 +173,7 @@ class Shard:
 
     def transitions(self) -> Packed:
         """All transitions, [size], in the order of their slots."""
-        return wire.pack(part.transitions(self._buffer))
+        return wire.pack(self._buffer.filled_leaves())
 
     def checkpoint(self) -> None:
         """Write the whole state to the folder, and begin a new log.

@@ -260,6 +260,29 @@ class RingStorage:
         """The filled part of every column, views [len, ...]."""
         return {key: column[: len(self)] for key, column in self._columns.items()}
 
+    def check_valid(self) -> None:
+        """Look for damage; on CUDA the host waits.
+
+        Raises:
+            PerTdError: it names the broken invariant: counts are in range and agree, and there is
+                a row of memory for every slot.
+        """
+        require = validation.require_valid
+        self._check_counts()
+        require(self.epoch >= 0, "the offset of generations is at least 0")
+        require(self.written_before >= 0, "the count before the last move is at least 0")
+        require(
+            not self._columns or list(self._columns) == list(self._schema.fields),
+            "there is one column per key",
+        )
+        for key, column in self._columns.items():
+            require(len(column) == self._rows, f"{named(key)} has memory for {self._rows} rows")
+
+    def _check_counts(self) -> None:
+        require = validation.require_valid
+        require(self._written >= 0, "the write count is at least 0")
+        require(self._write_count == self._written, "the write counts here and there agree")
+
     def gather(self, index: Tensor) -> tuple[list[Tensor], Tensor]:
         """Copies of the transitions in the slots `index` [B], and their `generation`.
 

@@ -204,6 +204,9 @@ class Rings(RingStorage):
         longest = int(self.lengths.max())
         return {key: self._each(column)[:, :longest] for key, column in self._columns.items()}
 
+    def _check_counts(self) -> None:
+        validation.require_valid((self._written_each >= 0).all(), "write counts are at least 0")
+
     def check_state(self, leaves: Leaves) -> None:
         """Whether `restore` will take the leaves; raises SchemaError."""
         self.flat(leaves, next(iter(leaves.values())).shape[:2])

@@ -270,6 +270,32 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         return self._table.raw.clone()
 
     @property
+    def mass(self) -> Tensor:
+        """Masses of all slots, which draws are in proportion to, float32 [max_capacity], a copy."""
+        return self._table.mass.clone()
+
+    @property
+    def total_mass(self) -> Tensor:
+        """Sum of all masses, float64 [], a copy."""
+        return self._table.total.clone()
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start: "stale_updates" and "refused_priorities" (on CUDA)."""
+        return {
+            "stale_updates": self.stale_updates,
+            "refused_priorities": int(self._table.refused),
+        }
+
+    def check_valid(self) -> None:
+        """Look for damage, in O(N); on CUDA the host waits.
+
+        Raises:
+            PerTdError: it names the broken invariant; see `PrioritizedReplayBuffer.check_valid`.
+        """
+        self._table.check_valid()
+        validation.require_valid(self._stale >= 0, "the count of stale updates is at least 0")
+
+    @property
     def default_priority(self) -> float | Tensor:
         """What new elements get, to be handed to `update_priority`: in its unit, and without eps.
 

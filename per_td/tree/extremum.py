@@ -60,3 +60,7 @@ class ExtremumTree:
     def refresh_all(self) -> None:
         """Take up whatever was written, in O(N)."""
         reference.refresh_all(self.leaves, self._levels, self._reduce)
+
+    def check_valid(self, name: str) -> None:
+        """Compare every node with its children, in O(N); see `reference.check_nodes`."""
+        reference.check_nodes(name, self.leaves, self._levels, self._reduce, padding=self._none)

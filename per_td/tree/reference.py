@@ -9,9 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from per_td import validation
 from per_td.tree.layout import FANOUT
 
 __all__ = [
+    "check_nodes",
     "draw_distinct",
     "draw_distinct_each",
     "find",
@@ -66,6 +68,38 @@ def refresh_all(leaves: Tensor, levels: list[Tensor], reduce: Reduce) -> None:
     for level in levels:
         groups = children.view(-1, FANOUT)
         level[: groups.shape[0]] = reduce(groups)
+        children = level
+
+
+def check_nodes(
+    name: str,
+    leaves: Tensor,
+    levels: list[Tensor],
+    reduce: Reduce,
+    *,
+    padding: float = 0.0,
+    rtol: float = 0.0,
+) -> None:
+    """Compare every node with what its children give, in O(N); the host waits for the device.
+
+    Args:
+        name: of the nodes, for the error.
+        leaves, levels, reduce: as for `refresh_all`.
+        padding: value of the nodes without children.
+        rtol: how far the last bits may be off, relatively.
+
+    Raises:
+        PerTdError: a node does not follow from its children.
+    """
+    children = leaves
+    for height, level in enumerate(levels, 1):
+        groups = children.view(-1, FANOUT)
+        expected = torch.full_like(level, padding)
+        expected[: groups.shape[0]] = reduce(groups)
+        validation.require_valid(
+            torch.isclose(level, expected, rtol=rtol, atol=0.0).all(),
+            f"every node of the {name} follows from its 16 children; level {height} does not",
+        )
         children = level
 
 

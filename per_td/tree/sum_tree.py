@@ -126,6 +126,22 @@ class SumTree(Copied):
                 f"index: expected one into masses of shape {list(masses.shape)}, got {index!r}"
             ) from error
 
+    def check_valid(self) -> None:
+        """Look for damage, in O(N); on CUDA the host waits.
+
+        Raises:
+            PerTdError: it names the broken invariant: masses are finite, not negative and 0 beyond
+                the slots, and every sum follows from its children.
+        """
+        leaves, slots = self.leaves, self.slots(self.leaves)
+        validation.require_valid(
+            (leaves.isfinite() & (leaves >= 0)).all(), "masses are finite and at least 0"
+        )
+        validation.require_valid(
+            leaves.count_nonzero() == slots.count_nonzero(), "masses beyond the slots are 0"
+        )
+        reference.check_nodes("sums", leaves, self.levels, reference.sum_children, rtol=1e-12)
+
     def slots(self, leaves: Tensor) -> Tensor:
         """Of a column over all leaves, [leaf_slots], those that are slots: a view [capacity]."""
         return leaves[: self.capacity]

@@ -4,39 +4,9 @@ from tensordict import TensorDict
 
 from per_td import CheckpointError, PrioritizedReplayBuffer, SchemaError
 from per_td.checkpoint import file as checkpoint
+from tests.support.checkpoints import draws, same, used
 from tests.support.oracle import data
 from tests.support.processes import handed_over, shared, torn, transitions
-
-
-def used(device="cpu", generator=None, **settings) -> PrioritizedReplayBuffer:
-    """A buffer that has wrapped, with uneven priorities, a stale update and settings of its own."""
-    settings = {"alpha": 0.37, "beta": 0.5, "eps": 0.01, "beta_increment": 0.125, **settings}
-    buffer = PrioritizedReplayBuffer(20, 8, device=device, generator=generator, **settings)
-    buffer.extend(data(0, 15, device))
-    batch = buffer.sample()
-    buffer.extend(data(15, 15, device))
-    td_error = torch.linspace(0.1, 9, 8)
-    buffer.update_priority(batch["index"], td_error, batch["generation"])
-    buffer.update_priority(range(8), td_error)
-    buffer.increase_beta()
-    return buffer
-
-
-def same(a: PrioritizedReplayBuffer, b: PrioritizedReplayBuffer) -> None:
-    assert (a.transitions.cpu() == b.transitions.cpu()).all()
-    assert torch.equal(a.priority.cpu(), b.priority.cpu())
-    for name in ("alpha", "beta", "eps", "beta_increment", "capacity", "batch_size", "draw"):
-        assert getattr(a, name) == getattr(b, name), name
-    assert a.stats() == b.stats()
-
-
-def draws(buffer: PrioritizedReplayBuffer) -> list:
-    out = []
-    for _ in range(3):
-        batch = buffer.sample()
-        out.append((batch["action"].tolist(), batch["priority_weight"].tolist()))
-        buffer.update_priority(batch["index"], batch["action"].float(), batch["generation"])
-    return out
 
 
 @pytest.mark.parametrize(
@@ -180,9 +150,10 @@ def test_masses_are_those_saved_to_the_last_bit(tmp_path):
     buffer.extend(data(0, 200_000).select("action"))
     buffer.update_priority(range(200_000), torch.randn(200_000).mul(8).exp())
     buffer.save(tmp_path / "x")
-    masses, loaded = buffer._priorities.masses, PrioritizedReplayBuffer.load(tmp_path / "x")
-    assert torch.equal(loaded._priorities.masses[:], masses[:])
-    assert torch.equal(loaded._priorities.masses.nodes, masses.nodes)
+    loaded = PrioritizedReplayBuffer.load(tmp_path / "x")
+    assert torch.equal(loaded.mass, buffer.mass)
+    assert torch.equal(loaded.total_mass, buffer.total_mass)
+    loaded.check_valid()
 
 
 @pytest.mark.parametrize(

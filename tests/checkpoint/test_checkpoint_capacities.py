@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from per_td import PrioritizedReplayBuffer, kernels
-from tests.support.oracle import data
-from tests.test_many_buffers import S, numbered
+from tests.support.model import Ring
+from tests.support.oracle import S, data, numbered
 
 SIZES = (1, 2, 5, 7, 16, 20, 33)
 
@@ -19,26 +19,15 @@ def choice(request, monkeypatch) -> str:
     return request.param
 
 
-class Naive:
-    """Transitions by number with their priorities, the newest last."""
-
-    def __init__(self, capacity):
-        self.capacity, self.items = capacity, []
-
-    def extend(self, items):
-        self.items = (self.items + items)[-self.capacity :]
-
-    def moved(self, capacity):
-        other = Naive(capacity)
-        other.extend(self.items)
-        return other
-
-
 def held(buffer, s=None):
     """What a buffer holds, oldest first: numbers with their priorities."""
-    storage, length = buffer._storage, int(buffer.lengths if s is None else buffer.lengths[s])
-    ever = torch.as_tensor(storage.ring_count()).reshape(-1)[s or 0]
-    order = [int(k) % buffer.capacity for k in range(int(ever) - length, int(ever))]
+    length = int(buffer.lengths if s is None else buffer.lengths[s])
+    slots = torch.arange(buffer.capacity)
+    if s is None:
+        generation = buffer.generation_of(slots)
+    else:
+        generation = buffer.generation_of(slots.expand(buffer.num_buffers, -1))[s]
+    order = sorted(range(length), key=lambda i: (int(generation[i]), i))
     rows = buffer.transitions if s is None else buffer.transitions[s]
     priority = buffer.priority if s is None else buffer.priority[s]
     return [(int(rows["action"][i]), float(priority[i])) for i in order]
@@ -49,23 +38,23 @@ def test_the_newest_transitions_move_with_their_priorities_in_their_order(old, c
     chance = random.Random(old)
     for new in SIZES:
         for written in (1, old // 2 + 1, old, old + 1, 2 * old + 3):
-            buffer, naive = PrioritizedReplayBuffer(old, eps=0.0), Naive(old)
+            buffer, ring = PrioritizedReplayBuffer(old, eps=0.0), Ring(old, eps=0.0)
             for k in range(written):
                 priority = float(chance.randrange(1, 100))
                 buffer.extend(data(k, 1), priority=[priority])
-                naive.extend([(k, priority)])
+                ring.extend([k], [priority])
             other = PrioritizedReplayBuffer(new)
             other.extend(data(500, 2))
             other.load_state_dict(buffer.state_dict())
-            naive = naive.moved(new)
-            assert held(other) == naive.items
-            assert other._priorities.raw[len(naive.items) :].sum() == 0
+            ring = ring.moved(new)
+            assert held(other) == ring.oldest_first()
+            other.check_valid()
             assert other.stats()["written"] == other.write_count == written
-            assert other._priorities.masses.total > 0
+            assert other.total_mass > 0
             for k in range(written, written + 3):
                 other.extend(data(k, 1), priority=[2.0])
-                naive.extend([(k, 2.0)])
-                assert held(other) == naive.items
+                ring.extend([k], [2.0])
+                assert held(other) == ring.oldest_first()
             assert other.write_count == written + 3
 
 
@@ -124,23 +113,23 @@ def test_batches_drawn_after_a_move_are_updated(choice):
 @pytest.mark.parametrize("new", [3, 20, 64])
 def test_each_of_many_buffers_moves_on_its_own(new, choice, tmp_path):
     buffers = PrioritizedReplayBuffer(10, num_buffers=S, eps=0.0)
-    naive = [Naive(10) for _ in range(S)]
+    rings = [Ring(10, eps=0.0) for _ in range(S)]
     running = torch.tensor([[True] * 25, [True] * 4 + [False] * 21, [True] * 10 + [False] * 15])
     priority = torch.arange(1.0, 26.0).expand(S, -1)
     buffers.extend(numbered(0, 25), priority=priority, mask=running)
     before = buffers.sample(8)
     for s in range(S):
         n = int(running[s].sum())
-        naive[s].extend([(10_000 * s + k, k + 1.0) for k in range(n)])
+        rings[s].extend([10_000 * s + k for k in range(n)], [k + 1.0 for k in range(n)])
     buffers.save(tmp_path / "x")
     moved = PrioritizedReplayBuffer.load(tmp_path / "x", capacity=new)
-    naive = [one.moved(new) for one in naive]
+    rings = [ring.moved(new) for ring in rings]
     assert moved.write_count == 39
     for k in range(25, 28):
-        assert [held(moved, s) for s in range(S)] == [one.items for one in naive]
+        assert [held(moved, s) for s in range(S)] == [ring.oldest_first() for ring in rings]
         moved.extend(numbered(k, 1), priority=torch.full((S, 1), 3.0))
         for s in range(S):
-            naive[s].extend([(10_000 * s + k, 3.0)])
+            rings[s].extend([10_000 * s + k], [3.0])
     inside = before["index"] < moved.lengths.unsqueeze(-1)
     error = 1000.0 + before["action"]
     moved.update_priority(before["index"], error, before["generation"], mask=inside)
@@ -154,13 +143,13 @@ def test_each_of_many_buffers_moves_on_its_own(new, choice, tmp_path):
 def test_ranks_are_exact_after_a_move_and_flags_move_along():
     buffer = PrioritizedReplayBuffer(6, prioritization="rank", sort_interval=100)
     buffer.extend(data(0, 9), priority=torch.tensor([1.0, 1, 1, 5, 2, 9, 3, 4, 7]))
-    buffer._priorities.replayed[:] = torch.tensor([1, 0, 0, 0, 0, 1], dtype=torch.bool)
     other = PrioritizedReplayBuffer(4, prioritization="rank", sort_interval=100)
-    other.load_state_dict(buffer.state_dict())
+    replayed = torch.tensor([True, False, False, False, False, True])
+    other.load_state_dict(buffer.state_dict() | {"replayed": replayed})
     assert other.priority.tolist() == [9, 3, 4, 7]
-    ranks = (other._priorities.masses[:].double() ** (-1 / 0.7)).round().tolist()
+    ranks = (other.mass.double() ** (-1 / 0.7)).round().tolist()
     assert ranks == [1, 4, 3, 2]
-    assert other._priorities.replayed.tolist() == [True, True, False, False]
+    assert other.replayed.tolist() == [True, True, False, False]
     assert other.diagnostics()["age/max"] == 3
 
 
@@ -189,4 +178,4 @@ def test_a_state_goes_to_cuda_and_back(tmp_path):
     there.save(tmp_path / "x")
     back = PrioritizedReplayBuffer.load(tmp_path / "x", device="cpu")
     assert held(back) == held(buffer)
-    assert torch.equal(back._priorities.masses[:], buffer._priorities.masses[:])
+    assert torch.equal(back.mass, buffer.mass)

@@ -4,9 +4,6 @@ import os
 import random
 import signal
 import struct
-import subprocess
-import sys
-import textwrap
 import threading
 import time
 import zlib
@@ -18,11 +15,10 @@ import torch
 from per_td import CheckpointError, PrioritizedReplayBuffer, TransitionReplayBuffer
 from per_td.checkpoint import atomic
 from per_td.checkpoint import file as checkpoint
-from tests.checkpoint.test_checkpoint import draws, same, used
+from tests.support.checkpoints import draws, run, same, used
 from tests.support.oracle import data
 
 DTYPES = sorted(checkpoint._DTYPES.values(), key=str)
-ROOT = Path(__file__).parents[2]
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
 
 
@@ -259,18 +255,6 @@ def test_a_save_reaches_the_disk_before_and_after_it_is_renamed(tmp_path, monkey
     assert os.listdir("/proc/self/fd") == opened
 
 
-def run(code: str, *arguments: object, **how) -> subprocess.Popen:
-    """Another process that runs `code`, with this package."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PER_TD_KERNELS": "off"}
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        **how,
-    )
-
-
 SAVES = """
     import sys, torch
     from tensordict import TensorDict
@@ -376,8 +360,11 @@ def test_a_full_disk_reaches_the_user_and_the_old_file_stays(tmp_path):
 def test_a_save_does_not_copy_the_transitions(tmp_path, monkeypatch):
     buffer = PrioritizedReplayBuffer(1000, layout="columns")
     buffer.extend(data(0, 1000))
-    state = buffer._state(copy=False)
-    column = buffer._storage._columns["observation",]
+    column, written = buffer.transitions["observation"], []
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", lambda path, state: written.append(state))
+        buffer.save(tmp_path / "x")
+    (state,) = written
     assert state["transitions"]["observation"].data_ptr() == column.data_ptr()
     copied = buffer.state_dict()["transitions"]["observation"]
     assert copied.data_ptr() != column.data_ptr()

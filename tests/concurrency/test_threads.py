@@ -13,7 +13,6 @@ import torch
 from per_td import PrioritizedReplayBuffer
 from per_td.concurrency.threads import LockedReplayBuffer
 from per_td.errors import ConfigurationError, SchemaError
-from tests.concurrency.test_processes import assert_consistent
 from tests.support.processes import deadline, initial, learn, shared, torn, transitions
 
 
@@ -62,7 +61,7 @@ def test_a_thread_that_extends_beside_a_learner_tears_nothing(kind, layout):
     assert torn(buffer.transitions) == 0
     newest = buffer.write_count - torch.arange(300, 0, -1)
     assert torch.equal(buffer.transitions["id"].sort().values, newest)
-    assert_consistent(buffer)
+    buffer.check_valid()
     if kind == "prefetch":
         buffer.close()
 

@@ -248,14 +248,14 @@ said = [str(w.message) for w in caught if issubclass(w.category, per_td.KernelWa
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("", "assert said == [] and 'numba' in sys.modules and buffer._storage.kernels"),
+        ("", "assert said == [] and 'numba' in sys.modules and buffer.kernels"),
         (
             "import sys; sys.modules['numba'] = None",
             "assert len(said) == 1 and 'numba cannot be imported' in said[0], said",
         ),
         pytest.param(
             "import os; os.environ['PER_TD_KERNELS'] = 'off'",
-            "assert said == [] and 'numba' not in sys.modules and not buffer._storage.kernels",
+            "assert said == [] and 'numba' not in sys.modules and not buffer.kernels",
             marks=pytest.mark.slow,
         ),
     ],

@@ -76,9 +76,8 @@ def test_replays_draw_anew_and_leave_what_plain_calls_leave(buffer):
     drawn = torch.cat(drawn).unique()
     expected = drawn / 100 + buffer.eps
     torch.testing.assert_close(buffer.priority[drawn], expected, rtol=1e-6, atol=0)
-    table = buffer._priorities
-    mass = table.raw.double() ** buffer.alpha * (table.raw > 0)
-    torch.testing.assert_close(table.masses.total, mass.sum(), rtol=1e-6, atol=0)
+    mass = buffer.priority.double() ** buffer.alpha * (buffer.priority > 0)
+    torch.testing.assert_close(buffer.total_mass, mass.sum(), rtol=1e-6, atol=0)
     assert buffer.stats()["stale_updates"] == buffer.stats()["refused_priorities"] == 0
 
 

@@ -8,21 +8,7 @@ from per_td import ConfigurationError, EmptyBufferError, IndexRangeError, Priori
 from per_td.priorities import kernel_calls as priority_kernels
 from per_td.priorities.sampling import sample, weights
 from per_td.priorities.table import PriorityTable
-
-ALPHA, EPS = 0.37, 0.01
-
-
-def table(capacity=8, device="cpu", **settings) -> PriorityTable:
-    settings = {
-        "alpha": ALPHA,
-        "eps": EPS,
-        "draw": "independent",
-        "method": "auto",
-        "weight_normalization": "batch",
-        "new_priority": "buffer_max",
-        **settings,
-    }
-    return PriorityTable(capacity, device=torch.device(device), **settings)
+from tests.support.tables import ALPHA, EPS, table
 
 
 def slots(*index, device="cpu") -> torch.Tensor:
@@ -32,7 +18,8 @@ def slots(*index, device="cpu") -> torch.Tensor:
 def check_masses(priorities: PriorityTable) -> None:
     """Masses are p^alpha of the raw priorities, and nothing else."""
     naive = [p**priorities.alpha if p > 0 else 0.0 for p in priorities.raw.tolist()]
-    assert priorities.masses[:].tolist() == pytest.approx(naive, rel=1e-5)
+    assert priorities.mass.tolist() == pytest.approx(naive, rel=1e-5)
+    priorities.check_valid()
 
 
 def test_the_first_transitions_get_priority_one(device):
@@ -96,7 +83,7 @@ def test_alpha_can_change_at_any_time_and_nothing_is_lost(device):
         priorities.alpha = alpha
         check_masses(priorities)
         assert priorities.masses.total.item() == pytest.approx(
-            math.fsum(priorities.masses[:].tolist()), rel=1e-12
+            math.fsum(priorities.mass.tolist()), rel=1e-12
         )
 
 
@@ -134,11 +121,11 @@ def test_a_priority_of_zero_is_never_drawn(alpha, device, generator):
 def test_wrong_updates_are_refused_by_name_and_change_nothing(index, td_error, error, message):
     priorities = table(weight_normalization="buffer")
     priorities.write_new(slots(0, 1, 2), None)
-    state = [priorities.raw.clone(), priorities.masses[:].clone(), priorities.ever_max.clone()]
+    state = [priorities.raw.clone(), priorities.mass.clone(), priorities.ever_max.clone()]
     with pytest.raises(error, match=message):
         priorities.update(slots(*index), td_error, 3, None)
     assert torch.equal(priorities.raw, state[0])
-    assert torch.equal(priorities.masses[:], state[1])
+    assert torch.equal(priorities.mass, state[1])
     assert priorities.ever_max == state[2]
 
 
@@ -210,8 +197,10 @@ def test_the_smallest_priority_is_known_from_when_it_is_asked_for(device):
 
 
 def same(one: PriorityTable, other: PriorityTable) -> bool:
-    pairs = ((one._raw, other._raw), (one.masses.nodes, other.masses.nodes))
-    return all(torch.equal(*pair) for pair in pairs)
+    one.check_valid()
+    other.check_valid()
+    names = ("raw", "mass", "total", "largest", "ever_max", "replayed", "refused")
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)
 
 
 @pytest.mark.parametrize(

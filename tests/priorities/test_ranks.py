@@ -13,23 +13,28 @@ from per_td import (
     TransitionReplayBuffer,
 )
 from per_td.priorities.ranks import RankMasses, order_of
-from tests.support.oracle import NaiveBuffer, assert_drawn_from, data
+from tests.support.model import Ring
+from tests.support.oracle import assert_drawn_from, data
+from tests.support.tables import table
 
 DRAWS = ("independent", "stratified", "without_replacement")
 ALPHA = 0.7
 
 
-class NaiveRankBuffer(NaiveBuffer):
-    """Every rank from a full sort, ties by position."""
-
-    def masses(self):
-        order = sorted(range(self.capacity), key=lambda i: (-self.priority[i], i))
-        rank = {slot: k for k, slot in enumerate(order, 1)}
-        return [rank[i] ** -self.alpha if p > 0 else 0.0 for i, p in enumerate(self.priority)]
-
-
 def ranked(capacity=50, *, device="cpu", **settings) -> PrioritizedReplayBuffer:
     return PrioritizedReplayBuffer(capacity, device=device, prioritization="rank", **settings)
+
+
+def sort(buffer) -> None:
+    """Have the masses follow from the exact order: a new alpha does."""
+    alpha = buffer.alpha
+    buffer.alpha = alpha + 1
+    buffer.alpha = alpha
+
+
+def changes(buffer) -> int:
+    """How many priorities have changed since the last sort."""
+    return buffer.state_dict()["ranks"]["changes"]
 
 
 def filled(priority, capacity=None, *, device="cpu", **settings) -> PrioritizedReplayBuffer:
@@ -37,12 +42,12 @@ def filled(priority, capacity=None, *, device="cpu", **settings) -> PrioritizedR
     priority = torch.as_tensor(priority, dtype=torch.float32)
     buffer = ranked(capacity or len(priority), device=device, eps=0.0, **settings)
     buffer.extend(data(0, len(priority), device), priority)
-    buffer._priorities.sort()
+    sort(buffer)
     return buffer
 
 
 def masses(buffer) -> torch.Tensor:
-    return buffer._priorities.masses[: len(buffer)].cpu()
+    return buffer.mass.cpu()
 
 
 def ranks(buffer) -> list[int]:
@@ -74,7 +79,7 @@ def test_sorted_at_every_change_it_is_a_buffer_that_sorts(capacity, normalizatio
     """Random operations in lockstep: wrap-around, ties, zeros, repeated indices, stale updates."""
     settings = {"sort_interval": 1, "weight_normalization": normalization, "alpha": 0.9}
     buffer = ranked(capacity, device=device, eps=0.0, **settings)
-    naive = NaiveRankBuffer(capacity, alpha=0.9, eps=0.0)
+    naive = Ring(capacity, alpha=0.9, eps=0.0, rank=True, sort_interval=1)
     for step in range(25):
         n = int(torch.randint(1, capacity + 3, ()))
         given = (torch.rand(n) * 4).floor() / 2 if step % 3 == 0 else None
@@ -86,17 +91,12 @@ def test_sorted_at_every_change_it_is_a_buffer_that_sorts(capacity, normalizatio
         generation = torch.tensor([naive.generation[i] - (k % 4 == 0) for k, i in enumerate(index)])
         buffer.update_priority(index, td_error, generation)
         naive.update(index.tolist(), td_error.tolist(), generation.tolist())
-        assert buffer.priority.tolist() == pytest.approx(naive.priority[: len(naive)])
-        assert masses(buffer).tolist() == pytest.approx(naive.masses()[: len(naive)], rel=1e-6)
+        assert buffer.priority.tolist() == pytest.approx(naive.priority[: len(naive)].tolist())
+        assert masses(buffer).tolist() == pytest.approx(naive.mass[: len(naive)].tolist(), rel=1e-6)
+        buffer.check_valid()
         if max(naive.priority) > 0:
             batch = buffer.sample(6)
-            drawn = batch["index"].tolist()
-            expected = naive.weights(drawn, buffer.beta, "batch")
-            if normalization != "batch":
-                p = naive.probabilities()
-                raw = [(len(naive) * q) ** -buffer.beta for q in p if q > 0]
-                unit = max(raw) if normalization == "buffer" else 1.0
-                expected = [(len(naive) * p[i]) ** -buffer.beta / unit for i in drawn]
+            expected = naive.weights(batch["index"].tolist(), buffer.beta, normalization)
             assert batch["priority_weight"].tolist() == pytest.approx(expected, rel=1e-5)
     assert buffer.stats()["stale_updates"] == naive.stale > 0
 
@@ -110,8 +110,8 @@ def test_draws_follow_the_ranks(draw, method, device, generator):
     priority = torch.rand(60).square()
     priority[::7] = 0.0
     buffer = filled(priority, 80, device=device, draw=draw, method=method, generator=generator)
-    naive = NaiveRankBuffer(60, alpha=ALPHA)
-    naive.priority = priority.tolist()
+    naive = Ring(60, alpha=ALPHA, rank=True, sort_interval=1)
+    naive.extend(range(60), priority.tolist())
     assert_drawn_from(buffer.sample(100_000)["index"], naive.probabilities())
 
 
@@ -122,8 +122,8 @@ def test_the_first_draw_without_replacement_follows_the_ranks(method):
     settings = {"draw": "without_replacement", "method": method, "generator": generator}
     buffer = filled(torch.rand(12), **settings)
     first = torch.stack([buffer.sample(3)["index"][0] for _ in range(1500)])
-    naive = NaiveRankBuffer(12, alpha=ALPHA)
-    naive.priority = buffer.priority.tolist()
+    naive = Ring(12, alpha=ALPHA, rank=True, sort_interval=1)
+    naive.extend(range(12), buffer.priority.tolist())
     assert_drawn_from(first, naive.probabilities())
 
 
@@ -145,32 +145,10 @@ def test_between_two_sorts_ranks_are_off_by_no_more_than_the_changes_since(devic
         buffer.update_priority(index, td_error)
         order = sorted(range(n), key=lambda i: -buffer.priority[i].item())
         off = [abs(rank - 1 - order.index(i)) for i, rank in enumerate(ranks(buffer))]
-        changes = buffer._priorities.ranks.changes
-        assert changes < interval
-        assert max(off) <= changes
+        assert changes(buffer) < interval
+        assert max(off) <= changes(buffer)
         worst = max(worst, *off)
     assert worst > 0
-
-
-class NaiveSnapshotBuffer(NaiveRankBuffer):
-    """Sorts after so many changes; in between, counts in the last snapshot what is larger."""
-
-    def __init__(self, capacity, interval, **settings):
-        super().__init__(capacity, **settings)
-        self.interval, self.changes = interval, 0
-        self.snapshot, self.mass = [], [0.0] * capacity
-
-    def changed(self, index):
-        for slot in index:
-            p, larger = self.priority[slot], sum(s > self.priority[slot] for s in self.snapshot)
-            self.mass[slot] = (1 + larger) ** -self.alpha if p > 0 else 0.0
-        self.changes += len(index)
-        if self.changes >= self.interval:
-            self.snapshot, self.changes = list(self.priority), 0
-            self.mass = super().masses()
-
-    def masses(self):
-        return self.mass
 
 
 @pytest.mark.usefixtures("_kernels")
@@ -180,22 +158,21 @@ def test_between_two_sorts_it_is_a_buffer_that_counts(capacity, interval, device
     """Random operations in lockstep, new transitions one by one and many at once."""
     settings = {"sort_interval": interval, "weight_normalization": "buffer"}
     buffer = ranked(capacity, device=device, eps=0.0, **settings)
-    naive = NaiveSnapshotBuffer(capacity, interval, alpha=ALPHA, eps=0.0)
+    naive = Ring(capacity, alpha=ALPHA, eps=0.0, rank=True, sort_interval=interval)
     for step in range(40):
         n = int(torch.randint(1, capacity + 1, ())) if step % 4 == 0 else 1
         given = (torch.rand(n) * 4).floor() / 2 if step % 3 == 0 else None
-        slots = buffer.extend(data(naive.written, n, device), given).tolist()
+        buffer.extend(data(naive.written, n, device), given)
         items = range(naive.written, naive.written + n)
         naive.extend(items, None if given is None else given.tolist())
-        naive.changed(slots)
         index, td_error = torch.randint(len(naive), (5,)), (torch.randn(5) * 4).round() / 2
         buffer.update_priority(index, td_error)
         naive.update(index.tolist(), td_error.tolist())
-        naive.changed(index.tolist())
-        assert masses(buffer).tolist() == pytest.approx(naive.masses()[: len(naive)], rel=1e-6)
-        smallest = min((m for m in naive.masses() if m > 0), default=math.inf)
-        assert buffer._priorities._smallest.value.item() == pytest.approx(smallest)
-        assert buffer._priorities.masses.total.item() == pytest.approx(math.fsum(naive.masses()))
+        assert masses(buffer).tolist() == pytest.approx(naive.mass[: len(naive)].tolist(), rel=1e-6)
+        smallest = min((m for m in naive.mass if m > 0), default=math.inf)
+        assert buffer.smallest_mass.item() == pytest.approx(smallest)
+        assert buffer.total_mass.item() == pytest.approx(math.fsum(naive.mass))
+        buffer.check_valid()
 
 
 def test_changed_priorities_get_the_rank_they_would_have_had_at_the_last_sort():
@@ -253,14 +230,13 @@ def test_alpha_is_by_default_that_of_the_paper():
 @pytest.mark.parametrize(("slots", "interval"), [(10, 256), (256, 256), (300, 300)])
 def test_by_default_as_many_changes_as_there_are_transitions_lead_to_a_sort(slots, interval):
     buffer = filled(torch.arange(1.0, slots + 1), 1000)
-    counter = buffer._priorities.ranks
     index = torch.zeros(1, dtype=torch.int64)
     for k in range(1, interval):
         buffer.update_priority(index, [slots + 1.0])
-        assert counter.changes == k
+        assert changes(buffer) == k
     assert ranks(buffer)[-1] == 1
     buffer.update_priority(index, [slots + 1.0])
-    assert counter.changes == 0
+    assert changes(buffer) == 0
     assert ranks(buffer)[0] == 1
     assert ranks(buffer)[-1] == 2
 
@@ -280,7 +256,7 @@ def test_the_courses_interface_has_ranks_too():
     for k in range(3):
         buffer.push([float(k)], 0, 0.0, [0.0], False)
     buffer.update_priorities([0, 1, 2], [1.0, -5.0, 2.0])
-    buffer.buffer._priorities.sort()
+    sort(buffer.buffer)
     assert ranks(buffer.buffer) == [3, 1, 2]
 
 
@@ -313,8 +289,8 @@ def test_a_loaded_buffer_draws_what_the_saved_one_would_have(normalization, tmp_
     for _ in range(2):
         buffer.save(tmp_path / "buffer.pt")
         loaded = PrioritizedReplayBuffer.load(tmp_path / "buffer.pt", device=device)
-        assert loaded._priorities.prioritization == "rank"
-        assert loaded._priorities.sort_interval == 70
+        assert loaded.prioritization == "rank"
+        assert loaded.sort_interval == 70
         assert go_on(loaded) == go_on(buffer)
 
 
@@ -322,10 +298,11 @@ def test_a_used_buffer_takes_over_a_smaller_state_whole():
     buffer, other = filled([3.0, 1.0, 2.0], 8), filled(torch.rand(8), 8)
     other.load_state_dict(buffer.state_dict())
     assert ranks(other) == [1, 3, 2]
-    assert other._priorities.masses[3:].tolist() == [0] * 5
+    other.check_valid()
+    assert other.total_mass == other.mass.double().sum()
     other.extend(data(3, 1))
     assert ranks(other) == [1, 3, 2, 1]
-    other._priorities.sort()
+    sort(other)
     assert ranks(other) == [1, 4, 3, 2]
 
 
@@ -349,9 +326,12 @@ def test_what_was_ranked_before_a_smaller_state_of_the_other_kind_is_forgotten()
 
 
 def test_a_table_of_another_capacity_keeps_the_ranking():
-    table = filled([3.0, 1.0, 2.0, 5.0], sort_interval=9)._priorities.moved(3, torch.device("cpu"))
-    assert table.sort_interval == 9
-    assert table.masses[:].tolist() == pytest.approx([1, 3**-0.7, 2**-0.7])
+    ranked = table(4, alpha=0.7, prioritization="rank", sort_interval=9)
+    ranked.write_new(torch.arange(4), torch.tensor([3.0, 1.0, 2.0, 5.0]))
+    moved = ranked.moved(3, torch.device("cpu"))
+    moved.check_valid()
+    assert moved.sort_interval == 9
+    assert moved.mass.tolist() == pytest.approx([1, 3**-0.7, 2**-0.7])
 
 
 @pytest.mark.parametrize(
@@ -378,7 +358,7 @@ def test_wrong_updates_change_nothing():
     with pytest.raises(IndexError, match="index"):
         buffer.update_priority([0, 3], [1.0, 1.0])
     assert torch.equal(masses(buffer), before)
-    assert buffer._priorities.ranks.changes == 0
+    assert changes(buffer) == 0
 
 
 def test_compiled_steps_are_one_graph_each_sort_too_and_are_not_compiled_for_ever():
@@ -393,7 +373,7 @@ def test_compiled_steps_are_one_graph_each_sort_too_and_are_not_compiled_for_eve
         update(index, td_error)
         plain.update_priority(index, td_error)
         assert masses(compiled).tolist() == pytest.approx(masses(plain).tolist())
-        assert compiled._priorities.ranks.changes == plain._priorities.ranks.changes
+        assert changes(compiled) == changes(plain)
     assert count.frame_count <= 5
     torch._dynamo.reset()
 

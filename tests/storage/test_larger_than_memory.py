@@ -9,10 +9,8 @@ import pytest
 import torch
 
 from per_td import ConfigurationError, PrioritizedReplayBuffer, kernels, memory
-from tests.checkpoint.test_checkpoint import draws, same
-from tests.checkpoint.test_checkpoint_files import run
-from tests.support.oracle import data
-from tests.test_many_buffers import numbered
+from tests.support.checkpoints import draws, run, same
+from tests.support.oracle import data, numbered
 
 
 @pytest.fixture(params=kernels.CHOICES)
@@ -209,6 +207,6 @@ def test_transitions_on_the_host_are_drawn_on_cuda(storage, layout):
             buffer.extend(data(k, 7, "cuda"))
             drawn.append(draws(buffer))
     assert drawn[: len(drawn) // 2] == drawn[len(drawn) // 2 :]
-    columns = buffer._storage._columns.values()
+    columns = buffer.filled_leaves().values()
     assert all(column.is_pinned() for column in columns) == (storage == "pinned")
     assert buffer.sample()["action"].device.type == "cuda"

@@ -103,26 +103,19 @@ class BesideTheModel(Kernels):
 
     # --- what always holds ------------------------------------------------------------------------
 
-    @property
-    def table(self):
-        return self.buffer.sampler._table
-
     def agree(self):
-        buffer, ring, table, n = self.buffer, self.ring, self.table, len(self.ring)
+        buffer, ring, sampler, n = self.buffer, self.ring, self.buffer.sampler, len(self.ring)
         assert (len(buffer), buffer.write_count) == (n, ring.written)
         assert buffer.writer._cursor == ring.cursor
-        assert (buffer.sampler.alpha, buffer.sampler._eps) == (ring.alpha, ring.eps)
-        assert buffer.sampler.beta == pytest.approx(self.beta, abs=1e-12)
+        assert (sampler.alpha, sampler.eps) == (ring.alpha, ring.eps)
+        assert sampler.beta == pytest.approx(self.beta, abs=1e-12)
         if self.given["td_error_unit"] == "squared":
             self.agree_on_roots()
-        assert buffer.sampler.priority.tolist() == ring.priority.tolist()
-        np.testing.assert_allclose(table.masses[:].numpy(), ring.mass, rtol=1e-6)
-        assert table.masses.total.item() == pytest.approx(math.fsum(ring.mass), rel=1e-6)
-        assert table.for_new().item() == ring.for_new()
-        assert table.ever_max.item() == ring.ever_max
-        if table._smallest is not None and ring.drawable():
-            least = ring.mass[ring.mass > 0].min()
-            assert table._smallest.value.item() == pytest.approx(least, rel=1e-6)
+        assert sampler.priority.tolist() == ring.priority.tolist()
+        np.testing.assert_allclose(sampler.mass.numpy(), ring.mass, rtol=1e-6)
+        assert sampler.total_mass.item() == pytest.approx(math.fsum(ring.mass), rel=1e-6)
+        assert sampler.state_dict()["ever_max"].item() == ring.ever_max
+        sampler.check_valid()
         if n:
             held = buffer[:]
             assert held["action"].tolist() == buffer["action"].tolist() == ring.item[:n]
@@ -133,7 +126,8 @@ class BesideTheModel(Kernels):
 
     def agree_on_roots(self):
         """torch and numpy may round a root's last bit otherwise: the model takes up torch's."""
-        ring, priority, most = self.ring, self.buffer.sampler.priority, self.table.ever_max
+        ring, priority = self.ring, self.buffer.sampler.priority
+        most = self.buffer.sampler.state_dict()["ever_max"]
         np.testing.assert_allclose(priority.numpy(), ring.priority, rtol=3e-7, atol=0)
         assert most.item() == pytest.approx(ring.ever_max, rel=3e-7, abs=0)
         for slot in np.flatnonzero(priority.numpy() != ring.priority):

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from per_td import PerTdError
+from per_td import PerTdError, SumTree
 
 NAN, INF = float("nan"), float("inf")
 
@@ -136,25 +136,21 @@ def frozen(value: Any) -> Any:
 
 
 def fingerprint(buffer: Any) -> Any:
-    """All state of a buffer or a tree, and that of torch's own generator."""
-    if not hasattr(buffer, "_priorities"):
-        return frozen(
-            {"leaves": buffer.leaves, "nodes": buffer.nodes, "random": torch.get_rng_state()}
-        )
-    table = buffer._priorities
-    smallest = table._smallest
+    """All that can be read from a buffer or a tree, and the state of torch's own generator."""
+    if isinstance(buffer, SumTree):
+        return frozen({"mass": buffer[:], "total": buffer.total, "random": torch.get_rng_state()})
+    one = buffer.num_buffers is None
     return frozen(
         {
             "state": buffer.state_dict(),
-            "leaves": table.masses.leaves,
-            "nodes": table.masses.nodes,
-            "raw": table._raw,
-            "largest": table._largest.nodes,
-            "smallest": None if smallest is None else smallest.nodes,
-            "replayed": table.replayed,
-            "settings": table._settings,
-            "keys": {str(key): leaf for key, leaf in buffer._storage.filled().items()},
-            "schema": str(buffer._storage._schema.fields),
+            "priority": buffer.priority,
+            "mass": buffer.mass,
+            "total": buffer.total_mass,
+            "smallest": buffer.smallest_mass,
+            "replayed": buffer.replayed if one else None,
+            "lengths": buffer.lengths,
+            "settings": repr(buffer),
+            "keys": {str(key): leaf for key, leaf in buffer.filled_leaves().items()},
             "random": torch.get_rng_state(),
         }
     )
@@ -182,17 +178,13 @@ def attempt(target: Any, call: Any, allowed: tuple[type[Exception], ...] = ()) -
         return "works"
     assert str(error), "an error without words"
     assert fingerprint(target) == before, f"{error!r}, and yet something has changed"
+    target.check_valid()
     return type(error).__name__
 
 
 def check_sound(buffer: Any) -> None:
     """Priorities, masses and sums are finite, and follow from one another; batches are sound."""
-    table = buffer._priorities
-    assert (table.raw.isfinite() & (table.raw >= 0)).all()
-    mass = table.masses[:]
-    assert mass.isfinite().all()
-    assert ((mass > 0) == (table.raw > 0)).all()
-    torch.testing.assert_close(table.masses.total, mass.double().sum(-1), rtol=1e-12, atol=0)
-    if (mass > 0).any(-1).all():
+    buffer.check_valid()
+    if (buffer.mass > 0).any(-1).all():
         weight = buffer.sample(2)["priority_weight"]
         assert (weight.isfinite() & (weight > 0)).all()

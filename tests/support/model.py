@@ -23,7 +23,16 @@ class Ring:
             and at least 256.
     """
 
-    def __init__(self, capacity, *, alpha, eps, new_priority, rank=False, sort_interval=None):
+    def __init__(
+        self,
+        capacity,
+        *,
+        alpha=0.6,
+        eps=1e-6,
+        new_priority="buffer_max",
+        rank=False,
+        sort_interval=None,
+    ):
         self.capacity, self.alpha, self.eps = capacity, alpha, eps
         self.new_priority, self.rank, self.sort_interval = new_priority, rank, sort_interval
         self.item = [None] * capacity
@@ -115,6 +124,22 @@ class Ring:
 
     def drawable(self) -> int:
         return int((self.mass > 0).sum())
+
+    def probabilities(self) -> np.ndarray:
+        """P(i) of every slot, float64 [capacity]."""
+        return self.mass / math.fsum(self.mass)
+
+    def oldest_first(self) -> list[tuple]:
+        """Items with their priorities."""
+        slots = [k % self.capacity for k in range(self.written - len(self), self.written)]
+        return [(self.item[slot], float(self.priority[slot])) for slot in slots]
+
+    def moved(self, capacity) -> "Ring":
+        """The newest that fit in another ring, in their order."""
+        other = Ring(capacity, alpha=self.alpha, eps=self.eps, new_priority=self.new_priority)
+        items = self.oldest_first()
+        other.extend([item for item, _ in items], [priority for _, priority in items])
+        return other
 
     def weights(self, index, beta, normalization):
         """w = (N P)^-beta over the largest (section 3.4), by logarithms: nothing overflows."""

@@ -5,6 +5,9 @@ import math
 import torch
 from tensordict import TensorDict
 
+S = 3
+"""How many buffers there are side by side."""
+
 CAPACITIES = (1, 7, 15, 16, 17, 32, 50, 255, 256, 257, 1000)
 
 
@@ -22,56 +25,9 @@ def data(start: int, n: int, device: torch.device | str = "cpu") -> TensorDict:
     )
 
 
-class NaiveBuffer:
-    """Prioritized replay one transition at a time."""
-
-    def __init__(self, capacity, alpha=0.6, eps=1e-6, new_priority="buffer_max"):
-        self.capacity, self.alpha, self.eps = capacity, alpha, eps
-        self.new_priority = new_priority
-        self.slots = [None] * capacity
-        self.priority = [0.0] * capacity
-        self.generation = [-1] * capacity
-        self.written = self.stale = 0
-        self.ever_max = 0.0
-
-    def __len__(self):
-        return min(self.written, self.capacity)
-
-    def for_new(self):
-        known = max(self.priority) if self.new_priority == "buffer_max" else self.ever_max
-        return known if known > 0 else 1.0
-
-    def extend(self, items, priority=None):
-        new = self.for_new()
-        for j, item in enumerate(items):
-            slot = self.written % self.capacity
-            self.slots[slot] = item
-            self.generation[slot] = self.written // self.capacity
-            self.priority[slot] = new if priority is None else priority[j]
-            self.written += 1
-        self.ever_max = max(self.ever_max, *self.priority, 0.0)
-
-    def update(self, index, td_error, generation=None):
-        for j, slot in enumerate(index):
-            if generation is not None and generation[j] != self.generation[slot]:
-                self.stale += 1
-            else:
-                self.priority[slot] = abs(td_error[j]) + self.eps
-        self.ever_max = max(self.ever_max, *self.priority, 0.0)
-
-    def masses(self):
-        return [p**self.alpha if p > 0 else 0.0 for p in self.priority]
-
-    def probabilities(self):
-        masses = self.masses()
-        return [m / math.fsum(masses) for m in masses]
-
-    def weights(self, index, beta, normalization):
-        p = self.probabilities()
-        weight = [(len(self) * q) ** -beta if q > 0 else 0.0 for q in p]
-        batch = [weight[i] for i in index]
-        largest = {"batch": max(batch), "buffer": max(weight), "none": 1.0}[normalization]
-        return [w / largest for w in batch]
+def numbered(start: int, n: int, device="cpu", count: int = S) -> TensorDict:
+    """Transitions [count, n] that can be told apart, also from those of other buffers."""
+    return torch.stack([data(10_000 * s + start, n, device) for s in range(count)])
 
 
 def assert_drawn_from(index: torch.Tensor, probability, level: float = 1e-4) -> None:

@@ -49,7 +49,7 @@ def test_a_sampler_may_be_given():
 
 def test_none_stands_for_the_default_of_eps_reduction_and_storage():
     buffer = TensorDictPrioritizedReplayBuffer(alpha=1, beta=1, eps=None, reduction=None)
-    assert (buffer.sampler._eps, buffer.sampler.reduction) == (1e-8, "max")
+    assert (buffer.sampler.eps, buffer.sampler.reduction) == (1e-8, "max")
     assert isinstance(buffer.storage, ListStorage)
     assert buffer.storage.max_size == 1000
 
@@ -356,7 +356,9 @@ def test_a_storage_that_is_filled_already_counts_as_new():
     assert (second.sampler.priority == 1).all()
     learn(second, second.sample())
     first.extend(data(2, 50))
-    assert second.sampler.priority[:2].tolist() == [second.sampler._table.ever_max.item()] * 2
+    assert (
+        second.sampler.priority[:2].tolist() == [second.sampler.state_dict()["ever_max"].item()] * 2
+    )
     assert second.stats()["stale_updates"] == 0
 
 

@@ -165,7 +165,7 @@ class DropInMachine(BesideTheModel):
             assert len(set(index)) == len(index)
             assert all(ring.mass[i] > 0 for i in index)
         elif self.given["method"] == "tree":
-            mass = self.table.masses[:].double().numpy()
+            mass = self.buffer.sampler.mass.double().numpy()
             stratified = self.given["draw"] == "stratified"
             check_drawn(np.array(index), mass, point, stratified=stratified)
 
@@ -337,7 +337,8 @@ class SamplerMachine(DropInMachine):
         refuse_by_index(self)
 
     def agree_on_late_updates(self):
-        assert (self.buffer.sampler.stale_updates, self.table.refused) == (self.ring.stale, 0)
+        counted = {"stale_updates": self.ring.stale, "refused_priorities": 0}
+        assert self.buffer.sampler.stats() == counted
 
 
 MACHINES = {DropInMachine: 100, SamplerMachine: 60}
