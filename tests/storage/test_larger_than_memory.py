@@ -12,6 +12,7 @@ from per_td import ConfigurationError, PrioritizedReplayBuffer, kernels, memory
 from tests.checkpoint.test_checkpoint import draws, same
 from tests.checkpoint.test_checkpoint_files import run
 from tests.support.oracle import data
+from tests.support.parameters import slow_but
 from tests.test_many_buffers import numbered
 
 
@@ -65,7 +66,7 @@ MORE_THAN_MEMORY = """
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc of Linux")
 @pytest.mark.parametrize(
-    ("megabytes", "allowed"), [(240, 100), pytest.param(2100, 300, marks=pytest.mark.slow)]
+    ("megabytes", "allowed"), slow_but([(150, 100)], [(150, 100), (240, 100), (2100, 300)])
 )
 def test_more_transitions_than_memory_are_written_drawn_saved_and_loaded(
     megabytes, allowed, tmp_path
