@@ -1,5 +1,6 @@
 """Fixtures: every device there is, and a generator on it."""
 
+import importlib
 import os
 
 import pytest
@@ -51,14 +52,12 @@ def device(request, monkeypatch) -> torch.device:
         return torch.device(request.param)
     pytest.importorskip("triton", reason="triton is not installed")
     from per_td import draws, kernels, validation
-    from per_td.kernels.cuda import draw as cuda_draw
-    from per_td.kernels.cuda import nodes as cuda_nodes
-    from per_td.kernels.cuda import update as cuda_update
 
     monkeypatch.setattr(kernels, "wanted", lambda device: False)
     monkeypatch.setattr(kernels, "launched", lambda device: True)
-    for module, name in ((cuda_draw, "POINTS"), (cuda_nodes, "NODES"), (cuda_update, "FLAT")):
-        monkeypatch.setattr(module, name, 4096)  # the interpreter takes as long for any number
+    for name, size in (("draw", "POINTS"), ("nodes", "NODES"), ("update", "FLAT")):
+        module = importlib.import_module(f"per_td.kernels.cuda.{name}")  # not its function `draw`
+        monkeypatch.setattr(module, size, 4096)  # the interpreter takes as long for any number
     for module in (validation, draws):
         monkeypatch.setattr(module, "can_raise", lambda tensor: False)
     return torch.device("cpu")
