@@ -1,6 +1,5 @@
 """Fixtures: every device there is, and a generator on it."""
 
-import importlib
 import os
 
 import pytest
@@ -53,15 +52,19 @@ def device(request, monkeypatch) -> torch.device:
     if request.param != "interpreted":
         return torch.device(request.param)
     pytest.importorskip("triton", reason="triton is not installed")
-    from per_td import draws, kernels, validation
+    from per_td import kernels, validation
+    from per_td.kernels import reference
+    from per_td.kernels.cuda import draw, launches, nodes, update
+    from per_td.storage.ring import RingStorage
 
-    monkeypatch.setattr(kernels, "wanted", lambda device: False)
-    monkeypatch.setattr(kernels, "launched", lambda device: True)
-    for name, size in (("draw", "POINTS"), ("nodes", "NODES"), ("update", "FLAT")):
-        module = importlib.import_module(f"per_td.kernels.cuda.{name}")  # not its function `draw`
-        monkeypatch.setattr(module, size, 4096)  # the interpreter takes as long for any number
-    for module in (validation, draws):
-        monkeypatch.setattr(module, "can_raise", lambda tensor: False)
+    def operations(device, *, launches=True, triton=launches):
+        return triton if launches else reference
+
+    monkeypatch.setattr(kernels, "operations", operations)
+    monkeypatch.setattr(validation, "can_raise", lambda tensor: False)
+    monkeypatch.setattr(RingStorage, "_known", property(lambda ring: ring.groups == 1))
+    for module, name in ((draw, "POINTS"), (nodes, "NODES"), (update, "FLAT")):
+        monkeypatch.setattr(module, name, 4096)  # the interpreter takes as long for any number
     return torch.device("cpu")
 
 

@@ -251,8 +251,8 @@ def assign(
         priority = value.view(slot.shape).abs()
         priority = priority.sqrt() if squared else priority
         priority = priority + trees.settings[EPS].float() if add_eps else priority
-    right = validation.require_slots(slot, size, wanted)
-    right = right & validation.require_finite("td_error", priority, wanted=wanted)
+    named = validation.require_slots(slot, size, wanted)
+    right = named & validation.require_finite("td_error", priority, wanted=wanted)
     if not validation.can_raise(slot):
         trees.refused += (~right if wanted is None else wanted & ~right).sum()
     kept = right if wanted is None else right & wanted
@@ -260,8 +260,8 @@ def assign(
     if generation is not None:
         if stamps is None:
             now = generations(slot, ever, layout.capacity)
-        else:  # of slots that there are
-            now = stamps[torch.where(kept, slot, 0)]
+        else:
+            now = stamps[torch.where(named, slot, 0)]  # another slot would end a CUDA process
         stale = generation.view(slot.shape) != now
         stale = stale if wanted is None else stale & wanted
         kept, dropped = kept & ~stale, stale.sum()
