@@ -566,6 +566,9 @@ def write_rows(
     """
     least, most = 0 if stamps is None else n, min(n, rows.capacity)
     _require_runs(runs, rows.groups, rows.capacity, least, most)
+    held = {column.untyped_storage()._cdata for column in rows.columns}
+    # rows of its own are overwritten meanwhile
+    new = [leaf.clone() if leaf.untyped_storage()._cdata in held else leaf for leaf in new]
     for s in range(rows.groups):
         start, length = runs[2 * s : 2 * s + 2]
         if stamps is not None and index is not None:
@@ -575,8 +578,6 @@ def write_rows(
             index.view(rows.groups, -1)[s] = slot
         head, base = min(length, rows.capacity - start), s * rows.capacity
         for column, leaf in zip(rows.columns, new, strict=True):
-            if leaf.untyped_storage()._cdata == column.untyped_storage()._cdata:
-                leaf = leaf.clone()  # rows of its own, which are overwritten meanwhile
             own = leaf.detach().reshape(rows.groups * n, *column.shape[1:])[s * n : (s + 1) * n]
             own = own if mask is None else own[mask[s].to(own.device)]
             own = own[n - length :] if mask is None else own[len(own) - length :]
