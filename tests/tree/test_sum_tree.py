@@ -69,7 +69,9 @@ def test_random_updates_leave_what_a_loop_leaves(capacity, trees, choice, device
         value = torch.rand(*lead(trees), n) ** 8 * (torch.rand(*lead(trees), n) > 0.2)
         tree.update(index, value)
         for s, own in enumerate(naive):
-            for i, v in zip(each(index, trees)[s].tolist(), each(value, trees)[s].tolist()):
+            for i, v in zip(
+                each(index, trees)[s].tolist(), each(value, trees)[s].tolist(), strict=True
+            ):
                 own[i] = v
         assert each(tree[:], trees).tolist() == naive
         expected = [math.fsum(own) for own in naive]
