@@ -168,7 +168,10 @@ class Trees:
         """Keep the smallest positive mass of each tree up to date from now on, or no longer."""
         if wanted != self.keeps_minima:
             self.set(MINIMA, float(wanted))
-            self.ops.refill(self)
+            if wanted:
+                self.ops.refill(self)
+            else:
+                self.minima.fill_(torch.inf)
 
     def draw_distinct(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Draw `n` different slots from each tree: int64 and their masses float32, [S, n].

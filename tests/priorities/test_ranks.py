@@ -13,6 +13,7 @@ from per_td import (
     PrioritizedReplayBuffer,
     TransitionReplayBuffer,
 )
+from per_td.priorities.distributions import Rank, order_of
 from tests.support.model import Ring
 from tests.support.oracle import assert_drawn_from, data
 from tests.support.tables import table
@@ -56,11 +57,6 @@ def ranks(buffer) -> list[int]:
     return torch.where(masses(buffer) > 0, rank, 0).round().long().tolist()
 
 
-@pytest.fixture(params=["auto", "off"])
-def _kernels(request, monkeypatch) -> None:
-    monkeypatch.setenv("PER_TD_KERNELS", request.param)
-
-
 @pytest.mark.parametrize("n", [0, 1, 2, 7, 50, 1000, 4097])
 def test_the_order_is_that_of_a_stable_sort(n):
     priority = torch.rand(n)
@@ -72,7 +68,7 @@ def test_the_order_is_that_of_a_stable_sort(n):
     assert torch.equal(order_of(priority), expected)
 
 
-@pytest.mark.usefixtures("_kernels")
+@pytest.mark.usefixtures("choice")
 @pytest.mark.parametrize("normalization", ["batch", "buffer", "none"])
 @pytest.mark.parametrize("capacity", [1, 7, 32, 50])
 def test_sorted_at_every_change_it_is_a_buffer_that_sorts(capacity, normalization, device):
@@ -101,7 +97,7 @@ def test_sorted_at_every_change_it_is_a_buffer_that_sorts(capacity, normalizatio
     assert buffer.stats()["stale_updates"] == naive.stale > 0
 
 
-@pytest.mark.usefixtures("_kernels")
+@pytest.mark.usefixtures("choice")
 @pytest.mark.parametrize("method", ["tree", "multinomial"])
 @pytest.mark.parametrize("draw", ["independent", "stratified"])
 def test_draws_follow_the_ranks(draw, method, device, generator):
@@ -115,7 +111,7 @@ def test_draws_follow_the_ranks(draw, method, device, generator):
     assert_drawn_from(buffer.sample(100_000)["index"], naive.probabilities())
 
 
-@pytest.mark.usefixtures("_kernels")
+@pytest.mark.usefixtures("choice")
 @pytest.mark.parametrize("method", ["tree", "multinomial"])
 def test_the_first_draw_without_replacement_follows_the_ranks(method):
     generator = torch.Generator().manual_seed(7)
@@ -151,7 +147,7 @@ def test_between_two_sorts_ranks_are_off_by_no_more_than_the_changes_since(devic
     assert worst > 0
 
 
-@pytest.mark.usefixtures("_kernels")
+@pytest.mark.usefixtures("choice")
 @pytest.mark.parametrize("interval", [1, 10, 37, 1000])
 @pytest.mark.parametrize("capacity", [1, 7, 16, 50])
 def test_between_two_sorts_it_is_a_buffer_that_counts(capacity, interval, device):
@@ -242,13 +238,14 @@ def test_by_default_as_many_changes_as_there_are_transitions_lead_to_a_sort(slot
 
 
 def test_new_transitions_count_as_changes_and_grow_the_interval():
-    counter = RankMasses(1000, None, torch.device("cpu"))
-    counter.grow(300)
-    assert not counter.due(299)
-    counter.grow(900)
-    assert counter.filled == 1000
-    assert not counter.due(700)
-    assert counter.due(1)
+    counter = Rank(1000, None)
+    counter.filled(300)
+    assert not counter.changed(99)
+    assert not counter.changed(900, new=True)
+    assert counter.changed(1), "1000 changes, and no more than 1000 slots"
+    counter = Rank(1000, None)
+    assert not counter.changed(255, new=True)
+    assert counter.changed(1, new=True)
 
 
 def test_the_courses_interface_has_ranks_too():
@@ -268,7 +265,7 @@ def test_empty_writes_and_updates_change_nothing():
     assert torch.equal(masses(buffer), before)
 
 
-@pytest.mark.usefixtures("_kernels")
+@pytest.mark.usefixtures("choice")
 @pytest.mark.parametrize("normalization", ["batch", "buffer"])
 def test_a_loaded_buffer_draws_what_the_saved_one_would_have(normalization, tmp_path, device):
     generator = torch.Generator(device).manual_seed(3)

@@ -184,6 +184,8 @@ def test_the_smallest_are_kept_only_while_they_are_wanted(groups, choice, device
     assign(trees, index[:, :1], torch.full((groups, 1), 0.5, device=device))
     assert trees.smallest.tolist() == [0.5] * groups
     trees.check_valid()
+    trees.keep_minima(False)
+    assert trees.smallest.tolist() == [math.inf] * groups
 
 
 @pytest.mark.parametrize("groups", [1, 3])
