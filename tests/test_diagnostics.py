@@ -2,6 +2,7 @@
 
 import math
 from array import array
+from itertools import product
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from per_td import PrioritizedReplayBuffer, TransitionReplayBuffer, diagnostics
 from per_td.diagnostics import QUANTILES
 from tests.support.oracle import data
+from tests.support.parameters import slow_but
 from tests.support.tables import table
 
 CPU = torch.device("cpu")
@@ -171,9 +173,23 @@ def test_more_values_than_torch_quantile_takes_are_no_trouble():
     assert got["priority/max"].item() == 2**24
 
 
-@pytest.mark.parametrize("kernels", ["auto", "off"])
-@pytest.mark.parametrize("draw", ["independent", "stratified", "without_replacement"])
-@pytest.mark.parametrize("method", ["tree", "auto"])
+@pytest.mark.parametrize(
+    ("method", "draw", "kernels"),
+    slow_but(
+        [
+            ("tree", "independent", "auto"),
+            ("tree", "independent", "off"),
+            ("tree", "stratified", "auto"),
+            ("auto", "without_replacement", "auto"),
+            ("auto", "without_replacement", "off"),
+        ],
+        product(
+            ["tree", "auto"],
+            ["independent", "stratified", "without_replacement"],
+            ["auto", "off"],
+        ),
+    ),
+)
 @pytest.mark.parametrize("prioritization", ["proportional", "rank"])
 def test_what_was_never_replayed_is_what_a_set_says(
     prioritization, method, draw, kernels, device, monkeypatch
