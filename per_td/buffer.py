@@ -22,7 +22,7 @@ MANY_ALONE = (
     "many buffers in one set of tensors cannot be combined with shared, threads or prefetch: call"
     " them from one thread, or make several buffers without num_buffers"
 )
-"""What errors say."""
+"""The end of the errors about that."""
 
 
 class Draw(NamedTuple):
@@ -214,8 +214,11 @@ class PrioritizedReplayBuffer(ReplayState):
                 f"prioritization: expected 'proportional' with num_buffers={num_buffers},"
                 f" got {prioritization!r}: ranks are kept for one buffer"
             )
-        if shared or threads or prefetch:
-            raise ConfigurationError(f"num_buffers: expected None, got {num_buffers}: {MANY_ALONE}")
+        for name, wanted in (("shared", shared), ("threads", threads), ("prefetch", prefetch)):
+            if wanted:
+                raise ConfigurationError(
+                    f"{name}: expected num_buffers=None, got {num_buffers}: {MANY_ALONE}"
+                )
 
     def _arrange(self, **wanted: Any) -> None:
         """What `shared`, `threads` and `prefetch` need: this class can do none of it."""
@@ -303,10 +306,11 @@ class PrioritizedReplayBuffer(ReplayState):
         if priority is None and runs is not None:
             table.write_runs(runs)
             return index
-        kept = slice(-self.capacity, None)  # of too many, the last remain
-        if priority is not None:
-            priority = priority[..., kept]
-        table.write_new(index[..., kept], priority, None if mask is None else mask[..., kept])
+        new = index
+        if mask is None and n > self.capacity:  # of too many, the last remain
+            new = index[..., -self.capacity :]
+            priority = None if priority is None else priority[..., -self.capacity :]
+        table.write_new(new, priority, mask)
         return index
 
     def sample(self, batch_size: int | None = None) -> TensorDict:

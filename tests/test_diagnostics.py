@@ -1,6 +1,7 @@
 """The figures of `diagnostics` beside numpy and plain Python."""
 
 import math
+from array import array
 from itertools import product
 
 import numpy as np
@@ -250,7 +251,7 @@ def test_compiled_draws_are_seen():
 
 def test_a_table_of_another_capacity_remembers_what_was_replayed():
     whole = table(10)
-    whole.write_row(0, 10)
+    whole.write_runs(array("q", (0, 10)))
     whole.replayed[:4] = True
     for capacity in (3, 10, 20):
         moved = whole.moved(capacity, CPU)

@@ -164,7 +164,7 @@ def test_a_state_that_does_not_fit_changes_nothing(settings, monkeypatch):
     before = buffer.generator.get_state()
     with monkeypatch.context() as patch:
         patch.setattr(memory, "zeros", raising(AllocationError("no")))
-        patch.setattr(memory.Place, "zeros", raising(AllocationError("no")))
+        patch.setattr(memory.Memory, "zeros", raising(AllocationError("no")))
         with pytest.raises(AllocationError):
             buffer.load_state_dict(state)
     assert torch.equal(buffer.generator.get_state(), before)

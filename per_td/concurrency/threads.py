@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDict
 
 from per_td import validation
-from per_td.buffer import PrioritizedReplayBuffer
+from per_td.buffer import MANY_ALONE, PrioritizedReplayBuffer
 from per_td.concurrency.prefetch import Prefetcher
 from per_td.errors import ConfigurationError
 
@@ -62,6 +62,10 @@ class LockedReplayBuffer(PrioritizedReplayBuffer):
     """How many batches are drawn ahead."""
 
     def _arrange(self, **wanted: Any) -> None:
+        if self.num_buffers is not None:
+            raise ConfigurationError(
+                f"num_buffers: expected None, got {self.num_buffers}: {MANY_ALONE}"
+            )
         ahead, n = wanted["prefetch"], self.batch_size
         self._prefetch = validation.integer("prefetch", ahead, 0) if ahead else 0
         if ahead and n is None:

@@ -78,13 +78,13 @@ class RingStorage:
         self._bytes = 0
         self.written = self.kind.beside((self.groups,), torch.int64, device)
         """How many transitions were ever written to each ring, int64 [S], on the device."""
+        self._ever = 0  # the same for a single ring, where no other process counts
         self._take_up()
 
     def _take_up(self) -> None:
         """Make what is not sent to a process, nor copied."""
         self._operations = kernels.operations(self.home)
-        # On the CPU, numpy's view of `written`; of one ring elsewhere, the same number on the host
-        self._host = self.written.numpy() if self.written.is_cpu else np.zeros(1, np.int64)
+        self._page = self.written.numpy() if self.written.is_cpu else None
         self.record = None
         if self._block is not None:
             self._leaves = self._views(self._block)
@@ -92,14 +92,11 @@ class RingStorage:
 
     def __getstate__(self) -> dict[str, Any]:
         left: dict[str, Any] = {"_operations": None, "record": None, "columns": [], "_leaves": {}}
-        return self.__dict__ | left | {"_host": self._host.copy()}
+        return self.__dict__ | left | {"_page": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        host = self._host
         self._take_up()
-        if not self.written.is_cpu:
-            self._host[:] = host
 
     # --- counts -----------------------------------------------------------------------------------
 
@@ -116,12 +113,20 @@ class RingStorage:
     @property
     def _known(self) -> bool:
         """True if the host knows how much was written without waiting for the device."""
-        return self.written.is_cpu or self.groups == 1
+        return self.written.is_cpu or not self.lead
+
+    @property
+    def _one(self) -> int | None:
+        """How much was written to a single ring, if the host knows; torch.compile traces it."""
+        if self.groups > 1 or not self._known:
+            return None
+        if self._page is not None and self.kind.storage == "shared":
+            return int(self._page[0])
+        return self._ever
 
     def __len__(self) -> int:
-        if self.groups == 1:
-            return min(int(self._host[0]), self.capacity)
-        return int(self.lengths.min())
+        one = self._one
+        return int(self.lengths.min()) if one is None else min(one, self.capacity)
 
     @property
     def lengths(self) -> Tensor:
@@ -132,21 +137,25 @@ class RingStorage:
     @property
     def write_count(self) -> int:
         """How many transitions were ever written, to all rings."""
-        count = int(self._host[0]) if self.groups == 1 else int(self.written.sum())
-        return count + self.written_before
+        one = self._one
+        return (int(self.written.sum()) if one is None else one) + self.written_before
 
     def ring_count(self) -> Any:
         """How many were, since the last change of capacity: an int, or int64 [S], a copy."""
-        return self.written.clone() if self.lead else int(self._host[0])
+        return self.written.clone() if self.lead else self._one
 
     def _count(self, written: Tensor | int) -> None:
         """Set `written`."""
         if isinstance(written, Tensor):
             self.written.copy_(written)
+            if self.groups == 1 and self.written.is_cpu:
+                self._ever = int(written)
             return
-        self._host[:] = written
-        if not self.written.is_cpu:
+        self._ever = written
+        if self._page is None:
             self.written.fill_(written)
+        else:
+            self._page[:] = written
 
     def generation(self, index: Tensor) -> Tensor:
         """How often a ring had wrapped when its slots `index` were written; -1 if they never were.
@@ -166,7 +175,7 @@ class RingStorage:
         """Raise PerTdError, naming what is wrong, if counts or memory make no sense."""
         if (self.written < 0).any():
             raise PerTdError("written: expected counts of at least 0, got a negative one")
-        if self.groups == 1 and int(self._host[0]) != int(self.written[0]):
+        if self._one not in (None, int(self.written[0])):
             raise PerTdError("written: the host and the device disagree")
         for key, column in self._leaves.items():
             field = self._schema.fields[key]
@@ -227,8 +236,9 @@ class RingStorage:
 
     def next_slots(self, n: int, mask: Tensor | None = None) -> Tensor:
         """The slots of the next `n` transitions, int64 [n] or [S, n]; -1 where masked."""
-        if self.groups == 1 and mask is None:
-            start = int(self._host[0]) % self.capacity
+        one = None if mask is not None else self._one
+        if one is not None:
+            start = one % self.capacity
             index = torch.arange(start, start + n, device=self.device)
             index = index if start + n <= self.capacity else index.remainder_(self.capacity)
             return index.unsqueeze(0) if self.lead else index
@@ -241,12 +251,13 @@ class RingStorage:
     def _runs(self, n: int, mask: Tensor | None) -> tuple[Runs, Tensor | int]:
         """First slot and length of what is written to each ring, and the counts after that."""
         capacity = self.capacity
-        if self.groups == 1 and mask is None:
-            after = int(self._host[0]) + n
+        one = None if mask is not None else self._one
+        if one is not None:
+            after = one + n
             kept = min(n, capacity)
             return array("q", ((after - kept) % capacity, kept)), after
         many = np.full(self.groups, n) if mask is None else mask.sum(-1).numpy()
-        ever = self._host + many
+        ever = self.written.numpy() + many
         length = np.minimum(many, capacity)
         runs = np.stack([(ever - length) % capacity, length], 1)
         return array("q", runs.tobytes()), torch.from_numpy(ever)

@@ -164,7 +164,7 @@ def _common(leaves: Leaves) -> tuple[int, ...]:
 
 def _one(key: Key, leaf: Any, lead: tuple[int, ...]) -> Any:
     """A leaf [*lead, ...] of one transition as [*lead, 1, ...]."""
-    if leaf.ndim < len(lead):
+    if leaf.shape[: len(lead)] != lead:
         expected = ", ".join([*map(str, lead), "..."])
         raise SchemaError(f"{named(key)}: expected shape [{expected}], got {[*leaf.shape]}")
     return leaf.unsqueeze(len(lead))

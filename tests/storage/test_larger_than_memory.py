@@ -106,7 +106,7 @@ def test_many_buffers_live_in_files_too(choice):
         if storage == "memory":
             expected = batch
     assert (batch == expected).all()
-    assert buffers._storage.place.storage == "memmap"
+    assert buffers._storage.kind.storage == "memmap"
 
 
 def test_files_have_no_names_and_go_with_the_buffer(tmp_path):

@@ -13,7 +13,7 @@ def written(capacity: int, device, sizes) -> tuple[RingStorage, list[int]]:
     """A storage after writes of these sizes, and a plain list that took the same writes."""
     storage, naive, k = RingStorage(capacity, device), [-1] * capacity, 0
     for n in sizes:
-        storage.write(storage.check(data(k, n, device)))
+        storage.write(*storage.check(data(k, n, device)))
         for i in range(k, k + n):
             naive[i % capacity] = i
         k += n
@@ -55,7 +55,7 @@ def test_data_of_other_devices_and_with_gradients_is_copied_in(device):
     storage = RingStorage(4, device)
     source = torch.ones(2, 3, requires_grad=True)
     with torch.no_grad():
-        storage.write(storage.check(TensorDict({"x": source}, batch_size=[2])))
+        storage.write(*storage.check(TensorDict({"x": source}, batch_size=[2])))
     assert not storage.data["x"].requires_grad
     assert storage.data["x"][:2].tolist() == source.tolist()
 
@@ -67,7 +67,7 @@ def test_any_dtype_and_nesting_comes_back_as_it_went_in(dtype, device):
     leaf = torch.arange(6, device=device).reshape(2, 3, 1).to(dtype)
     nested_data = TensorDict({"a": {"b": {"c": leaf}}, "d": leaf[:, 0, 0]}, batch_size=[2])
     storage = RingStorage(7, device)
-    storage.write(storage.check(nested_data))
+    storage.write(*storage.check(nested_data))
     batch = storage.read(torch.tensor([1, 0], device=device), {})
     assert batch["a", "b", "c"].dtype == dtype
     assert batch["a", "b", "c"].tolist() == leaf.flip(0).tolist()
@@ -77,7 +77,7 @@ def test_any_dtype_and_nesting_comes_back_as_it_went_in(dtype, device):
 def test_further_dimensions_belong_to_the_transition(device):
     source = TensorDict({"x": torch.rand(4, 6, 2, device=device)}, batch_size=[4])
     storage = RingStorage(4, device)
-    storage.write(storage.check(source))
+    storage.write(*storage.check(source))
     batch = storage.read(torch.tensor([2], device=device), {})
     assert batch.batch_size == (1,)
     torch.testing.assert_close(batch["x"][0], source["x"][2])
@@ -106,7 +106,7 @@ GOOD = {"x": torch.zeros(2, 3), "next": {"r": torch.zeros(2)}}
 )
 def test_data_that_differs_is_refused_by_name_before_anything_is_written(entries, message):
     storage = RingStorage(5, torch.device("cpu"))
-    storage.write(storage.check(TensorDict(GOOD, batch_size=[2])))
+    storage.write(*storage.check(TensorDict(GOOD, batch_size=[2])))
     before = storage.data.clone()
     with pytest.raises(SchemaError, match=message):
         storage.check(TensorDict(entries, batch_size=[2]))

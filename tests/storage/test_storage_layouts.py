@@ -8,6 +8,7 @@ import torch
 from tensordict import TensorDict
 
 from per_td import ConfigurationError, PrioritizedReplayBuffer, SchemaError, kernels
+from per_td.kernels import reference
 from per_td.storage import layouts
 from per_td.storage.layouts import Field, resolve_layout, views_of
 from per_td.storage.ring import RingStorage
@@ -65,7 +66,7 @@ def test_writes_of_any_size_wrap_around_and_come_back(capacity, layout, choice):
         new = zoo(int(torch.randint(1, 2 * capacity + 2, ())))
         for i, slot in enumerate(storage.next_slots(len(new)).tolist()):
             naive[slot] = new[i]
-        storage.write(storage.check(new))
+        storage.write(*storage.check(new))
         index = torch.randint(len(storage), (30,))
         batch = storage.read(index, {})
         assert same(batch.exclude("index", "generation"), naive[index])
@@ -75,7 +76,7 @@ def test_writes_of_any_size_wrap_around_and_come_back(capacity, layout, choice):
 
 def test_batches_are_contiguous_and_nobody_elses(layout, choice):
     storage = RingStorage(20, CPU, layout)
-    storage.write(storage.check(zoo(20)))
+    storage.write(*storage.check(zoo(20)))
     before = storage.data.clone()
     batch = storage.read(torch.arange(20), {})
     leaves = batch.values(True, True)
@@ -111,8 +112,7 @@ def test_sources_may_be_strided_expanded_conjugated_or_have_gradients(layout, ch
         ("negative",): base.conj().imag[:6],
         ("gradients",): torch.randn(6, 2, requires_grad=True),
     }
-    storage.check_leaves(leaves)
-    storage.write(leaves)
+    storage.write(*storage.check_leaves(leaves))
     for key, leaf in leaves.items():
         assert torch.equal(storage.data[key][:6], leaf.detach())
         assert not storage.data[key].requires_grad
@@ -159,24 +159,26 @@ def test_leaves_of_different_lengths_are_refused(layout, choice):
     for _ in range(2):
         with pytest.raises(SchemaError, match=r"'b': expected 4 transitions, got 3"):
             storage.check_leaves(leaves)
-        storage.write({("a",): torch.rand(4, 2), ("b",): torch.rand(4)})
+        storage.write({("a",): torch.rand(4, 2), ("b",): torch.rand(4)}, 4)
     with pytest.raises(SchemaError, match=r"'b': expected shape \[n, \.\.\.\], got \[\]"):
         storage.check_leaves({("a",): torch.rand(4, 2), ("b",): torch.tensor(1.0)})
 
 
 def test_fields_of_a_record_are_aligned_and_do_not_overlap():
     fields = [Field((name,), torch.Size(shape), dtype) for name, (dtype, shape) in KINDS.items()]
-    block = layouts.block_of(fields, 3, CPU)
-    assert block.shape[1] % 16 == 0
-    assert block.shape[1] - sum(field.bytes for field in fields) < 16
-    views = views_of(fields, block)
+    length = layouts.bytes_of("records", fields, 3)
+    block = torch.zeros(length, dtype=torch.uint8)
+    record = length // 3
+    assert (length % 3, record % 16) == (0, 0)
+    assert record - sum(field.bytes for field in fields) < 16
+    views = views_of("records", fields, block, 3)
     for view in views:
         assert view.data_ptr() % view.itemsize == 0
         view.fill_(1)
-    written = block[0].count_nonzero()
+    written = block[:record].count_nonzero()
     for view in views:
         view.fill_(0)
-        left = block[0].count_nonzero()
+        left = block[:record].count_nonzero()
         assert left < written or not view.numel()
         written = left
     assert written == 0
@@ -184,11 +186,11 @@ def test_fields_of_a_record_are_aligned_and_do_not_overlap():
 
 def test_large_memory_is_zero_aligned_and_of_its_dtype(layout, choice):
     storage = RingStorage(300_000, CPU, layout)
-    storage.write(storage.check(data(0, 5)))
+    storage.write(*storage.check(data(0, 5)))
     for column in storage.data.values(True, True):
         assert column.data_ptr() % column.itemsize == 0
         assert not column[5:].any()
-    storage.write(storage.check(data(5, 299_999)))
+    storage.write(*storage.check(data(5, 299_999)))
     batch = storage.read(torch.tensor([0, 3, 4, 299_999]), {})
     assert batch["action"].tolist() == [300_000, 300_003, 4, 299_999]
     assert batch["next", "reward"].squeeze(-1).tolist() == [300_000, 300_003, 4, 299_999]
@@ -208,8 +210,10 @@ def test_large_batches_are_left_to_torchs_threads(monkeypatch, choice):
     monkeypatch.setattr(layouts, "SHARED_FROM", 100)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     storage = RingStorage(8, CPU, "columns")
-    storage.write(storage.check(data(0, 8)))
-    assert storage._kernels_for(8) is None
+    storage.write(*storage.check(data(0, 8)))
+    assert storage._operations_for(8) is reference
+    assert storage._operations_for(1) is storage._operations
+    assert storage.compiled == (choice == "auto")
     assert storage.read(torch.arange(8), {})["action"].tolist() == list(range(8))
 
 
