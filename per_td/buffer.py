@@ -303,10 +303,11 @@ class PrioritizedReplayBuffer(ReplayState):
         if priority is None and runs is not None:
             table.write_runs(runs)
             return index
-        kept = slice(-self.capacity, None)  # of too many, the last remain
-        if priority is not None:
-            priority = priority[..., kept]
-        table.write_new(index[..., kept], priority, None if mask is None else mask[..., kept])
+        kept = index
+        if mask is None and n > self.capacity:  # the last remain; of a slot the last holds anyway
+            kept = index[..., -self.capacity :]
+            priority = None if priority is None else priority[..., -self.capacity :]
+        table.write_new(kept, priority, mask)
         return index
 
     def sample(self, batch_size: int | None = None) -> TensorDict:

@@ -117,9 +117,7 @@ def _walked(
     return index, mass
 
 
-def find(
-    leaves: Tensor, nodes: Tensor, offsets: Tensor, target: Tensor
-) -> tuple[Tensor, Tensor]:
+def find(leaves: Tensor, nodes: Tensor, offsets: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The leaves in which the cumulative masses pass `target`, int64 [B], and masses float32 [B].
 
     Args:
