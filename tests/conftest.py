@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from tests.support.choices import CHOICES
+
 if not torch.cuda.is_available():  # before per_td brings triton, which reads it when imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -87,3 +89,10 @@ def pretended(monkeypatch):
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=CHOICES)
+def choice(request, monkeypatch) -> str:
+    """With kernels and without."""
+    monkeypatch.setenv("PER_TD_KERNELS", request.param)
+    return request.param

@@ -145,10 +145,11 @@ class Shard:
         Raises:
             IndexRangeError, PriorityError: as for `PrioritizedReplayBuffer.update_priority`.
         """
+        lost = 0
         if generation is not None:
             # Of another epoch, an index may lie beyond what the shard holds now: so here, not below
             live = (generation >> _EPOCH_BITS) == self._epoch
-            self._buffer.count_stale(int((~live).sum()))
+            lost = int((~live).sum())
             index, td_error = index[live], td_error[live]
             generation = generation[live] & ((1 << _EPOCH_BITS) - 1)
         if len(index):
@@ -157,6 +158,7 @@ class Shard:
                 named.append((("generation",), "int64", generation))
             self._update(named)
             self._log("update", {}, named)
+        self._buffer.count_stale(lost)
         return self.report()
 
     def configure(self, *, alpha: float, eps: float) -> Report:

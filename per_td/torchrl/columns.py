@@ -143,8 +143,7 @@ class Columns:
         packed = all(column[:1].is_contiguous() for column in columns)
         self._operations = kernels.operations(columns[0].device) if packed else reference
         self._written = row_copies.Rows(columns, self.capacity)
-        drawn = columns[: self._index] + columns[self._index + 1 :]  # all but "index"
-        self._drawn = row_copies.Rows(drawn, self.capacity)
+        self._drawn: row_copies.Rows | None = None  # all but "index", and the generations
 
     @classmethod
     def of(cls, data: Any, capacity: int, device: torch.device) -> "Columns | None":
@@ -217,12 +216,12 @@ class Columns:
             generation: of all slots, as for `write`, to be read as a column is.
             extra: takes up "index" and "index_generation", int64 [B], too.
         """
-        drawn = self._drawn
-        if drawn.columns[-1] is not generation:  # one more column
-            own = drawn.columns[: len(self._columns) - 1]
+        drawn, at = self._drawn, self._index
+        if drawn is None or drawn.columns[-1] is not generation:
+            own = self._columns[:at] + self._columns[at + 1 :]
             drawn = self._drawn = row_copies.Rows([*own, generation], self.capacity)
         found, _ = self._ops.gather(drawn, index, written=None)
         *rows, extra["index_generation"] = found
-        rows.insert(self._index, index)
+        rows.insert(at, index)
         extra["index"] = index
         return _assemble(self._root, rows, index.shape, extra)

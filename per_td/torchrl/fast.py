@@ -19,7 +19,7 @@ from torchrl.data.replay_buffers.storages import (
     _collate_id,
 )
 
-from per_td.errors import EmptyBufferError
+from per_td.errors import EmptyBufferError, IndexRangeError
 from per_td.priorities.sampling import sample_weighted
 from per_td.torchrl.columns import Columns
 from per_td.torchrl.sampler import PrioritizedSampler
@@ -164,8 +164,9 @@ def write(
         The first slot, and all slots, int64 [n].
     """
     storage, table = buffer._storage, buffer._sampler._table if marks else None
-    start = buffer._writer.claim(n)
+    start = buffer._writer.next_slot()
     index = columns.write(rows, start, n, cache.generation)
+    buffer._writer.claim(start, n)
     cache.wrote(storage, index, start + n)
     if table is not None and priority is None:
         table.write_runs(array("q", (start, n)))
@@ -202,33 +203,37 @@ def settle(
         index, generation: as they were drawn.
 
     Returns:
-        False, and nothing is done, where there is no kernel for that.
+        False, and nothing is done, where something is elsewhere or of another form, or an index
+        is not that of a filled slot.
+
+    Raises:
+        PriorityError: NaN or infinite; nothing is written then.
     """
     sampler, now = buffer._sampler, buffer._writer._generation
     table, n = sampler._table, index.numel()
-    capacity, size = table.capacity, _length(buffer._storage)
-    if generation is None:
+    if now is None or generation is None:
         return False
     plain = (
-        now is not None
-        and now.is_cpu
-        and table.trees.compiled
-        and _is_row(now, capacity, torch.int64)
-        and index.ndim == 1
+        table.device.type == "cpu"
+        and _packed(now, table.capacity, torch.int64)
+        and now.ndim == index.ndim == 1
         and _packed(index, n, torch.int64)
         and _packed(generation, n, torch.int64)
         and _packed(td_error, n, torch.float32)
     )
-    if not plain or (size < capacity and n and int(index.amax()) >= size):
+    if not plain:
         return False
-    sampler._stale += table.update(
-        index,
-        td_error.reshape(n),
-        written=min(size, capacity),
-        generation=generation.reshape(n),
-        stamps=now,
-        squared=sampler.td_error_unit == "squared",
-    )
+    try:
+        sampler._stale += table.update(
+            index,
+            td_error.view(n),
+            written=_length(buffer._storage),
+            generation=generation.view(n),
+            stamps=now,
+            squared=sampler._td_error_unit == "squared",
+        )
+    except IndexRangeError:  # the long way tells slots that are empty from those that are not there
+        return False
     return True
 
 

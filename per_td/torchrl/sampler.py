@@ -457,18 +457,15 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         if size < capacity:
             filled = index < size
             live = filled | (index >= capacity) if live is None else live & filled
-        if live is not None and validation.can_raise(live) and live.all():
-            live = None
-        kept = live
-        if written is not None:
-            kept = written if live is None else live & written
+        # To a table that knows of no later round, all slots are of generation 0
+        generation = None if live is None else (~live).long()
         try:
-            self._table.update(index, priority, written=capacity, mask=kept)
+            self._stale += self._table.update(
+                index, priority, written=capacity, generation=generation, mask=written
+            )
         except IndexRangeError:
             validation.require_slots(index, capacity, what=SLOTS)
             raise
-        if live is not None:  # counted once nothing has been refused
-            self._stale += (~live).sum()
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot: tensors and plain values."""

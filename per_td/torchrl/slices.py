@@ -254,7 +254,7 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
         slot = starts.slot.to(self.device)
         table, mass = self._table, self._table.mass[slot]
         chosen = slice_batches.choose(mass, n, table.draw, table.method, self._rng)
-        weight = self._weights(slot[chosen], mass, chosen, len(storage))
+        weight = self._weights(mass, chosen, len(storage))
 
         position = torch.arange(length, device=self.device)
         index = slice_batches.advance(slot[chosen].unsqueeze(-1), position, storage.shape)
@@ -271,12 +271,13 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
         marks = slice_batches.marks(storage[:], where, begins, ends, *keys)
         return where, {"priority_weight": weight.reshape(-1)} | marks
 
-    def _weights(self, slot: Tensor, mass: Tensor, chosen: Tensor, size: int) -> Tensor:
-        if self._table.weight_normalization != "none":
-            table = self._table
+    def _weights(self, mass: Tensor, chosen: Tensor, size: int) -> Tensor:
+        """The weights of the `chosen` [n] of the records that can begin a slice, of `mass` [S]."""
+        table = self._table
+        if table.weight_normalization != "none":
             weight: Tensor = table.trees.ops.weigh(
                 table.trees,
-                table.mass[slot],
+                mass[chosen],
                 beta=self.beta,
                 normalization=table.weight_normalization,
                 written=size,

@@ -91,24 +91,19 @@ class GenerationWriter(TensorDictRoundRobinWriter):
         fitted[: len(known)] = known
         self._generation = fitted
 
-    def claim(self, n: int) -> int:
-        """Take the next n slots of a storage of one dimension, for rows to be written there.
+    def next_slot(self) -> int:
+        """The slot of a storage of one dimension that is written next; see `claim` for the lock."""
+        slot: int = self._cursor_value.get_obj().value % self._storage.max_size  # of any state
+        return slot
+
+    def claim(self, start: int, n: int) -> None:
+        """Count n rows that have been written from the `next_slot` on, but not the generations.
 
         The caller holds the lock that keeps other writers out, so these numbers, which processes
-        share, are read and written past their own locks. The caller counts up the generations.
-
-        Args:
-            n: how many, at most the storage's capacity.
-
-        Returns:
-            The first slot.
+        share, are read and written past their own locks.
         """
-        cursor, count = self._cursor_value.get_obj(), self._write_count_value.get_obj()
-        capacity = self._storage.max_size
-        start: int = cursor.value % capacity  # a state may bring any number
-        cursor.value = (start + n) % capacity
-        count.value += n
-        return start
+        self._cursor_value.get_obj().value = (start + n) % self._storage.max_size
+        self._write_count_value.get_obj().value += n
 
     def stamps(self, index: Tensor) -> Tensor:
         """Generations of slots of a storage of one dimension, int64 [B] as `index`; -1 if none.

@@ -1,9 +1,11 @@
+from multiprocessing.reduction import ForkingPickler
+
 import pytest
 import torch
 from tensordict import TensorDict, lazy_stack
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ListStorage
 
-from per_td import PriorityError
+from per_td import IndexRangeError, PerTdError, PriorityError, kernels
 from per_td.torchrl import PrioritizedSampler
 from tests.support.replay import ALPHA, BETA, data, learn, make, same
 
@@ -213,3 +215,152 @@ def test_a_wrong_td_error_changes_nothing_on_the_short_way(wrong):
     with pytest.raises(PriorityError, match="finite"):
         buffer.update_tensordict_priority(batch)
     assert torch.equal(buffer.sampler.priority, before)
+
+
+@pytest.fixture(params=kernels.CHOICES[:2])
+def choice(request, monkeypatch):
+    monkeypatch.setenv(kernels.VARIABLE, request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("late", ["overwritten", "emptied"])
+def test_a_wrong_td_error_of_a_late_update_is_refused_on_both_ways(late, choice):
+    for dtype in (torch.float32, torch.float64):  # the short way, and the long one
+        buffer = make()
+        buffer.extend(data(20))
+        batch = buffer.sample()
+        if late == "emptied":
+            buffer.empty()
+        buffer.extend(data(7, 20))
+        batch["td_error"] = torch.ones(32, dtype=dtype)
+        stale = (batch["index"] < 7) if late == "overwritten" else (batch["index"] >= 7)
+        batch["td_error"][stale.nonzero()[0]] = torch.nan
+        before = buffer.sampler.state_dict()
+        with pytest.raises(PriorityError, match="finite"):
+            buffer.update_tensordict_priority(batch)
+        assert buffer.stats()["stale_updates"] == 0
+        after = buffer.sampler.state_dict()
+        assert torch.equal(after["priority"], before["priority"])
+        assert torch.equal(after["ever_max"], before["ever_max"])
+
+
+def test_both_ways_agree_on_what_comes_too_late(choice):
+    """Overwritten, emptied, and both in one batch, next to what is as it was drawn."""
+    both = Lockstep(20, LazyTensorStorage)
+    assert both.buffers[0].sampler._table.trees.compiled == (choice == "auto")
+    both(lambda buffer: buffer.extend(data(20)))
+    batches = {}
+
+    def drawn(buffer):
+        batches[buffer] = buffer.sample()
+
+    both(lambda buffer: drawn(buffer))
+    both(lambda buffer: buffer.extend(data(7, 20)))
+    both(lambda buffer: learn(buffer, batches[buffer]))
+    overwritten = both.buffers[0].stats()["stale_updates"]
+    assert 0 < overwritten < 32
+    both(lambda buffer: buffer.empty())
+    both(lambda buffer: learn(buffer, batches[buffer]))
+    assert both.buffers[0].stats()["stale_updates"] == overwritten + 32
+    both(lambda buffer: buffer.extend(data(9, 40)))
+    both(lambda buffer: learn(buffer, batches[buffer]))
+    assert both.buffers[0].stats()["stale_updates"] > overwritten + 32
+    both(lambda buffer: buffer.sample())
+    both(lambda buffer: learn(buffer, buffer.sample()))
+    for buffer in both.buffers:
+        buffer.sampler.check_valid()
+
+
+@pytest.mark.parametrize("filled", [12, 20])
+@pytest.mark.parametrize("index", [-1, 20])
+def test_an_index_that_is_no_slot_is_an_error_on_both_ways(index, filled, choice):
+    for dtype in (torch.float32, torch.float64):
+        buffer = make()
+        buffer.extend(data(filled))
+        batch = buffer.sample()
+        batch["index"][3] = index
+        batch["td_error"] = torch.ones(32, dtype=dtype)
+        before = buffer.sampler.priority
+        with pytest.raises(IndexRangeError, match=rf"0 <= index < 20, the slots.*, got {index} at"):
+            buffer.update_tensordict_priority(batch)
+        assert torch.equal(buffer.sampler.priority, before)
+        assert buffer.stats()["stale_updates"] == 0
+
+
+@pytest.mark.parametrize("storage", [LazyTensorStorage, LazyMemmapStorage])
+def test_rows_of_the_storage_itself_are_read_before_they_are_overwritten(storage, choice):
+    buffer = make(capacity=9, storage=storage)
+    buffer.extend(data(9))
+    buffer.extend(data(2, 9))  # the next slot is 2
+    expected = buffer[:5].clone()
+    assert buffer._cache.of(buffer, marks=True) is not None
+    index = buffer.extend(buffer[:5])
+    assert index.tolist() == [2, 3, 4, 5, 6]
+    same(buffer[2:7].clone().exclude("index"), expected.exclude("index"))
+
+
+def test_rows_of_one_column_may_go_into_another(choice):
+    buffer = make(capacity=9)
+    buffer.extend(TensorDict({"a": torch.arange(9), "b": torch.arange(9, 18)}, [9]))
+    held = buffer[:]
+    buffer.extend(TensorDict({"a": held["b"][:5], "b": held["a"][:5]}, [5]))
+    assert buffer[:5]["a"].tolist() == [9, 10, 11, 12, 13]
+    assert buffer[:5]["b"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_rows_without_entries_are_written_and_drawn(choice):
+    both = Lockstep(9, LazyTensorStorage)
+    both(lambda buffer: buffer.extend(TensorDict({}, [5])))
+    both(lambda buffer: buffer.extend(TensorDict({}, [5])))
+    assert both.ways == [True, False]
+    both(lambda buffer: buffer.sample())
+    assert both.buffers[0].sample()["index"].max() < 9
+
+
+def test_rows_that_cannot_be_read_move_nothing_on():
+    buffer = make(capacity=9)
+    buffer.extend(data(4))
+    new = data(3, 4)
+    new["x"].untyped_storage().resize_(0)
+    before = buffer.writer._generation.clone()
+    with pytest.raises((PerTdError, RuntimeError)):
+        buffer.extend(new)
+    assert len(buffer) == 4
+    assert buffer.writer._cursor == 4
+    assert buffer.write_count == 4
+    assert torch.equal(buffer.writer._generation, before)
+    buffer.extend(data(3, 4))
+    assert buffer[:]["x"].tolist() == list(range(7))
+
+
+def test_kernels_find_memory_that_torch_has_moved_to_be_shared(choice):
+    """Sending a tensor to another process moves its memory, which the kernels have addresses of."""
+    buffer, alone = make(), make()
+    for each in (buffer, alone):
+        each.extend(data(20))
+        torch.manual_seed(1)
+        learn(each, each.sample())
+    table, columns = buffer.sampler._table, buffer._cache.of(buffer, marks=True)
+    before = table.raw.data_ptr(), columns._columns[0].data_ptr()
+    sampler = ForkingPickler.loads(ForkingPickler.dumps(buffer.sampler))
+    for column in columns._columns:
+        column.share_memory_()
+    assert table.raw.data_ptr() != before[0]
+    assert columns._columns[0].data_ptr() != before[1]
+    for step in range(3):
+        for each in (buffer, alone):
+            torch.manual_seed(step)
+            each.extend(data(7, 20 + 7 * step))
+            learn(each, each.sample())
+            each.add(data(1, 90 + step)[0])
+        assert torch.equal(buffer.sampler.priority, alone.sampler.priority)
+        assert torch.equal(sampler.priority, alone.sampler.priority)
+        same(buffer[:], alone[:])
+    buffer.sampler.check_valid()
+    sampler.check_valid()
+    sampler.update_priority(torch.arange(20), torch.arange(20.0))  # the other side's kernels
+    alone.sampler.update_priority(torch.arange(20), torch.arange(20.0))
+    torch.manual_seed(9)
+    batch = buffer.sample()
+    torch.manual_seed(9)
+    same(batch, alone.sample())
