@@ -5,7 +5,6 @@ call work on the same slots in the order of the call, so that each finds in the 
 find there; the slots are new in every call.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +15,9 @@ from benchmarks.contestants.own import PerTd
 from benchmarks.race import Entry, Part, race
 from benchmarks.workload import BETA, Point, Pool
 from per_td import draws, validation
-from per_td.priorities import kernel_calls as priority_kernels
-from per_td.priorities import sampling as priority_draws
-from per_td.storage import batches as batch
-from per_td.storage.ring import nested
+from per_td.priorities import sampling
+from per_td.storage import batches
+from per_td.storage.leaves import nested
 
 __all__ = ["measure"]
 
@@ -31,26 +29,26 @@ Parts = dict[str, Callable[[], Any]]
 
 def _sample_parts(own: PerTd, at: dict) -> Parts:
     table, storage, n = own.buffer._priorities, own.buffer._storage, own.point.batch
-    tree = table.masses
+    trees, numbers = table.trees, torch.empty(n, dtype=torch.float64)
 
     def draw() -> None:
-        at["index"], at["weight"] = priority_draws.sample_weighted(
-            table, n, own.point.capacity, None, beta=own.buffer._beta, filled=storage.size
+        at["index"], at["weight"] = sampling.sample_weighted(
+            table, n, None, beta=own.buffer._beta, written=storage.written, size=len(storage)
         )
 
     def gather() -> None:
         at["leaves"], at["generation"] = storage.gather(at["index"])
 
     def result() -> None:
-        leaves = nested(zip(storage._columns, at["leaves"], strict=True))
+        leaves = nested(zip(storage._leaves, at["leaves"], strict=True))
         added = {"index": at["index"], "generation": at["generation"]}
         leaves.update(added, priority_weight=at["weight"])
-        batch.make(leaves, at["index"].shape, own.cpu)
+        batches.make(leaves, at["index"].shape, own.cpu)
 
     return {
         "draw and weights": draw,
-        f"{NESTED}random numbers": lambda: draws.points(n, "independent", own.cpu),
-        f"{NESTED}walk, other slots": lambda: tree.find(own.points.next()[1]),
+        f"{NESTED}random numbers": lambda: draws.uniform_like(numbers, None),
+        f"{NESTED}walk, other slots": lambda: trees.ops.find(trees, own.points.next()[1]),
         "gather and generations": gather,
         "result TensorDict": result,
         WHOLE: own.sample,
@@ -58,24 +56,33 @@ def _sample_parts(own: PerTd, at: dict) -> Parts:
 
 
 def _update_parts(own: PerTd, at: dict) -> Parts:
-    table, storage, size = own.buffer._priorities, own.buffer._storage, own.point.capacity
+    table, storage = own.buffer._priorities, own.buffer._storage
+    trees = table.trees
 
     def checks() -> None:
         validation.as_index(at["index"], own.cpu)
         validation.as_index(at["generation"], own.cpu)
 
-    def update(what: Callable) -> None:
-        fate = {"generation": at["generation"], "written": storage.written}
-        what(at["index"], at["td_error"], size, **fate)
+    def update() -> None:
+        fate = {"written": storage.written, "generation": at["generation"]}
+        table.update(at["index"], at["td_error"], **fate)
+
+    def assign() -> None:
+        trees.ops.assign(
+            trees,
+            table.distribution,
+            at["index"],
+            at["td_error"],
+            written=storage.written,
+            limit=own.point.capacity,
+            generation=at["generation"],
+            add_eps=True,
+        )
 
     return {
         "checks of the indices": checks,
-        "priority table": lambda: update(table.update),
-        f"{NESTED}raw priorities, masses, sums, extrema": lambda: update(
-            functools.partial(
-                priority_kernels.assign, table.masses.kernels, table, eps=own.buffer.eps
-            )
-        ),
+        "priority table": update,
+        f"{NESTED}raw priorities, masses, sums, extrema": assign,
         WHOLE: lambda: own.buffer.update_priority(at["index"], at["td_error"], at["generation"]),
     }
 
@@ -84,16 +91,19 @@ def _extend_parts(own: PerTd, at: dict) -> Parts:
     table, storage = own.buffer._priorities, own.buffer._storage
 
     def check() -> None:
-        at["leaves"] = storage.check(own.incoming)
+        at["leaves"], at["n"] = storage.check(own.incoming)
 
     def slots() -> None:
-        at["index"] = storage.next_slots(own.point.batch)
+        storage.next_slots(own.point.batch)
+
+    def copy() -> None:
+        at["runs"] = storage.write(at["leaves"], at["n"])
 
     return {
         "checks": check,
         "slots": slots,
-        "copy": lambda: storage.write(at["leaves"]),
-        "priorities": lambda: table.write_new(at["index"], None),
+        "copy": copy,
+        "priorities": lambda: table.write_runs(at["runs"]),
         WHOLE: own.extend,
     }
 

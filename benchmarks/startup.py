@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.contestants import NotRun
+from benchmarks.contestants.own import kernels_for
 from benchmarks.race import spread
 from per_td import kernels
 
@@ -58,7 +59,7 @@ def _rows(name: str, runs: list[list[float]]) -> list[dict]:
 
 def measure(*, quick: bool) -> list[dict]:
     """Rows for a cold cache (once), a warm one, and plain torch."""
-    if kernels.cpu_kernels() is None:
+    if not kernels_for("cpu"):
         raise NotRun("there are no compiled kernels here")
     runs = 1 if quick else RUNS
     with tempfile.TemporaryDirectory() as folder:

@@ -306,11 +306,11 @@ class PrioritizedReplayBuffer(ReplayState):
         if priority is None and runs is not None:
             table.write_runs(runs)
             return index
-        new = index
-        if mask is None and n > self.capacity:  # of too many, the last remain
-            new = index[..., -self.capacity :]
+        kept = index
+        if mask is None and n > self.capacity:  # the last remain; of a slot the last holds anyway
+            kept = index[..., -self.capacity :]
             priority = None if priority is None else priority[..., -self.capacity :]
-        table.write_new(new, priority, mask)
+        table.write_new(kept, priority, mask)
         return index
 
     def sample(self, batch_size: int | None = None) -> TensorDict:

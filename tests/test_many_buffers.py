@@ -368,6 +368,19 @@ def test_where_values_cannot_be_looked_at_wrong_ones_are_refused_and_counted(mon
     assert buffer.total_mass.tolist() == [8, 9]
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_masked_rows_at_the_end_of_more_than_fit_take_no_place_from_others(given, device):
+    buffers = PrioritizedReplayBuffer(5, num_buffers=2, device=device)
+    mask = torch.tensor([[True] * 3 + [False] * 9, [True] * 7 + [False] * 5], device=device)
+    rows = {"x": torch.arange(24, device=device).view(2, 12)}
+    priority = torch.arange(1.0, 25.0, device=device).view(2, 12) if given else None
+    buffers.extend(rows, priority, mask)
+    assert buffers.lengths.tolist() == [3, 5]
+    expected = [[1, 2, 3, 0, 0], [18, 19, 15, 16, 17]] if given else [[1] * 3 + [0] * 2, [1] * 5]
+    assert buffers.priority.tolist() == expected
+    buffers.check_valid()
+
+
 def test_a_mask_goes_with_many_buffers_only():
     buffer = PrioritizedReplayBuffer(4)
     td, mask = data(0, 2), torch.ones(2, dtype=torch.bool)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.contestants.base import Contestant, NotRun, tensor_bytes
 from benchmarks.workload import ALPHA, BETA, EPS, Point
-from per_td import PrioritizedReplayBuffer, kernels
+from per_td import PrioritizedReplayBuffer, SumTree, kernels
 
 __all__ = [
     "Columns",
@@ -20,6 +20,7 @@ __all__ = [
     "PlainTorch",
     "Records",
     "filled_buffer",
+    "kernels_for",
     "plain_torch",
 ]
 
@@ -108,10 +109,15 @@ class PerTd(Contestant):
         return {"priority state": (used / self.point.capacity, "bytes per slot")}
 
 
+def kernels_for(device: str) -> bool:
+    """True if buffers on this device have compiled kernels."""
+    return SumTree(1, device).compiled
+
+
 @contextlib.contextmanager
 def plain_torch() -> Iterator[None]:
     """What is made inside does without compiled kernels; NotRun where there are none anyway."""
-    if kernels.cpu_kernels() is None:
+    if not kernels_for("cpu"):
         raise NotRun("there are no compiled kernels here: per_td is this")
     before = os.environ.get(kernels.VARIABLE)
     os.environ[kernels.VARIABLE] = "off"

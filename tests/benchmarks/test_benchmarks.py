@@ -8,11 +8,12 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import report, tables
+from benchmarks import profiles, report, tables
 from benchmarks.__main__ import main
 from benchmarks.case import Case, Goal, Ref, quick
 from benchmarks.cases import CASES
 from benchmarks.contestants import CONTESTANTS
+from benchmarks.contestants.own import PerTd
 from benchmarks.exactness import distance, expected
 from benchmarks.goals import judge
 from benchmarks.race import TOTAL, Entry, Part, race, ratio, spread
@@ -58,6 +59,15 @@ def test_the_parts_and_the_rest_of_a_call_make_up_all_of_it(results):
     cases = {case["name"]: case for case in json.loads(results.read_text())["cases"]}
     parts = [row["part"] for row in cases["profile"]["rows"] if row["contestant"] == "sample"]
     assert {"draw and weights", "gather and generations", "all of it", "rest"} <= set(parts)
+
+
+def test_no_part_of_a_call_is_left_out_of_the_profile_here():
+    point = Point(500, 20)
+    own = PerTd(point)
+    own.cpu, own.points = torch.device("cpu"), Pool(point)
+    own.points.td_error = torch.rand(len(own.points.index), dtype=torch.float64)
+    for call, parts in profiles.CALLS.items():
+        assert [part.name for part in profiles._possible(own, call)] == [*parts(own, {})]
 
 
 def test_draws_are_as_far_from_the_right_distribution_as_perfect_ones(results):
