@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from per_td.addresses import has_memory
 from per_td.errors import ConfigurationError, IndexRangeError, PerTdError, PriorityError
 
 __all__ = [
@@ -202,7 +203,7 @@ def _is_plain(value: Any, dtype: torch.dtype, device: torch.device) -> TypeGuard
         and value.device == device
         and value.layout is torch.strided
         and not value.is_nested
-        and (torch.compiler.is_compiling() or (not value.is_neg() and _has_memory(value)))
+        and (torch.compiler.is_compiling() or (not value.is_neg() and has_memory(value)))
     )
 
 
@@ -217,24 +218,12 @@ def require_plain(name: str, tensor: Tensor, error: type[PerTdError]) -> None:
 
 
 def require_memory(name: str, tensor: Tensor, error: type[PerTdError]) -> None:
-    """Refuse with an `error` what has no memory of its own: reading it would end the process.
-
-    Such are distributed and functionalized tensors, and those whose storage has been freed.
-    """
-    if not (torch.compiler.is_compiling() or _has_memory(tensor)):
+    """Refuse with an `error` what has no memory of its own; see `has_memory`."""
+    if not (torch.compiler.is_compiling() or has_memory(tensor)):
         raise error(
             f"{name}: expected a tensor with memory of its own, got a {type(tensor).__name__}"
             " without"
         )
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    if not tensor.is_cpu:  # only the CPU's kernels read addresses
-        return True
-    try:
-        return tensor.data_ptr() != 0 or not tensor.numel()
-    except RuntimeError:  # torch refuses to tell, for those of vmap
-        return False
 
 
 def as_tensor(name: str, value: Any, error: type[PerTdError]) -> Tensor:

@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+from tests.support.choices import CHOICES
+
 if not torch.cuda.is_available():  # before per_td brings triton, which reads it when imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -50,17 +52,19 @@ def device(request, monkeypatch) -> torch.device:
     if request.param != "interpreted":
         return torch.device(request.param)
     pytest.importorskip("triton", reason="triton is not installed")
-    from per_td import draws, kernels, validation
-    from per_td.kernels.cuda import draw as cuda_draw
-    from per_td.kernels.cuda import nodes as cuda_nodes
-    from per_td.kernels.cuda import update as cuda_update
+    from per_td import kernels, validation
+    from per_td.kernels import reference
+    from per_td.kernels.cuda import draw, launches, nodes, update
+    from per_td.storage.ring import RingStorage
 
-    monkeypatch.setattr(kernels, "wanted", lambda device: False)
-    monkeypatch.setattr(kernels, "launched", lambda device: True)
-    for module, name in ((cuda_draw, "POINTS"), (cuda_nodes, "NODES"), (cuda_update, "FLAT")):
+    def operations(device, *, launches=True, triton=launches):
+        return triton if launches else reference
+
+    monkeypatch.setattr(kernels, "operations", operations)
+    monkeypatch.setattr(validation, "can_raise", lambda tensor: False)
+    monkeypatch.setattr(RingStorage, "_known", property(lambda ring: ring.groups == 1))
+    for module, name in ((draw, "POINTS"), (nodes, "NODES"), (update, "FLAT")):
         monkeypatch.setattr(module, name, 4096)  # the interpreter takes as long for any number
-    for module in (validation, draws):
-        monkeypatch.setattr(module, "can_raise", lambda tensor: False)
     return torch.device("cpu")
 
 
@@ -85,3 +89,10 @@ def pretended(monkeypatch):
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=CHOICES)
+def choice(request, monkeypatch) -> str:
+    """With kernels and without."""
+    monkeypatch.setenv("PER_TD_KERNELS", request.param)
+    return request.param

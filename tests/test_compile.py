@@ -1,6 +1,7 @@
 """`sample` and `update_priority` under torch.compile, as one graph each."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from per_td import PrioritizedReplayBuffer
 from per_td.weights import importance_weights
 from tests.support.oracle import assert_drawn_from, data
+from tests.support.parameters import slow_but
 
 DRAWS = ("independent", "stratified", "without_replacement")
 
@@ -40,9 +42,19 @@ def whole(function, backend="eager"):
     return torch.compile(function, fullgraph=True, backend=backend)
 
 
-@pytest.mark.parametrize("normalization", ["batch", "buffer", "none"])
-@pytest.mark.parametrize("draw", DRAWS)
-@pytest.mark.parametrize("method", ["tree", "auto"])
+USUAL = [
+    ("tree", "independent", "batch"),
+    ("tree", "stratified", "buffer"),
+    ("tree", "without_replacement", "none"),
+    ("auto", "independent", "buffer"),
+    ("auto", "without_replacement", "batch"),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "draw", "normalization"),
+    slow_but(USUAL, product(["tree", "auto"], DRAWS, ["batch", "buffer", "none"])),
+)
 def test_sampling_is_one_graph_and_batches_are_what_they_are_without(draw, normalization, method):
     buffer = filled(draw=draw, weight_normalization=normalization, method=method)
     batch = whole(buffer.sample)(16)
@@ -66,8 +78,13 @@ def test_compiled_draws_follow_the_priorities(draw):
     assert_drawn_from(index, mass / mass.sum())
 
 
-@pytest.mark.parametrize("normalization", ["batch", "buffer"])
-@pytest.mark.parametrize("capacity", [1, 17, 50, 300])
+@pytest.mark.parametrize(
+    ("capacity", "normalization"),
+    slow_but(
+        [(1, "batch"), (17, "buffer"), (300, "batch")],
+        product([1, 17, 50, 300], ["batch", "buffer"]),
+    ),
+)
 def test_updating_is_one_graph_and_leaves_what_it_leaves_without(capacity, normalization):
     plain, compiled = (
         filled(2 * capacity, capacity, weight_normalization=normalization) for _ in range(2)

@@ -1,6 +1,7 @@
 """The figures of `diagnostics` beside numpy and plain Python."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from per_td import PrioritizedReplayBuffer, TransitionReplayBuffer, diagnostics
 from per_td.diagnostics import QUANTILES
 from tests.support.oracle import data
+from tests.support.parameters import slow_but
 from tests.support.tables import table
 
 CPU = torch.device("cpu")
@@ -170,9 +172,23 @@ def test_more_values_than_torch_quantile_takes_are_no_trouble():
     assert got["priority/max"].item() == 2**24
 
 
-@pytest.mark.parametrize("kernels", ["auto", "off"])
-@pytest.mark.parametrize("draw", ["independent", "stratified", "without_replacement"])
-@pytest.mark.parametrize("method", ["tree", "auto"])
+@pytest.mark.parametrize(
+    ("method", "draw", "kernels"),
+    slow_but(
+        [
+            ("tree", "independent", "auto"),
+            ("tree", "independent", "off"),
+            ("tree", "stratified", "auto"),
+            ("auto", "without_replacement", "auto"),
+            ("auto", "without_replacement", "off"),
+        ],
+        product(
+            ["tree", "auto"],
+            ["independent", "stratified", "without_replacement"],
+            ["auto", "off"],
+        ),
+    ),
+)
 @pytest.mark.parametrize("prioritization", ["proportional", "rank"])
 def test_what_was_never_replayed_is_what_a_set_says(
     prioritization, method, draw, kernels, device, monkeypatch

@@ -21,6 +21,7 @@ from per_td import (
 )
 from tests.support.model import Ring
 from tests.support.oracle import S, assert_drawn_from, data, numbered
+from tests.support.parameters import slow_but
 
 DRAWS = ("independent", "stratified", "without_replacement")
 WAYS = [(draw, method) for draw in DRAWS for method in ("tree", "multinomial")]
@@ -137,7 +138,7 @@ class Lockstep:
 
 
 @pytest.mark.parametrize("new_priority", ["buffer_max", "ever_max"])
-@pytest.mark.parametrize("capacity", [1, 7, 16, 17, 50, 256, 257])
+@pytest.mark.parametrize("capacity", slow_but([1, 7, 17, 257], [1, 7, 16, 17, 50, 256, 257]))
 def test_many_buffers_do_what_as_many_separate_ones_do(capacity, new_priority, choice, device):
     both = Lockstep(capacity, device, new_priority=new_priority, weight_normalization="buffer")
     for _ in range(60):

@@ -16,10 +16,11 @@ from per_td import (
     PrioritizedReplayBuffer,
     SumTree,
     TransitionReplayBuffer,
+    kernels,
     validation,
 )
 from per_td.draws import DRAWS, METHODS
-from per_td.priorities import sampling as priority_draws
+from per_td.kernels import reference
 from per_td.priorities.table import NEW_PRIORITIES
 from per_td.weights import NORMALIZATIONS
 from tests.support.pretended_cuda import WAITS, HostWaitError, MixedDevicesError
@@ -251,6 +252,84 @@ def test_trees_never_wait(capacity, num_trees, pretended):
         assert on_device(pretended, tree[index])
 
 
+# --- with kernels -----------------------------------------------------------------------------
+
+
+class _Launch:
+    """Stands for a kernel, and takes what it could read: contiguous tensors on the device."""
+
+    count = 0
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *args, **constants):
+        for tensor in filter(torch.is_tensor, args):
+            assert (tensor.device.type, tensor.is_contiguous()) == ("cuda", True)
+        _Launch.count += 1
+
+
+@pytest.fixture
+def launched(pretended, monkeypatch):
+    """The pretended device, with the operations of CUDA, whose kernels are counted."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from per_td.kernels.cuda import draw, launches, nodes, update
+
+    for module in (draw, nodes, update):
+        for name in ("_walk", "_weigh", "_level", "_top", "_claim", "_settle"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, _Launch())
+    monkeypatch.setattr(kernels, "operations", lambda device, **settings: launches)
+    monkeypatch.setattr(_Launch, "count", 0)
+    return pretended
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("draw", DRAWS)
+def test_launches_do_not_wait(draw, normalization, launched):
+    buffer = make(launched, draw=draw, weight_normalization=normalization)
+    buffer.extend(rows(CAPACITY - 1))
+    buffer.extend(rows(4), torch.ones(4, device="cuda"))
+    buffer.add(rows(1)[0])
+    before = _Launch.count
+    batch = buffer.sample()
+    assert on_device(launched, batch.to_dict())
+    learn(buffer, batch)
+    buffer.update_priority(batch["index"], torch.ones(B, device="cuda"))
+    buffer.beta, buffer.alpha = 0.5, 0.9
+    learn(buffer, buffer.sample(), device="cpu")
+    assert _Launch.count > before
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("draw", DRAWS)
+def test_launches_for_many_buffers_do_not_wait(draw, normalization, launched):
+    buffers = make(launched, num_buffers=S, draw=draw, weight_normalization=normalization)
+    running = torch.ones(S, 8, dtype=torch.bool, device="cuda")
+    buffers.extend(rows_each(15))
+    buffers.extend(rows_each(8), torch.ones(S, 8, device="cuda"), running)
+    buffers.add(rows_each(1)[:, 0], mask=running[:, 0])
+    batch = buffers.sample()
+    assert on_device(launched, batch.to_dict())
+    learn(buffers, batch, (S, B))
+    buffers.update_priority(
+        batch["index"], torch.ones(S, B, device="cuda"), batch["generation"], mask=running
+    )
+    assert _Launch.count > 0
+
+
+@pytest.mark.parametrize("num_trees", [None, S])
+def test_launches_for_trees_do_not_wait(num_trees, launched):
+    with launched.copies():
+        tree = SumTree(1000, "cuda", num_trees=num_trees)
+    each = () if num_trees is None else (S,)
+    tree.update(torch.zeros(*each, 4).long(), torch.ones(*each, 4))
+    found = tree.find(torch.zeros(*each, 4, dtype=torch.float64, device="cuda"))
+    drawn = [tree.sample(4, draw=draw) for draw in DRAWS]
+    assert {tuple(index.shape) for index in (*drawn, found)} == {(*each, 4)}
+    assert _Launch.count > 0
+
+
 # --- what waits by nature -------------------------------------------------------------------------
 
 
@@ -300,25 +379,25 @@ def filled(pretended):
 
 
 def test_a_value_read_back_in_a_draw_raises(filled, monkeypatch):
-    draw = priority_draws.sample
+    mark = reference.mark_replayed
 
-    def reading(table, *args):
-        table.masses.total.item()
-        return draw(table, *args)
+    def reading(trees, index):
+        trees.total.item()
+        mark(trees, index)
 
     filled.sample()
-    monkeypatch.setattr(priority_draws, "sample", reading)
+    monkeypatch.setattr(reference, "mark_replayed", reading)
     with pytest.raises(WAITS):
         filled.sample()
 
 
 def test_a_tensor_of_the_host_in_a_draw_raises(filled, monkeypatch):
-    weigh = priority_draws.importance_weights
+    weigh = reference.importance_weights
 
     def mixing(mass, *args, **settings):
-        return weigh(mass, *args, **settings) * torch.ones(len(mass))
+        return weigh(mass, *args, **settings) * torch.ones(mass.shape)
 
-    monkeypatch.setattr(priority_draws, "importance_weights", mixing)
+    monkeypatch.setattr(reference, "importance_weights", mixing)
     with pytest.raises(MixedDevicesError):
         filled.sample()
 

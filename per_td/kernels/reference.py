@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from per_td import validation
+from per_td.errors import IndexRangeError, PerTdError
 from per_td.kernels.flags import EPS
 from per_td.kernels.layout import FANOUT
 from per_td.kernels.parts import Distribution, Rows, Trees
@@ -145,6 +146,24 @@ def _write(trees: Trees, distribution: Distribution, leaf: Tensor, priority: Ten
     torch.maximum(trees.ever_max, largest, out=trees.ever_max)
 
 
+def _require_runs(runs: Runs, groups: int, capacity: int, least: int, most: int) -> None:
+    """Refuse runs that are not of `least` to `most` slots that there are, one for each group.
+
+    Raises:
+        IndexRangeError: they are not.
+    """
+    if torch.compiler.is_compiling():  # the storage made them
+        return
+    starts, lengths = runs[::2], runs[1::2]
+    right = all(0 <= start < capacity for start in starts)
+    right = right and all(least <= n <= most for n in lengths)
+    if len(runs) != 2 * groups or not right:
+        raise IndexRangeError(
+            f"slots: expected {least} to {most}, from one of {capacity} on, in {groups} groups,"
+            f" got {list(lengths)} from {list(starts)} on; nothing was written"
+        )
+
+
 def assign_new(trees: Trees, distribution: Distribution, runs: Runs, *, ever_max: bool) -> None:
     """Give runs of slots, one in each tree, the priority of new transitions.
 
@@ -153,7 +172,12 @@ def assign_new(trees: Trees, distribution: Distribution, runs: Runs, *, ever_max
         distribution: how masses follow from priorities.
         runs: first slot and length, around the end of the ring, of each tree.
         ever_max: see `for_new`.
+
+    Raises:
+        IndexRangeError: a run has slots that there are not.
     """
+    capacity = trees.layout.capacity
+    _require_runs(runs, trees.layout.groups, capacity, 0, capacity)
     layout, new, leaves, priorities = trees.layout, for_new(trees, ever_max=ever_max), [], []
     for s in range(layout.groups):
         start, n = runs[2 * s : 2 * s + 2]
@@ -210,8 +234,13 @@ def assign(
     Raises:
         IndexRangeError: an index is not that of a filled slot.
         PriorityError: a priority is NaN or infinite. On CUDA such updates are refused and counted.
+        PerTdError: there are not `limit` stamps.
     """
     layout = trees.layout
+    if stamps is not None and (layout.groups != 1 or len(stamps) != limit):
+        raise PerTdError(
+            f"expected stamps of one group, of {limit} slots, got {len(stamps)} of {layout.groups}"
+        )
     slot = index.view(layout.groups, -1)
     ever = written.view(layout.groups, 1) if isinstance(written, Tensor) else written
     size = ever.clamp(max=limit) if isinstance(ever, Tensor) else min(ever, limit)
@@ -222,14 +251,17 @@ def assign(
         priority = value.view(slot.shape).abs()
         priority = priority.sqrt() if squared else priority
         priority = priority + trees.settings[EPS].float() if add_eps else priority
-    right = validation.require_slots(slot, size, wanted)
-    right = right & validation.require_finite("td_error", priority, wanted=wanted)
+    named = validation.require_slots(slot, size, wanted)
+    right = named & validation.require_finite("td_error", priority, wanted=wanted)
     if not validation.can_raise(slot):
         trees.refused += (~right if wanted is None else wanted & ~right).sum()
     kept = right if wanted is None else right & wanted
     dropped: Tensor | int = 0
     if generation is not None:
-        now = generations(slot, ever, layout.capacity) if stamps is None else stamps[slot]
+        if stamps is None:
+            now = generations(slot, ever, layout.capacity)
+        else:
+            now = stamps[torch.where(named, slot, 0)]  # another slot would end a CUDA process
         stale = generation.view(slot.shape) != now
         stale = stale if wanted is None else stale & wanted
         kept, dropped = kept & ~stale, stale.sum()
@@ -471,8 +503,13 @@ def gather(
     Returns:
         Contiguous tensors [S, B, ...], in the order of the columns, and the `generations`, int64
         [S, B].
+
+    Raises:
+        IndexRangeError: an index is not in [0, capacity), and it can be looked at.
     """
     slot = index.view(rows.groups, -1)
+    if validation.can_raise(slot):
+        validation.require_slots(slot, rows.capacity, what="the slots")
     row = (slot + rows.starts).flatten()
     found = [select(column, row).view(*index.shape, *column.shape[1:]) for column in rows.columns]
     if written is None:
@@ -522,8 +559,13 @@ def write_rows(
         runs: first slot and length, around the end of the ring, of each group.
         mask: bool [S, n]; False leaves a row out.
         stamps: how often each slot was written, int64 [S * capacity], counted up, with an `index`.
-        index: for the slots, int64 [S, n], n at most the capacity; may be among the new rows.
+        index: for the slots, int64 [S, n]; runs of `n` then. It may be among the new rows.
+
+    Raises:
+        IndexRangeError: a run has slots that there are not, or more than `n`.
     """
+    least, most = 0 if stamps is None else n, min(n, rows.capacity)
+    _require_runs(runs, rows.groups, rows.capacity, least, most)
     held = {column.untyped_storage()._cdata for column in rows.columns}
     # rows of its own are overwritten meanwhile
     new = [leaf.clone() if leaf.untyped_storage()._cdata in held else leaf for leaf in new]

@@ -266,11 +266,9 @@ class PriorityTable:
         Raises:
             PriorityError: wrong shape or dtype, NaN, infinite or negative (refused on CUDA).
         """
-        priority = validation.as_values("priority", priority, index)
-        valid: Tensor = validation.require_finite("priority", priority, low=0.0, wanted=mask)
-        if validation.can_raise(priority):
-            return priority
-        return torch.where(valid, priority, -1.0)
+        given = validation.as_values("priority", priority, index)
+        valid = validation.require_finite("priority", given, low=0.0, wanted=mask)
+        return given if validation.can_raise(given) else torch.where(valid, given, -1.0)
 
     def write_new(self, index: Tensor, priority: Tensor | None, mask: Tensor | None = None) -> None:
         """Give newly written slots their priority; where a slot occurs twice, the last holds.

@@ -254,8 +254,7 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
         stats: dict[str, int | float | bool] = super().stats()
         stats["stale_updates"] = 0
         if isinstance(self._sampler, PrioritizedSampler):
-            stats["stale_updates"] = self._sampler.stale_updates
-            stats["refused_priorities"] = int(self._sampler._table.refused)
+            stats |= self._sampler.stats()
         return stats
 
     def state_dict(self) -> dict[str, Any]:

@@ -213,13 +213,13 @@ class Trees:
     def check_valid(self) -> None:
         """Raise PerTdError, naming what is wrong, if a node does not follow from its children."""
         self.block.check_valid()
-        for name, nodes in self._kinds():
-            expected = nodes.clone()
-            fresh = Trees.__new__(Trees)
-            fresh.__dict__.update(self.__dict__)
-            setattr(fresh, name, expected)
-            reference.refill(fresh)
-            if not torch.allclose(nodes, expected, rtol=1e-12, atol=0, equal_nan=False):
+        kinds = dict(self._kinds())
+        fresh = Trees.__new__(Trees)
+        fresh.__dict__.update(self.__dict__)
+        fresh.__dict__.update({name: nodes.clone() for name, nodes in kinds.items()})
+        reference.refill(fresh)
+        for name, nodes in kinds.items():
+            if not torch.allclose(nodes, getattr(fresh, name), rtol=1e-12, atol=0):
                 raise PerTdError(f"{name}: a node does not follow from its children")
         for name, column in (("masses", self.leaves), ("priorities", self.raw)):
             if not (column.isfinite() & (column >= 0)).all():
@@ -232,6 +232,7 @@ class Trees:
             raise PerTdError("masses: expected positive ones just where priorities are positive")
 
     def _kinds(self) -> list[tuple[str, Tensor]]:
+        """Names and nodes of what is kept up to date."""
         kinds = [("sums", self.sums)]
         if len(self.raw):
             kinds.append(("maxima", self.maxima))

@@ -151,10 +151,12 @@ def test_order_of_the_agents_at_eight_states():
     assert median_updates("oracle", 8, 11) < counts["greedy TD error"]
 
 
+@pytest.mark.slow
 def test_rank_based_replay_beats_uniform_replay_at_eight_states():
     assert median_updates("rank-based", 8, 11) < 0.45 * median_updates("uniform", 8, 11)
 
 
+@pytest.mark.slow
 def test_alpha_zero_is_no_faster_than_uniform_replay():
     agent = partial(agents.prioritized, alpha=0.0)
     flat = cliffwalk.measure(agent, 6, 11, 20_000, agent="alpha 0")["updates"]

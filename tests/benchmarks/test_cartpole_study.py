@@ -8,6 +8,8 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
+from tests.support.parameters import slow_but
+
 pytest.importorskip("gymnasium")
 pytest.importorskip("matplotlib")
 
@@ -74,7 +76,7 @@ class SeparateBuffers:
             buffer.increase_beta()
 
 
-@pytest.fixture(params=["separate", "many"])
+@pytest.fixture(params=slow_but(["many"], ["separate", "many"]))
 def buffers(request, monkeypatch):
     if request.param == "separate":
         monkeypatch.setattr(training, "make_buffer", SeparateBuffers)

@@ -8,8 +8,10 @@ import torch
 from per_td import PrioritizedReplayBuffer, kernels
 from tests.support.model import Ring
 from tests.support.oracle import S, data, numbered
+from tests.support.parameters import slow_but
 
 SIZES = (1, 2, 5, 7, 16, 20, 33)
+USUAL = (1, 7, 16, 33)
 
 
 @pytest.fixture(params=kernels.CHOICES)
@@ -33,7 +35,7 @@ def held(buffer, s=None):
     return [(int(rows["action"][i]), float(priority[i])) for i in order]
 
 
-@pytest.mark.parametrize("old", SIZES)
+@pytest.mark.parametrize("old", slow_but(USUAL, SIZES))
 def test_the_newest_transitions_move_with_their_priorities_in_their_order(old, choice):
     chance = random.Random(old)
     for new in SIZES:
@@ -58,7 +60,7 @@ def test_the_newest_transitions_move_with_their_priorities_in_their_order(old, c
             assert other.write_count == written + 3
 
 
-@pytest.mark.parametrize("old", SIZES)
+@pytest.mark.parametrize("old", slow_but(USUAL, SIZES))
 def test_updates_of_batches_drawn_before_a_move_are_right_or_stale(old, choice):
     for new in SIZES:
         for written in (old // 2 + 1, old, 2 * old + 3):

@@ -17,6 +17,7 @@ from per_td.checkpoint import atomic
 from per_td.checkpoint import file as checkpoint
 from tests.support.checkpoints import draws, run, same, used
 from tests.support.oracle import data
+from tests.support.parameters import slow_but
 
 DTYPES = sorted(checkpoint._DTYPES.values(), key=str)
 needs_posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
@@ -272,7 +273,7 @@ SAVES = """
 
 
 @needs_posix
-@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", slow_but([1], [1, 12]))
 def test_a_process_killed_while_it_saves_leaves_a_whole_state(kills, tmp_path):
     path, moments = tmp_path / "x", random.Random(0)
     for _ in range(kills):

@@ -6,6 +6,7 @@ import os
 import pickle
 import threading
 import time
+from itertools import product
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from per_td import PrioritizedReplayBuffer
 from per_td.concurrency.threads import LockedReplayBuffer
 from per_td.errors import ConfigurationError, SchemaError
+from tests.support.parameters import slow_but
 from tests.support.processes import deadline, initial, learn, shared, torn, transitions
 
 
@@ -26,8 +28,13 @@ def make(capacity, **settings):
     return PrioritizedReplayBuffer(capacity, eps=0.0, **{"threads": True, **settings})
 
 
-@pytest.mark.parametrize("layout", ["records", "columns"])
-@pytest.mark.parametrize("kind", ["threads", "prefetch", "shared"])
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    slow_but(
+        [("threads", "records"), ("prefetch", "columns"), ("shared", "records")],
+        product(["threads", "prefetch", "shared"], ["records", "columns"]),
+    ),
+)
 def test_a_thread_that_extends_beside_a_learner_tears_nothing(kind, layout):
     made = {
         "threads": lambda: make(300, layout=layout),

@@ -14,25 +14,29 @@ pytest.importorskip("numba", reason="numba is not installed")
 
 HASHED = (
     "__init__.py",
+    "../flags.py",
     "compiling.py",
+    "door.py",
     "draw.py",
-    "many.py",
     "memory.py",
     "power.py",
+    "records.py",
     "rows.py",
-    "stamps.py",
     "update.py",
     "vector.py",
 )
 
 COPY_A_ROW = """
-import torch
-from per_td.kernels.cpu.rows import scatter
-row, ring = torch.tensor([2**40 + 7]), torch.zeros(1, dtype=torch.int64)
-source, fields = torch.tensor([row.data_ptr()]), torch.tensor([ring.data_ptr()])
-sizes = torch.tensor([[8, 8]])
-scatter(fields.data_ptr(), sizes.data_ptr(), 1, 1, 0, 1, source.data_ptr())
-print(ring.item() - 2**40, sum(scatter.stats.cache_hits.values()))
+import numpy as np
+from per_td.kernels.cpu.records import ROWS
+from per_td.kernels.cpu.rows import write
+row, ring = np.array([2**40 + 7]), np.zeros(1, np.int64)
+fields, source, runs = np.array([[ring.ctypes.data, 8, 8]]), np.array([row.ctypes.data]), (0, 1)
+record, runs = np.zeros(1, ROWS), np.array(runs)
+record["fields"] = fields.ctypes.data
+record["count"] = record["groups"] = record["capacity"] = 1
+assert write(record.ctypes.data, source.ctypes.data, 1, runs.ctypes.data, 0, 0, 0, 0)
+print(ring.item() - 2**40, sum(write.stats.cache_hits.values()))
 """
 
 
@@ -45,7 +49,8 @@ def package(tmp_path) -> Path:
 
 def run(package: Path, code: str, **variables: str) -> str:
     variables |= {"PYTHONPATH": str(package.parent), "PYTHONDONTWRITEBYTECODE": "1"}
-    inherited = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    left = ("NUMBA_CACHE_DIR", "PER_TD_KERNELS")
+    inherited = {name: value for name, value in os.environ.items() if name not in left}
     done = subprocess.run(
         (sys.executable, "-c", code),
         env=inherited | variables,
@@ -77,6 +82,13 @@ def test_an_edit_of_a_module_that_a_kernel_imports_is_seen(package):
 
 
 @pytest.mark.slow
+def test_checked_kernels_are_kept_beside_the_usual_ones(package):
+    for hits in "01":
+        assert run(package, COPY_A_ROW) == f"7 {hits}"
+        assert run(package, COPY_A_ROW, PER_TD_KERNELS="checked") == f"7 {hits}"
+
+
+@pytest.mark.slow
 def test_numba_cache_dir_names_the_folder_that_is_used(package, tmp_path):
     folder = tmp_path / "cache"
     assert run(package, COPY_A_ROW, NUMBA_CACHE_DIR=str(folder)) == "7 0"
@@ -96,13 +108,13 @@ def test_where_the_package_cannot_be_written_the_users_folder_is_used(package, t
 
 def test_every_kernel_source_for_the_cpu_counts(package):
     names = {file.name for file in (package / "kernels" / "cpu").glob("*.py")}
-    assert names == set(HASHED)
+    assert names | {"../flags.py"} == set(HASHED)
     code = f"""
 from pathlib import Path
 from per_td.kernels.cpu import compiling
 hashes = [compiling._sources()]
 for name in {HASHED}:
-    with open(Path(compiling.__file__).with_name(name), "a") as file:
+    with open(Path(compiling.__file__).parent / name, "a") as file:
         file.write("#")
     hashes.append(compiling._sources.__wrapped__())
 print(len(set(hashes)))

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from per_td.priorities.ranks import RankMasses, order_of
 from torch._dynamo.testing import CompileCounter
 
 from per_td import (
@@ -12,7 +13,6 @@ from per_td import (
     PrioritizedReplayBuffer,
     TransitionReplayBuffer,
 )
-from per_td.priorities.ranks import RankMasses, order_of
 from tests.support.model import Ring
 from tests.support.oracle import assert_drawn_from, data
 from tests.support.tables import table

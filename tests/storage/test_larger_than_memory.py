@@ -11,6 +11,7 @@ import torch
 from per_td import ConfigurationError, PrioritizedReplayBuffer, kernels, memory
 from tests.support.checkpoints import draws, run, same
 from tests.support.oracle import data, numbered
+from tests.support.parameters import slow_but
 
 
 @pytest.fixture(params=kernels.CHOICES)
@@ -63,7 +64,7 @@ MORE_THAN_MEMORY = """
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc of Linux")
 @pytest.mark.parametrize(
-    ("megabytes", "allowed"), [(240, 100), pytest.param(2100, 300, marks=pytest.mark.slow)]
+    ("megabytes", "allowed"), slow_but([(150, 100)], [(150, 100), (240, 100), (2100, 300)])
 )
 def test_more_transitions_than_memory_are_written_drawn_saved_and_loaded(
     megabytes, allowed, tmp_path

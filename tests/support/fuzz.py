@@ -1,7 +1,6 @@
 """What the fuzz tests throw at the package, and how they tell that nothing has changed."""
 
 import warnings
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,28 +22,14 @@ class Rude:
     __index__ = __len__ = __array__ = __float__
 
 
-def hostile(kind: str | None = None) -> Any:
-    """The value of that name, made anew; or the names of all.
-
-    Values are wrong, odd, or at the edge of what is right.
-    """
-    if kind is None:
-        return _names()
-    return _values()[kind]
-
-
 def _nested() -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls them a prototype
         return torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
 
 
-@cache
-def _names() -> tuple[str, ...]:
-    return tuple(_values())
-
-
-def _values() -> dict[str, Any]:
+def hostile() -> dict[str, Any]:
+    """Values that are wrong, odd, or at the edge of what is right, by name; made anew."""
     sparse = torch.tensor([1.0, 0.0]).to_sparse()
     values = {
         "none": None,

@@ -16,6 +16,7 @@ from typing import Any
 import llvmlite
 from numba import njit
 
+from per_td import kernels
 from per_td.kernels.choice import checked
 
 __all__ = ["CHECKED", "kernel", "part"]
@@ -31,11 +32,12 @@ part = partial(njit, boundscheck=CHECKED)
 def _sources() -> str:
     """A hash of everything that kernels are compiled from; numba looks at its own version."""
     found = sha256(llvmlite.__version__.encode())
-    for file in sorted(resources.files(__package__).iterdir(), key=lambda file: file.name):
+    files = [*resources.files(__package__).iterdir(), resources.files(kernels) / "flags.py"]
+    for file in sorted(files, key=lambda file: file.name):
         if file.name.endswith(".py"):
             found.update(file.name.encode())
             found.update(file.read_bytes())
-    return ("c" if CHECKED else "") + found.hexdigest()[: 15 if CHECKED else 16]
+    return found.hexdigest()[:16]
 
 
 def kernel(signature: str) -> Callable[[Callable[..., Any]], Any]:
@@ -46,7 +48,7 @@ def kernel(signature: str) -> Callable[[Callable[..., Any]], Any]:
     """
 
     def compiled(function: Callable[..., Any]) -> Any:
-        name = function.__qualname__
+        name = function.__qualname__ + ("_checked" if CHECKED else "")
         function.__qualname__ = f"{name}_{_sources()}"
         made = part(signature, cache=True, nogil=True, error_model="numpy")(function)
         if made.stats.cache_misses:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from per_td.errors import PerTdError
 from per_td.kernels import reference
@@ -132,6 +133,7 @@ class _RowsRecord:
         spans: first address of each column, and the one after its last.
         low, high: bounds of all of them; others' memory may lie between columns.
         likes: a batch like those that were gathered last.
+        versions: columns whose version counters stand for all: views of one memory share theirs.
     """
 
     def __init__(self, rows: Rows, bases: list[int]) -> None:
@@ -157,6 +159,8 @@ class _RowsRecord:
         self.address, self._memory = record.ctypes.data, (record, fields)
         self.kinds = [(column.dtype, column.shape[1:].numel()) for column in rows.columns]
         self.likes: list[Tensor] = []
+        storages = {column.untyped_storage()._cdata for column in rows.columns}
+        self.versions = rows.columns[:1] if len(storages) == 1 else rows.columns
 
     def holds(self, address: int) -> bool:
         """True if a column holds what is at an address."""
@@ -204,7 +208,7 @@ def assign_new(trees: Trees, distribution: Distribution, runs: Runs, *, ever_max
         raise PerTdError(f"expected {trees.layout.groups} runs, got {len(runs) / 2:g}")
     where = runs.buffer_info()[0]
     if not update.assign_new(_trees_record(trees), where, EVER_MAX if ever_max else 0):
-        raise PerTdError(f"expected runs within {trees.layout.capacity} slots, got {list(runs)}")
+        reference.assign_new(trees, distribution, runs, ever_max=ever_max)
 
 
 def assign(
@@ -337,9 +341,7 @@ def gather(
         wrapped,
         options,
     )
-    if not done:
-        raise PerTdError(f"expected slots in [0, {rows.capacity}), got others")
-    return out, generation
+    return (out, generation) if done else reference.gather(rows, index, written=written)
 
 
 def write_rows(
@@ -357,7 +359,7 @@ def write_rows(
     Args:
         rows, new, n, runs, mask: as there.
         stamps: how often each slot was written, int64 [S * capacity], counted up, with an `index`.
-        index: for the slots, int64 [S, n]; may be among the new rows.
+        index: for the slots, int64 [S, n]; runs of `n` then. It may be among the new rows.
     """
     total, options, wanted, stamp, at = rows.groups * n, 0, 0, 0, 0
     if len(new) != len(rows.columns) or len(runs) != 2 * rows.groups or runs.itemsize != 8:
@@ -381,4 +383,5 @@ def write_rows(
         at, options = _address(index, torch.int64, total), options | STAMPS
     where = sources.buffer_info()[0], n, runs.buffer_info()[0]
     if not row_kernels.write(record.address, *where, wanted, stamp, at, options):
-        raise PerTdError(f"expected runs within {rows.capacity} slots, got {list(runs)}")
+        reference.write_rows(rows, new, n, runs, mask=mask, stamps=stamps, index=index)
+    increment_version(record.versions)  # autograd is told what it cannot see

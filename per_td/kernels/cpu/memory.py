@@ -2,7 +2,8 @@
 
 A kernel gets the address of a record (see `records`), which names addresses and lengths. It makes
 array views of these. `PER_TD_KERNELS=checked` compiles all kernels with numba's bounds checks, and
-then what works on bare addresses here first touches both ends of what it will read or write.
+`group` then touches both ends of what its caller will read. Rows are copied between bare addresses:
+the kernels check the slots.
 """
 
 from typing import Any
@@ -16,7 +17,6 @@ from numba.extending import intrinsic
 from per_td.kernels.cpu.compiling import CHECKED, part
 
 __all__ = [
-    "address",
     "copy",
     "doubles",
     "flags",
@@ -64,14 +64,6 @@ def integers(address: int, n: int) -> Any:
 def flags(address: int, n: int) -> Any:
     """The bool array [n] at an address."""
     return carray(pointer(address), n, np.bool_)
-
-
-@part(inline="always")
-def address(array: Any, at: int) -> int:
-    """The address of an element; in the checked build, of one that exists."""
-    if CHECKED:
-        array[at]
-    return array.ctypes.data + at * array.itemsize
 
 
 @part(inline="always")

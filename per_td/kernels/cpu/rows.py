@@ -99,7 +99,8 @@ def write(
         runs: first slot and length, around the end of the ring, int64 [groups, 2].
         mask: bool [groups, n], with MASK: False leaves a row out.
         stamps: with STAMPS, how often each slot was written, int64 [groups * capacity]; counted up.
-        index: with STAMPS, for the slots, int64 [groups, n]; it may be among the sources.
+        index: with STAMPS, for the slots, int64 [groups, n]; runs of n then. It may be among the
+            sources.
         options: MASK and STAMPS.
 
     Returns:
@@ -110,6 +111,8 @@ def write(
     run = integers(runs, 2 * rows.groups).copy()
     for s in range(rows.groups):
         if not (0 <= run[2 * s] < slots and 0 <= run[2 * s + 1] <= min(n, slots)):
+            return False
+        if (options & STAMPS) != 0 and run[2 * s + 1] != n:
             return False
     if (options & STAMPS) != 0:
         stamp, at = integers(stamps, rows.groups * slots), integers(index, rows.groups * n)

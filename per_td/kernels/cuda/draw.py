@@ -117,16 +117,16 @@ def _walked(
     return index, mass
 
 
-def find(leaves: Tensor, nodes: Tensor, offsets: Tensor, target: Tensor) -> Tensor:
-    """The leaves in which the cumulative masses pass `target`, float64 [B]: int64 [B].
+def find(leaves: Tensor, nodes: Tensor, offsets: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The leaves in which the cumulative masses pass `target`, int64 [B], and masses float32 [B].
 
     Args:
         leaves: masses, float32 [leaf_slots].
         nodes: their sums, float64 [node_slots].
         offsets: where each level begins in `nodes`, int64 [levels], on the same device.
-        target: points in [0, total).
+        target: points in [0, total), float64 [B].
     """
-    return _walked(leaves, nodes, offsets, target, scaled=False, stratified=False)[0]
+    return _walked(leaves, nodes, offsets, target, scaled=False, stratified=False)
 
 
 def draw(

@@ -3,6 +3,8 @@
 The operations of `per_td.kernels.reference`, with the same arguments. Nothing is read back.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from per_td.kernels import reference
 from per_td.kernels.cuda import draw as draws
 from per_td.kernels.cuda import update
 from per_td.kernels.cuda.nodes import Kinds
-from per_td.kernels.flags import ALPHA, EPS
+from per_td.kernels.flags import ALPHA_EXPONENT, EPS
 from per_td.kernels.parts import Distribution, Trees
 from per_td.kernels.reference import (
     Runs,
@@ -66,35 +68,39 @@ def assign_new(trees: Trees, distribution: Distribution, runs: Runs, *, ever_max
         start, n = runs[2 * s : 2 * s + 2]
         slot = torch.arange(start, start + n, device=trees.device)
         index.append(slot.remainder_(trees.layout.capacity) + s * trees.layout.stride)
-    new = for_new(trees, ever_max=ever_max)
+    new, leaf = for_new(trees, ever_max=ever_max), torch.cat(index)
     value = [each.expand(len(slot)) for each, slot in zip(new, index, strict=True)]
-    _write(trees, torch.cat(index), torch.cat(value), new=True)
+    if len(trees.replayed):
+        trees.replayed.index_fill_(0, leaf, False)
+    _assign(trees, leaf, torch.cat(value))
 
 
-def _write(
-    trees: Trees, leaf: Tensor, value: Tensor, *, new: bool, live: Tensor | None = None
-) -> None:
-    """Write priorities of leaves [n]; where `live` is False, nothing is."""
-    if new and len(trees.replayed):
-        kept = leaf if live is None else torch.where(live, leaf, trees.layout.spare)
-        trees.replayed.index_fill_(0, kept, False)
-    update.assign(
+def _assign(
+    trees: Trees,
+    leaf: Tensor,
+    value: Tensor,
+    *,
+    add_eps: bool = False,
+    live: Tensor | None = None,
+    **given: Any,
+) -> Tensor | int:
+    """`update.assign` of leaves [n]; the kernel notes the largest ever of one tree, not of many."""
+    many = trees.layout.groups > 1
+    dropped = update.assign(
         _kinds(trees),
         trees.raw,
         leaf,
         value,
-        alpha=trees.settings[ALPHA],
-        ever_max=trees.ever_max,
+        alpha=trees.settings[ALPHA_EXPONENT],
+        ever_max=None if many else trees.ever_max,
+        eps=trees.settings[EPS] if add_eps else None,
         live=live,
+        **given,
     )
-    _note_largest(trees)
-
-
-def _note_largest(trees: Trees) -> None:
-    """Of many trees, each has its own; the kernel raises that of a single one."""
-    if trees.layout.groups > 1:
+    if many:
         largest = trees.layout.tops(trees.maxima).amax(-1)
         torch.maximum(trees.ever_max, largest, out=trees.ever_max)
+    return dropped
 
 
 def assign(
@@ -114,65 +120,47 @@ def assign(
     ever_max: bool = False,
 ) -> Tensor | int:
     """As `reference.assign`."""
-    layout = trees.layout
+    layout, refused = trees.layout, trees.refused
     slot = index.view(layout.groups, -1)
     if value is None:
         value = for_new(trees, ever_max=ever_max).unsqueeze(-1).expand(slot.shape)
     value = value.reshape(-1)
-    value = value.abs().sqrt() if squared else value
-    if new:
-        live = None if mask is None else mask.reshape(-1)
-        leaf = _leaves(trees, index)
-        _write(
-            trees, leaf if live is None else torch.where(live, leaf, 0), value, new=True, live=live
-        )
-        return 0
-    wanted = None if mask is None else mask.view(slot.shape)
-    size: Tensor | int
-    ever: Tensor | int = written
-    if isinstance(written, Tensor):
-        ever = written.view(layout.groups, 1)
-        size = ever.clamp(max=limit)
-    else:
-        size = min(written, limit)
-    simple = layout.groups == 1 and stamps is None and mask is None
-    if simple:
-        return update.assign(
-            _kinds(trees),
-            trees.raw,
+    if squared or not add_eps:  # else the kernel does
+        value = value.abs()
+    value = value.sqrt() if squared else value
+    ever = written.view(layout.groups, 1) if isinstance(written, Tensor) else written
+    size = ever.clamp(max=limit) if isinstance(ever, Tensor) else min(ever, limit)
+    if layout.groups == 1 and stamps is None and mask is None and not new:
+        return _assign(
+            trees,
             slot.view(-1),
             value,
-            alpha=trees.settings[ALPHA],
-            ever_max=trees.ever_max,
-            eps=trees.settings[EPS] if add_eps else None,
+            add_eps=add_eps,
             size=size.view(()) if isinstance(size, Tensor) else size,
             generation=None if generation is None else generation.view(-1),
-            written=_number(written, trees.refused) if generation is not None else None,
-            refused=trees.refused,
+            written=None if generation is None else _number(written, refused),
+            refused=refused,
         )
-    right = (slot >= 0) & (slot < size)
-    live = torch.ones_like(right) if wanted is None else wanted
+    live, right = None, (slot >= 0) & (slot < size)
+    leaf = torch.where(right, slot + trees.starts, -1)  # which the kernel refuses, and counts
+    if mask is not None:  # but not what is masked, whatever stands there
+        live = mask.view(slot.shape)
+        leaf, value = torch.where(live, leaf, 0), torch.where(mask.reshape(-1), value, 0.0)
     stale: Tensor | int = 0
     if generation is not None:
-        now = reference.generations(slot, ever, layout.capacity) if stamps is None else stamps[slot]
-        late = live & (generation.view(slot.shape) != now)
-        live, stale = live & ~late, late.sum()
-    # a wanted index that is no filled slot is refused, and counted, by the kernel
-    leaf = torch.where(right, slot + trees.starts, -1)
-    leaf = leaf if wanted is None else torch.where(wanted, leaf, 0)
-    clean = value if wanted is None else torch.where(wanted.view(-1), value, 0.0)
-    update.assign(
-        _kinds(trees),
-        trees.raw,
-        leaf.flatten(),
-        clean,
-        alpha=trees.settings[ALPHA],
-        ever_max=trees.ever_max,
-        eps=trees.settings[EPS] if add_eps else None,
-        live=live.flatten(),
-        refused=trees.refused,
-    )
-    _note_largest(trees)
+        if stamps is None:
+            now = reference.generations(slot, ever, layout.capacity)
+        else:
+            now = stamps[torch.where(right, slot, 0)]
+        late = generation.view(slot.shape) != now
+        late = late if live is None else live & late
+        live, stale = ~late if live is None else live & ~late, late.sum()
+    if new and len(trees.replayed):
+        written_to = right if live is None else right & live
+        kept = torch.where(written_to & value.isfinite(), slot, layout.spare)
+        trees.replayed.index_fill_(0, kept.view(-1), False)
+    live = None if live is None else live.flatten()
+    _assign(trees, leaf.flatten(), value, add_eps=add_eps, live=live, refused=refused)
     return stale
 
 
@@ -186,15 +174,15 @@ def find(trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
     if trees.layout.groups > 1:
         return reference.find(trees, target)
     found = draws.find(trees.leaves, trees.sums, _offsets(trees), target.reshape(-1))
-    index, mass = (part.view(target.shape) for part in found)
-    return index, mass
+    return found[0].view(target.shape), found[1].view(target.shape)
 
 
 def _offsets(trees: Trees) -> Tensor:
     """Where each level begins among the nodes, int64 [levels], on the device; made once."""
     if trees.block.record is None:
-        offsets = torch.tensor(trees.layout.offsets, dtype=torch.int64, device="cpu")
-        trees.block.record = offsets.to(trees.device)
+        offsets = trees.block.record = trees.starts.new_empty(len(trees.layout.offsets))
+        for place, offset in zip(offsets, trees.layout.offsets, strict=True):
+            place.fill_(offset)  # a copy from the host would wait
     record: Tensor = trees.block.record
     return record
 

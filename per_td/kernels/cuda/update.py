@@ -136,7 +136,7 @@ def assign(
     value: Tensor,
     *,
     alpha: Tensor,
-    ever_max: Tensor,
+    ever_max: Tensor | None = None,
     eps: Tensor | None = None,
     size: Tensor | int | None = None,
     live: Tensor | None = None,
@@ -152,7 +152,7 @@ def assign(
         index: int64 [B].
         value: TD errors, or where `eps` is None priorities, float32 [B].
         alpha: exponent of the priorities, float64, 0-dim.
-        ever_max: takes up the largest priority written, float32, 0-dim.
+        ever_max: takes up the largest priority written, float32, one element; None: nothing does.
         eps: added to |TD error|, float64, 0-dim.
         size: how many slots may be named, a number or int64, 0-dim; None stands for all.
         live: bool [B], False for updates to be dropped; None drops none.
@@ -176,7 +176,7 @@ def assign(
     column, grid = raw.view(torch.uint32), (triton.cdiv(n, FLAT),)
     given, counters = (live, generation, written, size), (refused, dropped)
     _claim[grid](column, index, value, eps, *given, *counters, n, limit, slots, FLAT)
-    record = ever_max.view(torch.int32)
+    record = None if ever_max is None else ever_max.view(torch.int32)
     _settle[grid](column, trees.sums[0], index, value, eps, alpha, record, n, slots, FLAT)
     refresh(trees, index)
     return 0 if dropped is None else dropped
