@@ -211,10 +211,10 @@ def settle(
     """
     sampler, now = buffer._sampler, buffer._writer._generation
     table, n = sampler._table, index.numel()
+    if now is None or generation is None:
+        return False
     plain = (
-        now is not None
-        and generation is not None
-        and table.device.type == "cpu"
+        table.device.type == "cpu"
         and _packed(now, table.capacity, torch.int64)
         and now.ndim == index.ndim == 1
         and _packed(index, n, torch.int64)
