@@ -152,13 +152,14 @@ class Shard:
             lost = int((~live).sum())
             index, td_error = index[live], td_error[live]
             generation = generation[live] & ((1 << _EPOCH_BITS) - 1)
+        named: Packed = [(("index",), "int64", index), (("td_error",), "float32", td_error)]
+        if generation is not None:
+            named.append((("generation",), "int64", generation))
         if len(index):
-            named: Packed = [(("index",), "int64", index), (("td_error",), "float32", td_error)]
-            if generation is not None:
-                named.append((("generation",), "int64", generation))
             self._update(named)
+        self._buffer.count_stale(lost)  # once nothing has been refused
+        if len(index):
             self._log("update", {}, named)
-        self._buffer.count_stale(lost)
         return self.report()
 
     def configure(self, *, alpha: float, eps: float) -> Report:

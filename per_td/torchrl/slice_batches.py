@@ -36,6 +36,8 @@ def choose(
     if validation.can_raise(mass) and not mass.any():
         raise EmptyBufferError(f"expected a positive priority, got 0 for all {len(mass)} starts")
     if draws.resolve_method(method, draw, len(mass), mass.device) == "multinomial":
+        if draw == "without_replacement" and validation.can_raise(mass):
+            draws.require_enough(int(mass.count_nonzero()), n)
         return draws.multinomial(mass, n, draw, generator)
     tree = SumTree(len(mass), mass.device)
     tree.fill(mass)

@@ -199,6 +199,34 @@ def test_a_loaded_state_is_what_a_later_start_finds(shard, tmp_path):
     assert one.update(drawn.slot, ones, drawn.generation).stale == 4  # slots hold others now
 
 
+def test_an_update_that_is_refused_counts_nothing_of_what_came_with_it(shard, tmp_path):
+    """Neither what is of an earlier start, nor what has been overwritten."""
+    one = shard(tmp_path)
+    one.extend(packed(range(37)))
+    early = one.sample(2)
+    end(one)
+    one = shard(tmp_path)
+    late = one.sample(2)
+    one.extend(packed(range(37)))
+    now = one.sample(2)
+    before = one.priority()
+    slot, generation = (
+        np.concatenate([getattr(drawn, name) for drawn in (early, late, now)])
+        for name in ("slot", "generation")
+    )
+    for wrong, at in ((np.nan, 5), (np.inf, 3)):
+        td_error = np.full(6, 2.0, np.float32)
+        td_error[at] = wrong
+        with pytest.raises(PriorityError):
+            one.update(slot, td_error, generation)
+    beyond = np.where(np.arange(6) == 4, 37, slot)
+    with pytest.raises(IndexRangeError):
+        one.update(beyond, np.full(6, 2.0, np.float32), generation)
+    assert one.report().stale == 0
+    np.testing.assert_array_equal(one.priority(), before)
+    assert one.update(slot, np.full(6, 2.0, np.float32), generation).stale == 4
+
+
 def test_the_next_checkpoint_after_a_load_is_counted_from_it(shard, tmp_path):
     source = shard()
     source.extend(packed(range(50)))

@@ -25,6 +25,7 @@ from per_td import (
     kernels,
     validation,
 )
+from per_td.kernels import reference
 from per_td.torchrl import PrioritizedSampler
 from per_td.torchrl.sampler import flat_index, unravelled
 from tests.support.oracle import assert_drawn_from
@@ -177,13 +178,14 @@ def test_what_was_not_written_is_left_alone_without_looking(way, supplied, monke
         return sampler._table
 
     expected = marked(refused=6.0)  # the largest
-    monkeypatch.setattr(kernels, "wanted", lambda device: False)
-    monkeypatch.setattr(validation, "can_raise", lambda tensor: False)
+    operations = reference
     if way == "launched":
         pytest.importorskip("triton", reason="triton is not installed")
         if torch.cuda.is_available():
             pytest.skip("Triton's interpreter was not asked for")
-        monkeypatch.setattr(kernels, "launched", lambda device: True)
+        from per_td.kernels.cuda import launches as operations
+    monkeypatch.setattr(kernels, "operations", lambda device, launches=True: operations)
+    monkeypatch.setattr(validation, "can_raise", lambda tensor: False)
     table = marked(refused=-1.0)
     assert torch.equal(table.raw, expected.raw)
     assert table.raw.tolist()[1:3] == pytest.approx([5, 2])
