@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from per_td import validation
 from per_td.errors import AllocationError, ConfigurationError, DiskAllocationError, PerTdError
 
 __all__ = [
@@ -25,6 +24,7 @@ __all__ = [
     "Memory",
     "Zeros",
     "allocating",
+    "has_memory",
     "mapped_zeros",
     "shared_zeros",
     "zeros",
@@ -38,6 +38,19 @@ STORAGES = ("memory", "memmap", "pinned")
 _LARGE = 4 * 2**20
 _CACHE_LINE = 64
 _LARGEST_FILE = 2**63 - 1
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """True unless reading the tensor's memory on the CPU would end the process: it has none.
+
+    Such are distributed and functionalized tensors, and those whose storage has been freed.
+    """
+    if not tensor.is_cpu:  # only the CPU's kernels read addresses
+        return True
+    try:
+        return tensor.data_ptr() != 0 or not tensor.numel()
+    except RuntimeError:  # torch refuses to tell, for those of vmap
+        return False
 
 
 @contextmanager
@@ -156,7 +169,10 @@ class Memory:
     folder: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        validation.one_of("storage", self.storage, (*STORAGES, "shared"))
+        if self.storage not in (*STORAGES, "shared"):
+            raise ConfigurationError(
+                f"storage: expected one of {', '.join(STORAGES)}, got {self.storage!r}"
+            )
         if self.folder is not None and self.storage != "memmap":
             raise ConfigurationError(
                 f"folder: expected None with storage={self.storage!r}, got {self.folder!r}"

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from per_td.addresses import has_memory
 from per_td.errors import ConfigurationError, IndexRangeError, PerTdError, PriorityError
+from per_td.memory import has_memory
 
 __all__ = [
     "as_generator",

@@ -171,7 +171,7 @@ def test_nothing_to_draw_from_is_an_error(method):
     index = slots(0, 1)
     priorities.write_new(index, priorities.check_initial([0.0, 0.0], index))
     with pytest.raises(EmptyBufferError, match="positive"):
-        sample(priorities, 1, written=2)
+        sample_weighted(priorities, 1, None, beta=0.4, written=2, size=2)
 
 
 @pytest.mark.parametrize(

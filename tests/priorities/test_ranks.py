@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from per_td.priorities.ranks import order_of
 from torch._dynamo.testing import CompileCounter
 
 from per_td import (
