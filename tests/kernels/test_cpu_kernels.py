@@ -102,7 +102,7 @@ def extreme(*shape: int) -> torch.Tensor:
 def test_these_kernels_check_their_bounds_if_they_are_asked_to(door):
     from per_td.kernels.cpu import compiling
 
-    assert compiling.CHECKED == (COMPILED == "checked")
+    assert (COMPILED == "checked") == compiling.CHECKED
 
 
 def test_the_door_has_the_operations_of_the_reference_with_the_same_arguments(door):
