@@ -31,10 +31,8 @@ import numpy as np
 from per_td.kernels.cpu.records import ROWS
 from per_td.kernels.cpu.rows import write
 row, ring = np.array([2**40 + 7]), np.zeros(1, np.int64)
-fields, source, runs = np.array([[ring.ctypes.data, 8, 8]]), np.array([row.ctypes.data]), (0, 1)
-record, runs = np.zeros(1, ROWS), np.array(runs)
-record["fields"] = fields.ctypes.data
-record["count"] = record["groups"] = record["capacity"] = 1
+fields, source = np.array([[ring.ctypes.data, 8, 8]]), np.array([row.ctypes.data])
+record, runs = np.array([(fields.ctypes.data, 1, 1, 1)], ROWS), np.array([0, 1])
 assert write(record.ctypes.data, source.ctypes.data, 1, runs.ctypes.data, 0, 0, 0, 0)
 print(ring.item() - 2**40, sum(write.stats.cache_hits.values()))
 """

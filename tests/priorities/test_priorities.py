@@ -83,10 +83,9 @@ def test_a_dropped_update_does_not_hide_a_live_one_of_the_same_slot(device):
     given = torch.tensor([5.0, 6.0, 7.0])
     priorities.update(slots(0, 0, 1, device=device), given, written=2, mask=live)
     assert priorities.raw[:2].tolist() == pytest.approx([5 + EPS, 1])
-    priorities.write_new(slots(0, 1, device=device), None)
     generation = torch.tensor([0, -1, -1], device=device)
-    priorities.update(slots(0, 0, 1, device=device), given, written=2, generation=generation)
-    assert priorities.raw[:2].tolist() == pytest.approx([5 + EPS, 1])
+    priorities.update(slots(0, 0, 1, device=device), given + 1, written=2, generation=generation)
+    assert priorities.raw[:2].tolist() == pytest.approx([6 + EPS, 1])
 
 
 def test_alpha_can_change_at_any_time_and_nothing_is_lost(device):
@@ -171,7 +170,7 @@ def test_nothing_to_draw_from_is_an_error(method):
     index = slots(0, 1)
     priorities.write_new(index, priorities.check_initial([0.0, 0.0], index))
     with pytest.raises(EmptyBufferError, match="positive"):
-        sample_weighted(priorities, 1, None, beta=0.4, written=2, size=2)
+        draw(priorities, 1, written=2)
 
 
 @pytest.mark.parametrize(
