@@ -1,4 +1,4 @@
-"""The layout of S wide trees, and the one block of memory that they and their table share.
+"""The layout of S wide trees, and the block of memory that they and their table share.
 
 A tree of fan-out 16. Level 0 is the leaves; node j of level k + 1 has the children 16 j to
 16 j + 15 of level k, so parents are found by a division and children lie side by side in one or two
@@ -114,7 +114,9 @@ class Layout:
 
 
 class Block:
-    """Named tensors in one piece of memory, with guard bytes between them.
+    """Named tensors with guard bytes before and after each.
+
+    Each has memory of its own: torch.compile refuses to change views of several dtypes in one.
 
     Args:
         views: shape and dtype of each, by name. All start as 0.
@@ -122,7 +124,7 @@ class Block:
         zeros: makes the memory.
 
     Attributes:
-        memory: all of it, uint8.
+        memory: that of each, uint8, by name. torch moves it when it sends a block to a process.
         record: for the compiled kernels: addresses and lengths, kept by the code that made it.
     """
 
@@ -132,47 +134,57 @@ class Block:
         device: torch.device,
         zeros: Zeros,
     ) -> None:
-        self._places: dict[str, tuple[int, int, tuple[int, ...], torch.dtype]] = {}
-        end = _ALIGNMENT
-        for name, (shape, dtype) in views.items():
-            size = torch.Size(shape).numel() * dtype.itemsize
-            self._places[name] = end, end + size, shape, dtype
-            end += -(-(size + 1) // _ALIGNMENT) * _ALIGNMENT
-        self.memory = zeros((end,), torch.uint8, device)
+        self._shapes = dict(views)
+        self.memory: dict[str, Tensor] = {}
+        for name in views:
+            start, end = self._place(name)
+            length = start + -(-(end - start + 1) // _ALIGNMENT) * _ALIGNMENT
+            self.memory[name] = zeros((length,), torch.uint8, device)
         self.record: Any = None
+        self._retired: Any = None
         self._views = self._made()
-        for gap in self._gaps():
+        for _, gap in self._gaps():
             gap.fill_(_GUARD)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_places": self._places, "memory": self.memory}
+        # the memory may be about to move, and a kernel may still be reading the old record
+        self.record, self._retired = None, self.record
+        return {"_shapes": self._shapes, "memory": self.memory}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.record, self._views = None, self._made()
+        self.record, self._retired, self._views = None, None, self._made()
 
     @property
     def names(self) -> list[str]:
         """The names of the views."""
-        return list(self._places)
+        return list(self._shapes)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._views[name]
 
-    def _made(self) -> dict[str, Tensor]:
-        return {
-            name: self.memory[start:end].view(dtype).view(shape)
-            for name, (start, end, shape, dtype) in self._places.items()
-        }
+    def _place(self, name: str) -> tuple[int, int]:
+        """Where a view begins and ends in its memory, in bytes."""
+        shape, dtype = self._shapes[name]
+        return _ALIGNMENT, _ALIGNMENT + torch.Size(shape).numel() * dtype.itemsize
 
-    def _gaps(self) -> list[Tensor]:
-        """The bytes that belong to no view."""
-        starts = [start for start, *_ in self._places.values()] + [len(self.memory)]
-        ends = [0] + [end for _, end, *_ in self._places.values()]
-        return [self.memory[end:start] for end, start in zip(ends, starts, strict=True)]
+    def _made(self) -> dict[str, Tensor]:
+        made = {}
+        for name, (shape, dtype) in self._shapes.items():
+            start, end = self._place(name)
+            made[name] = self.memory[name][start:end].view(dtype).view(shape)
+        return made
+
+    def _gaps(self) -> list[tuple[str, Tensor]]:
+        """The bytes that belong to no view, and where they are."""
+        gaps = []
+        for name, memory in self.memory.items():
+            start, end = self._place(name)
+            gaps += [(f"before {name}", memory[:start]), (f"after {name}", memory[end:])]
+        return gaps
 
     def check_valid(self) -> None:
         """Raise PerTdError if something has written past the end of a view."""
-        for name, gap in zip(["the start", *self._places], self._gaps(), strict=True):
+        for where, gap in self._gaps():
             if (gap != _GUARD).any():
-                raise PerTdError(f"memory: the guard bytes after {name} have been overwritten")
+                raise PerTdError(f"memory: the guard bytes {where} have been overwritten")

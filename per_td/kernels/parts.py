@@ -12,7 +12,7 @@ __all__ = ["Distribution", "Rows", "Trees"]
 
 
 class Trees(Protocol):
-    """S trees in one block of memory; see `per_td.tree.Trees`."""
+    """S trees in a block of memory; see `per_td.tree.Trees`."""
 
     layout: Layout
     block: Block

@@ -1,4 +1,4 @@
-"""Trees: S wide trees in one block of memory, with sums and, for priorities, extremes."""
+"""Trees: S wide trees in a block of memory, with sums and, for priorities, extremes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -92,6 +92,7 @@ class Trees:
         self.block = Block(shapes, device, memory)
         # `settings` as the host knows them, where to read them would mean to wait
         self._numbers = None if device.type == "cpu" else [0.0] * 4
+        self._minima = False  # the same number as the kernels read it, for torch.compile
         self.starts = layout.starts(device)
         self._take_up()
         self.minima.fill_(torch.inf)
@@ -103,7 +104,7 @@ class Trees:
         self._operations = kernels.operations(self.device, launches=self._launches)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = "layout", "device", "block", "starts", "_launches", "_numbers"
+        kept = "layout", "device", "block", "starts", "_launches", "_numbers", "_minima"
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -162,11 +163,12 @@ class Trees:
     @property
     def keeps_minima(self) -> bool:
         """True if the smallest positive masses are kept up to date."""
-        return self.setting(MINIMA) > 0
+        return self._minima
 
     def keep_minima(self, wanted: bool) -> None:
         """Keep the smallest positive mass of each tree up to date from now on, or no longer."""
         if wanted != self.keeps_minima:
+            self._minima = wanted
             self.set(MINIMA, float(wanted))
             if wanted:
                 self.ops.refill(self)

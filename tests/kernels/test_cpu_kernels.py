@@ -327,7 +327,8 @@ def test_a_table_in_shared_memory_goes_on_working(groups, monkeypatch):
     pair = twins(monkeypatch, 100, groups=groups)
     for each in pair:
         each.write_runs(runs(0, 100, groups))
-        each.trees.block.memory.share_memory_()
+        for memory in each.trees.block.memory.values():
+            memory.share_memory_()
         index, value = torch.arange(0, 100, 3), torch.linspace(-1, 2, 34)
         each.update(alike(index, groups), alike(value, groups), written=100)
     assert_same(*pair)

@@ -88,7 +88,7 @@ def test_views_of_a_block_start_as_zeros_in_cache_lines_of_their_own(device):
         view = block[name]
         assert (view.shape, view.dtype) == (shape, dtype)
         assert not view.any()
-        starts.add(view.storage_offset() * view.itemsize)
+        starts.add(view.data_ptr())
         view.fill_(1)  # all that it has is its own
         block.check_valid()
     assert len(starts) == len(SHAPES)
@@ -100,15 +100,15 @@ def test_a_write_past_the_end_of_a_view_is_named(name, device):
     block = Block(SHAPES, device, zeros)
     view = block[name]
     after = view.storage_offset() * view.itemsize + view.nbytes
-    block.memory[after] += 1
+    block.memory[name][after] += 1
     with pytest.raises(PerTdError, match=f"the guard bytes after {name} have been overwritten"):
         block.check_valid()
 
 
 def test_a_write_before_the_first_view_is_named(device):
     block = Block(SHAPES, device, zeros)
-    block.memory[block["some"].storage_offset() * 4 - 1] = 0
-    with pytest.raises(PerTdError, match="the guard bytes after the start"):
+    block.memory["some"][block["some"].storage_offset() * 4 - 1] = 0
+    with pytest.raises(PerTdError, match="the guard bytes before some"):
         block.check_valid()
 
 
@@ -120,11 +120,11 @@ def test_trees_find_an_overrun_of_any_of_their_parts(capacity, groups, device):
     for name in trees.block.names:
         view = trees.block[name]
         after = view.storage_offset() * view.itemsize + view.nbytes
-        kept = trees.block.memory[after].clone()
-        trees.block.memory[after] = 0
+        kept = trees.block.memory[name][after].clone()
+        trees.block.memory[name][after] = 0
         with pytest.raises(PerTdError, match=f"the guard bytes after {name} "):
             trees.check_valid()
-        trees.block.memory[after] = kept
+        trees.block.memory[name][after] = kept
     trees.check_valid()
 
 

@@ -92,7 +92,7 @@ def _numbers(written: Tensor | int, groups: int) -> tuple[int, Any]:
 
 def _trees_record(trees: Trees) -> int:
     """The address of the trees' record, made anew when their memory has moved."""
-    block, base = trees.block, trees.block.memory.data_ptr()
+    block, base = trees.block, trees.leaves.data_ptr()
     if block.record is None or block.record[0] != base:
         block.record = base, *_new_trees_record(trees)
     address: int = block.record[1]
