@@ -37,33 +37,41 @@ def compile_only(self, *args, **kwargs):
 
 JITFunction.run = compile_only
 
-from per_td.kernels import cuda as kernels
-from per_td.tree import Layout
+import per_td.kernels
+from per_td.kernels.cuda import launches
+from per_td.kernels.layout import Layout
+from per_td.priorities.distributions import Proportional
+from per_td.tree.trees import Trees
 
-number = lambda value: torch.tensor(value, dtype=torch.float64)
-count = lambda: torch.zeros((), dtype=torch.int64)
-index, value, point = torch.arange(3), torch.rand(3), torch.rand(3).double()
+per_td.kernels.operations = lambda device, **settings: launches
+index, value = torch.arange(6).view(2, 3), torch.rand(2, 3)
+beta, flags = torch.tensor(0.4, dtype=torch.float64), value > 0
 for capacity in (1, 20, 300, 100_000):
-    layout = Layout.of(capacity)
-    raw, mass = torch.zeros(layout.leaf_slots), torch.zeros(layout.leaf_slots)
-    sums, largest, smallest = (
-        layout.new_nodes(0.0, dtype, raw.device)
-        for dtype in (torch.float64, torch.float32, torch.float32)
-    )
-    offsets = torch.tensor(layout.offsets)
-    pairs = (mass, sums), (raw, largest), (mass, smallest)
-    kernels.put(kernels.Trees(layout, pairs[0]), index, value)
-    given = {"alpha": number(0.6), "ever_max": torch.zeros(())}
-    late = {"generation": index, "written": count(), "eps": number(1), "size": count()}
-    for trees in (kernels.Trees(layout, *pairs[:2]), kernels.Trees(layout, *pairs)):
-        kernels.assign(trees, raw, index, value, **given, refused=count())
-        kernels.assign(trees, raw, index, value, **given, refused=count(), **late)
-        kernels.assign(trees, raw, index, value, **given, live=value > 0)
-    kernels.find(mass, sums, offsets, point)
-    for stratified in (False, True):
-        kernels.draw(mass, sums, offsets, point, stratified=stratified)
-kernels.weigh(value, number(0.4), value.amin())
-kernels.weigh(value, number(0.4), sums[-1], count())
+    for groups, minima in ((1, False), (1, True), (2, True)):
+        trees = Trees(Layout.of(capacity, groups), torch.device("cpu"), extremes=True)
+        trees.keep_minima(minima)
+        at, new, some = index[:groups], value[:groups], flags[:groups]
+        launches.set_masses(trees, at, new)
+        written = torch.full((groups,), 3)
+        for ever in (3, written):
+            given = {"written": ever, "limit": capacity}
+            change = lambda **more: launches.assign(trees, Proportional(), at, new, **given, **more)
+            change(new=True)
+            change(new=True, mask=some)
+            change(add_eps=True)
+            change(add_eps=True, generation=at)
+            change(add_eps=True, generation=at, mask=some)
+        launches.find(trees, new.double())
+        for normalization in ("batch", "buffer", "none"):
+            for stratified in (False, True):
+                launches.draw(
+                    trees,
+                    new.double(),
+                    stratified=stratified,
+                    beta=beta,
+                    normalization=normalization,
+                    written=written,
+                )
 print(*sorted(set(compiled)))
 """
 
