@@ -20,10 +20,11 @@ def naive_counts(totals, points):
 
 
 @pytest.mark.parametrize("draw", ["independent", "stratified"])
-def test_counts_are_those_of_drawing_one_after_the_other(draw, monkeypatch):
-    from per_td import draws
-
-    points = draws.points(101, draw, torch.device("cpu"), torch.Generator().manual_seed(1))
+def test_counts_are_those_of_drawing_one_after_the_other(draw):
+    generator = torch.Generator().manual_seed(1)
+    points = torch.rand(101, dtype=torch.float64, generator=generator)
+    if draw == "stratified":
+        points = (torch.arange(101) + points) / 101
     counts = counts_of(TOTALS, 101, draw, torch.Generator().manual_seed(1))
     assert counts.tolist() == naive_counts(TOTALS.tolist(), points)
 
@@ -54,9 +55,7 @@ def test_stratified_counts_are_within_two_of_their_expectation():
 
 
 def test_a_point_rounded_up_to_the_end_goes_to_the_last_shard_with_mass(monkeypatch):
-    from per_td import draws
-
-    monkeypatch.setattr(draws, "points", lambda n, *_: torch.ones(n, dtype=torch.float64))
+    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.ones(n, dtype=torch.float64))
     totals = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)
     assert counts_of(totals, 3).tolist() == [0, 3, 0]
 
