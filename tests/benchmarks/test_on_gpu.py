@@ -15,6 +15,7 @@ from benchmarks.exactness import worst
 from benchmarks.goals import judge
 from benchmarks.parts import NO_TIME, PENDING, TIMED_OUT, Part, run_all
 from benchmarks.runner import Options, run
+from tests.support.parameters import slow_but
 
 WRITES = "import sys, json; json.dump({'case': {'rows': [1, 2]}}, open(sys.argv[1], 'w'));"
 
@@ -197,7 +198,7 @@ def pytest_part(folder, code):
     return Part("tests", "", (*on_gpu.PYTEST, "--rootdir", str(folder), str(folder)), 1.0, 0.0)
 
 
-@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("ends", slow_but([False], [True, False]))
 def test_tests_are_counted_also_when_one_crashes_or_cannot_be_collected(tmp_path, ends):
     one = pytest_part(tmp_path, "pass" if ends else "os.kill(os.getpid(), 9)")
     (record,) = run_all([one], 60.0, tmp_path, lambda _: None)
