@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.parameters import slow_but
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -18,7 +16,7 @@ def example(name: str):
     return module
 
 
-@pytest.mark.parametrize("uniform", slow_but([False], [False, True]))
+@pytest.mark.parametrize("uniform", [False, True])
 def test_dqn_cartpole_runs_and_draws_its_picture(uniform, tmp_path, capsys):
     dqn = example("dqn_cartpole")
     arguments = ["--total-steps", "800", "--eval-every", "400", "--select-episodes", "1"]

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from itertools import product
 
 import pytest
 import torch
@@ -190,7 +191,14 @@ def test_draws_follow_the_priorities_of_each_buffer(draw, method, choice, device
         assert_drawn_from(index[s], naive.probabilities())
 
 
-@pytest.mark.parametrize("method", ["tree", "multinomial"])
+@pytest.mark.parametrize(
+    ("method", "choice"),
+    slow_but(
+        [("tree", "auto"), ("multinomial", "off")],
+        product(["tree", "multinomial"], kernels.CHOICES),
+    ),
+    indirect=["choice"],
+)
 def test_first_draws_without_replacement_follow_the_priorities(method, choice, device, generator):
     buffer, naives = uneven(DRAWS[2], method, device=device, generator=generator)
     index = torch.stack([buffer.sample(3)["index"][:, 0] for _ in range(4000)], 1)

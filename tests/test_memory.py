@@ -2,6 +2,7 @@
 
 import ast
 import pickle
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from per_td import (
     memory,
 )
 from tests.support.oracle import data
+from tests.support.parameters import slow_but
 
 HUGE = 2**45
 """Bytes of a row: 1,000 of them are more than 2**47, which is all that can be addressed."""
@@ -179,22 +181,27 @@ def test_the_errors_can_be_sent_to_other_processes():
         assert (type(again), str(again)) == (type(error), str(error))
 
 
+SETTINGS = [
+    *KINDS,
+    {"storage": "memmap"},
+    {"prioritization": "rank", "sort_interval": 2},
+    {"weight_normalization": "buffer"},
+    {"draw": "stratified"},
+    {"draw": "without_replacement"},
+    {"method": "multinomial"},
+    {"num_buffers": 2, "weight_normalization": "buffer", "method": "multinomial"},
+    {"shared": True, "example": data(0, 1)[0]},
+]
+
+
 @pytest.mark.parametrize(
-    "settings",
-    [
-        *KINDS,
-        {"storage": "memmap"},
-        {"prioritization": "rank", "sort_interval": 2},
-        {"weight_normalization": "buffer"},
-        {"draw": "stratified"},
-        {"draw": "without_replacement"},
-        {"method": "multinomial"},
-        {"num_buffers": 2, "weight_normalization": "buffer", "method": "multinomial"},
-        {"shared": True, "example": data(0, 1)[0]},
-    ],
+    ("settings", "large"),
+    slow_but(
+        [(SETTINGS[0], True), *((each, False) for each in SETTINGS)],
+        product(SETTINGS, [False, True]),
+    ),
 )
 @pytest.mark.parametrize("made_inside", [False, True])
-@pytest.mark.parametrize("large", [False, True])
 def test_inference_mode_of_the_caller_does_not_outlast_it(settings, made_inside, large):
     capacity = 2**21 if large else 20
 

@@ -23,6 +23,7 @@ from per_td.draws import DRAWS, METHODS
 from per_td.kernels import reference
 from per_td.priorities.table import NEW_PRIORITIES
 from per_td.weights import NORMALIZATIONS
+from tests.support.parameters import slow_but
 from tests.support.pretended_cuda import WAITS, HostWaitError, MixedDevicesError
 
 CAPACITY, B, S = 20, 8, 3
@@ -70,8 +71,16 @@ def learn(buffer, batch, shape=(B,), device="cuda:0"):
     buffer.update_priority(batch["index"], torch.ones(shape, device=device), batch["generation"])
 
 
-@pytest.mark.parametrize("new_priority", NEW_PRIORITIES)
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize(
+    ("normalization", "new_priority"),
+    slow_but(
+        [
+            *((normalization, NEW_PRIORITIES[0]) for normalization in NORMALIZATIONS),
+            (NORMALIZATIONS[0], NEW_PRIORITIES[1]),
+        ],
+        itertools.product(NORMALIZATIONS, NEW_PRIORITIES),
+    ),
+)
 @pytest.mark.parametrize(("draw", "method"), WAYS)
 def test_no_way_to_draw_weigh_and_update_waits(
     draw, method, normalization, new_priority, pretended

@@ -15,6 +15,7 @@ from benchmarks.exactness import worst
 from benchmarks.goals import judge
 from benchmarks.parts import NO_TIME, PENDING, TIMED_OUT, Part, run_all
 from benchmarks.runner import Options, run
+from tests.support.parameters import slow_but
 
 WRITES = "import sys, json; json.dump({'case': {'rows': [1, 2]}}, open(sys.argv[1], 'w'));"
 
@@ -62,7 +63,7 @@ def test_what_a_part_has_started_ends_with_it(tmp_path):
     code += "open(sys.argv[1], 'w').write(str(p.pid)); p.wait()"
     run_all([part("parent", code)], 2.0, tmp_path, lambda _: None)
     pid = int((tmp_path / "parent.json").read_text())
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
             with open(f"/proc/{pid}/stat") as file:
@@ -77,15 +78,15 @@ def test_what_a_part_has_started_ends_with_it(tmp_path):
 
 def test_a_part_for_which_no_time_is_left_is_not_begun(tmp_path):
     parts = [part("first", WRITES), part("long", WRITES, least=100.0), part("last", WRITES)]
-    records = run_all(parts, 5.0, tmp_path, lambda _: None)
+    records = run_all(parts, 50.0, tmp_path, lambda _: None)
     assert [record["state"] for record in records] == ["ok", NO_TIME, "ok"]
     assert not (tmp_path / "long.json").exists()
 
 
 def test_the_time_that_one_does_not_use_goes_to_those_after_it(tmp_path):
-    records = run_all([part("a", ""), part("b", "", 0.0, 3.0)], 8.0, tmp_path, lambda _: None)
-    assert records[0]["limit"] == 2.0
-    assert 6.0 < records[1]["limit"] <= 8.0
+    records = run_all([part("a", ""), part("b", "", 0.0, 3.0)], 80.0, tmp_path, lambda _: None)
+    assert records[0]["limit"] == 20.0
+    assert 60.0 < records[1]["limit"] <= 80.0
 
 
 # --------------------------------------------------------------------------- results
@@ -197,7 +198,7 @@ def pytest_part(folder, code):
     return Part("tests", "", (*on_gpu.PYTEST, "--rootdir", str(folder), str(folder)), 1.0, 0.0)
 
 
-@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("ends", slow_but([False], [True, False]))
 def test_tests_are_counted_also_when_one_crashes_or_cannot_be_collected(tmp_path, ends):
     one = pytest_part(tmp_path, "pass" if ends else "os.kill(os.getpid(), 9)")
     (record,) = run_all([one], 60.0, tmp_path, lambda _: None)

@@ -334,6 +334,7 @@ def test_another_process_may_look_for_leftovers_before_a_new_file_is_locked(
     assert list(tmp_path.iterdir()) == [tmp_path / "x"]
 
 
+@pytest.mark.slow
 @needs_posix
 def test_a_full_disk_reaches_the_user_and_the_old_file_stays(tmp_path):
     code = """

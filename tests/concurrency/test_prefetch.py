@@ -108,7 +108,7 @@ def test_an_error_leaves_no_thread_waiting(monkeypatch):
     time.sleep(0.3)  # all of them wait for the same batch
     gate.set()
     for thread in waiting:
-        thread.join(8)
+        thread.join(30)
     assert len(errors) == 4
 
 

@@ -526,7 +526,11 @@ said = [str(w.message) for w in caught if issubclass(w.category, per_td.KernelWa
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ("", "assert said == [] and 'numba' in sys.modules and buffer.kernels"),
+        pytest.param(
+            "",
+            "assert said == [] and 'numba' in sys.modules and buffer.kernels",
+            marks=pytest.mark.slow,
+        ),
         (
             "import sys; sys.modules['numba'] = None",
             "assert len(said) == 1 and 'numba cannot be imported' in said[0], said",

@@ -214,6 +214,7 @@ def test_kinds_that_differ_between_shards_are_recognised():
         _leaves(parts)
 
 
+@pytest.mark.slow
 def test_shards_take_dicts(sharded, numbered):
     buffer = sharded(1, 64)
     assert buffer.extend(numbered(0, 4).to_dict()).index.tolist() == [0, 1, 2, 3]
@@ -340,6 +341,7 @@ def test_what_a_dead_learner_was_told_is_there_for_the_next(sharded, numbered):
     assert set(again.sample(2000)["id"].tolist()) == set(range(30))
 
 
+@pytest.mark.slow
 def test_settings_are_plain_numbers_and_take_effect_when_set_or_are_refused(
     sharded, numbered, tmp_path
 ):

@@ -222,13 +222,13 @@ def test_another_run_takes_up_the_folder(sharded, numbered, tmp_path):
 def test_nobody_to_acknowledge_is_an_error(sharded, numbered):
     from per_td.ray import ShardError
 
-    buffer = sharded(1, 64, timeout_s=0.2)
+    buffer = sharded(1, 64, timeout_s=TIMEOUT_S)
     buffer.extend(numbered(0, 10))
     pid = pid_of(buffer, 0)
     os.kill(pid, signal.SIGSTOP)
     try:
         with pytest.raises(ShardError, match="acknowledge within"):
-            buffer.writer(timeout_s=0.2).extend(numbered(0, 5))
+            buffer.writer(timeout_s=TIMEOUT_S).extend(numbered(0, 5))
         buffer.update_priority([0], [1.0], shard=[0])
         with pytest.raises(ShardError, match="updates within"):
             buffer.flush()

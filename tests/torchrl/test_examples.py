@@ -51,9 +51,8 @@ def test_an_example_runs_and_is_fixed_by_its_seed(name, tmp_path, capsys):
     assert (again["eval_mean"], again["updates"]) == (summary["eval_mean"], summary["updates"])
 
 
-@pytest.mark.parametrize(
-    "name", ["dqn_torchrl", pytest.param("sac_torchrl", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHORT)
 def test_an_example_can_draw_uniformly(name, tmp_path):
     summary = run(name, tmp_path, "--uniform", "--seed", "1")
     assert summary["replay"] == "uniform"

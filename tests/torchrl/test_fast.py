@@ -7,6 +7,7 @@ from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ListStorage
 
 from per_td import IndexRangeError, PerTdError, PriorityError, kernels
 from per_td.torchrl import PrioritizedSampler, fast
+from tests.support.parameters import slow_but
 from tests.support.replay import ALPHA, BETA, data, learn, make, same
 
 
@@ -52,7 +53,7 @@ class Lockstep:
 
 @pytest.mark.parametrize("sync", [True, False])
 @pytest.mark.parametrize("storage", [LazyTensorStorage, LazyMemmapStorage])
-@pytest.mark.parametrize("capacity", [1, 7, 20])
+@pytest.mark.parametrize("capacity", slow_but([1, 7], [1, 7, 20]))
 def test_the_short_way_and_torchrls_way_agree(capacity, storage, sync, device):
     if device.type == "cuda" and storage is LazyMemmapStorage:
         pytest.skip("memory maps are on the CPU")
