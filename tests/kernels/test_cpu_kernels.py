@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import itertools
 import math
 import pickle
 import subprocess
@@ -20,10 +21,11 @@ from per_td.storage.rows import Rows
 from per_td.tree import Trees
 from per_td.weights import mass_of
 from tests.support.choices import CHOICES, COMPILED
+from tests.support.parameters import slow_but
 
 pytest.importorskip("numba", reason="numba is not installed")
 
-CAPACITIES = (1, 7, 16, 17, 255, 256, 257, 4096, 5000)
+CAPACITIES = slow_but((1, 17, 256, 5000), (1, 7, 16, 17, 255, 256, 257, 4096, 5000))
 CPU = torch.device("cpu")
 ULP = 1.2e-7
 
@@ -112,8 +114,13 @@ def test_the_door_has_the_operations_of_the_reference_with_the_same_arguments(do
         assert one == other, name
 
 
-@pytest.mark.parametrize("eps", [0.0, 1e-3])
-@pytest.mark.parametrize("new_priority", ["buffer_max", "ever_max"])
+@pytest.mark.parametrize(
+    ("new_priority", "eps"),
+    slow_but(
+        [("buffer_max", 0.0), ("ever_max", 1e-3)],
+        itertools.product(("buffer_max", "ever_max"), (0.0, 1e-3)),
+    ),
+)
 @pytest.mark.parametrize("capacity", CAPACITIES)
 def test_random_operations_leave_what_plain_torch_leaves(
     capacity, new_priority, eps, groups, monkeypatch

@@ -16,9 +16,10 @@ from per_td import (
     validation,
 )
 from tests.support.oracle import CAPACITIES, assert_drawn_from
+from tests.support.parameters import slow_but
 
 DRAWS = ("independent", "stratified")
-CAPACITIES = (*CAPACITIES, 4097)
+CAPACITIES = slow_but((1, 17, 257, 4097), (*CAPACITIES, 4097))
 
 
 @pytest.fixture(params=[None, 1, 3])
@@ -117,7 +118,7 @@ def test_the_ends_of_the_range_find_slots_of_positive_mass(capacity, trees, choi
 
 
 @pytest.mark.parametrize("draw", DRAWS)
-@pytest.mark.parametrize("capacity", [1, 7, 50, 257, 1000])
+@pytest.mark.parametrize("capacity", slow_but((7, 257), (1, 7, 50, 257, 1000)))
 def test_draws_follow_the_masses_of_each_tree(draw, capacity, trees, choice, device, generator):
     mass = uneven(trees, capacity)
     index = filled(mass, device).sample(100 * capacity, generator, draw=draw)

@@ -12,6 +12,7 @@ from per_td.memory import zeros
 from per_td.priorities.distributions import Proportional
 from per_td.tree import Trees
 from tests.support.oracle import CAPACITIES
+from tests.support.parameters import slow_but
 
 CPU = torch.device("cpu")
 
@@ -132,7 +133,7 @@ def test_trees_find_an_overrun_of_any_of_their_parts(capacity, groups, device):
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("capacity", CAPACITIES)
+@pytest.mark.parametrize("capacity", slow_but((1, 17, 257), CAPACITIES))
 def test_the_extrema_are_those_of_the_positive_values(capacity, groups, choice, device):
     trees = made(capacity, groups, device)
     assert trees.largest.tolist() == [0] * groups
