@@ -15,6 +15,7 @@ from per_td.torchrl import (
     columns,
     fast,
 )
+from per_td.tree.trees import Trees
 from per_td.weights import NORMALIZATIONS
 from tests.support.pretended_cuda import WAITS
 
@@ -31,6 +32,15 @@ def cuda(pretended, monkeypatch):
     # TorchRL's own reads the last slot written back from the device, at every write of its own:
     # PrioritizedSliceSampler and TorchRL's slice samplers ask for it, no one else does.
     monkeypatch.setattr(Storage, "_set_last_cursor", remember)
+    # a sampler's first table is in the host's memory, whose settings the host may read at any time:
+    # here that memory has no values either, so the numbers are kept beside it, as for a device
+    make = Trees.__init__
+
+    def with_numbers(trees, *args, **settings):
+        make(trees, *args, **settings)
+        trees._numbers = [0.0] * 4
+
+    monkeypatch.setattr(Trees, "__init__", with_numbers)
     # columns are read and written one by one if all are plain tensors, as these stand for
     monkeypatch.setattr(columns, "_TENSORS", (*columns._TENSORS, FakeTensor))
     return pretended
