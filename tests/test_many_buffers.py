@@ -295,7 +295,11 @@ def test_more_than_a_buffer_has_cannot_be_drawn_without_replacement(method, choi
         ({"td": numbered(0, 2).exclude("action")}, SchemaError, "missing: 'action'"),
         ({"td": numbered(0, 2)["action"]}, SchemaError, "expected a TensorDict or .*, got Tensor"),
         ({"priority": torch.ones(3)}, PriorityError, r"expected shape \[3, 2\], .* got \[3\]"),
-        ({"priority": [[1.0, 1], [1, math.nan], [1, 1]]}, PriorityError, r"got nan at position \[1, 1\]"),
+        (
+            {"priority": [[1.0, 1], [1, math.nan], [1, 1]]},
+            PriorityError,
+            r"got nan at position \[1, 1\]",
+        ),
         ({"priority": [[1.0, 1], [1, -1], [1, 1]]}, PriorityError, "at least 0 .* got -1"),
         ({"mask": torch.ones(3, 1, dtype=torch.bool)}, SchemaError, r"bool of shape \[3, 2\]"),
         ({"mask": torch.ones(3, 2)}, SchemaError, "mask: expected bool .* got torch.float32"),
