@@ -40,7 +40,7 @@ LAYOUTS = {
     "strided": lambda x: torch.stack([x, x], -1)[..., 0],
     "offset": lambda x: torch.cat([x[:1], x])[1:],
     "expanded": lambda x: x[:1].expand_as(x),
-    "all the same": lambda x: x.flatten()[0].expand_as(x),
+    "all the same": lambda x: x.flatten()[0].expand_as(x) if x.numel() else x,
     "negated": negated,
     "negated and strided": lambda x: transposed(negated(x)),
     "parameter": lambda x: nn.Parameter(x) if x.is_floating_point() else x,

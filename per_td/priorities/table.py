@@ -402,8 +402,8 @@ class PriorityTable:
         Masses are part of a state, since what computes p^alpha, a kernel or torch, on one device
         or another, may round the last bit otherwise, and a draw would tell.
         """
-        self.fill(priority, mass)
         self.trees.ever_max.copy_(ever_max.reshape(-1))
+        self.fill(priority, mass)
 
     def sort(self) -> None:
         """Compute all masses anew: for ranks, by the exact order."""
@@ -428,6 +428,7 @@ class PriorityTable:
             trees.leaves.zero_()
             self.mass[..., : mass.shape[-1]] = mass
         trees.ops.refill(trees)
+        torch.maximum(trees.ever_max, trees.largest, out=trees.ever_max)
 
     def check_valid(self) -> None:
         """Raise PerTdError, naming what is wrong, if priorities do not explain all the rest."""

@@ -16,11 +16,10 @@ import torch
 
 from per_td import CheckpointError, PrioritizedReplayBuffer
 from per_td.concurrency import mutex
-from per_td.concurrency.sharing import Journal, SharedReplayBuffer, SharedTable
+from per_td.concurrency.sharing import Journal, SharedReplayBuffer
 from per_td.errors import ConfigurationError, EmptyBufferError, PriorityError
-from per_td.memory import Place
+from per_td.memory import Memory
 from per_td.priorities.table import PriorityTable
-from per_td.storage.leaves import count
 from per_td.storage.ring import RingStorage
 from tests.support import processes
 from tests.support.processes import (
@@ -84,8 +83,10 @@ def test_all_tensors_that_change_are_shared(layout):
     buffer = processes.shared(50, layout=layout, weight_normalization="buffer")
     tensors = list(tensors_of(buffer, set()))
     own = {name for name, tensor in tensors if not tensor.is_shared()}
-    assert own <= {"_sizes", "_table", "_offsets", "_points"}  # constants, and a scratch pad
-    assert {"_raw", "leaves", "nodes", "_columns", "_write_count"} <= {n for n, _ in tensors} - own
+    assert own <= {"starts", "points"}  # constants, and a scratch pad
+    changing = {"raw", "leaves", "sums", "maxima", "minima", "settings", "ever_max", "replayed"}
+    changing |= {"refused", "memory", "_block", "_leaves", "written", "_beta", "_stale", "_tensor"}
+    assert changing <= {name for name, _ in tensors} - own
 
 
 @pytest.mark.parametrize("layout", ["records", "columns"])
@@ -95,7 +96,8 @@ def test_what_a_process_is_handed_is_the_same_buffer_but_for_its_generator(layou
     buffer.extend(processes.transitions(range(5)))
     buffer.sample(7)
     other = handed_over(buffer)
-    assert (other._storage._like, other._priorities._points.tolist()) == ([], [])  # scratch pads
+    assert other._storage.record is None  # addresses, and a scratch pad
+    assert other._priorities.trees.block.record is None
     assert other.generator is None
     assert buffer.generator is generator
     processes.take_part(other)
@@ -113,7 +115,7 @@ def test_what_a_process_is_handed_is_the_same_buffer_but_for_its_generator(layou
 
 def test_in_shared_memory_sixteen_leaves_of_a_tree_are_in_one_cache_line():
     table = processes.shared(2**20)._priorities
-    assert [leaves.data_ptr() % 64 for leaves in (table._raw, table.masses.leaves)] == [0, 0]
+    assert [leaves.data_ptr() % 64 for leaves in (table.trees.raw, table.trees.leaves)] == [0, 0]
 
 
 def locked_for(buffer) -> bool:
@@ -217,11 +219,11 @@ def dies_after(function):
     return call
 
 
-def half_a_write(self, leaves, n=None):
+def half_a_write(self, leaves, n, mask=None):
     """Rows of which one field is new and one is old, and then death."""
-    slots = (self._written + torch.arange(count(leaves))) % self.capacity
+    slots = (self.written + torch.arange(n)) % self.capacity
     for key, leaf in list(leaves.items())[::2]:
-        self._columns[key][slots] = leaf
+        self.data[key][slots] = leaf
     die()
 
 
@@ -343,9 +345,9 @@ def test_what_a_dead_writer_left_does_not_count_as_replayed():
 
 def die_after_leaves(self, index, *_, **__):
     """Priorities are new, masses half, sums not at all; then death."""
-    self._raw[index] = 5.0
-    self.masses.leaves[index[::2]] = 77.0
-    self.masses.nodes[-1] = 1e9
+    self.trees.raw[index] = 5.0
+    self.trees.leaves[index[::2]] = 77.0
+    self.trees.sums[-1] = 1e9
     die()
 
 
@@ -393,7 +395,7 @@ def test_a_death_while_loading_a_state_leaves_nothing_to_draw():
 def test_an_interrupt_in_a_write_gives_up_that_write_alone(monkeypatch):
     buffer = processes.shared(20)
     buffer.extend(processes.transitions(range(10)))
-    monkeypatch.setattr(PriorityTable, "write_row", interrupt)
+    monkeypatch.setattr(PriorityTable, "write_runs", interrupt)
     with pytest.raises(KeyboardInterrupt):
         buffer.extend(processes.transitions(range(10, 14)))
     monkeypatch.undo()
@@ -438,7 +440,7 @@ def test_an_interrupted_repair_is_left_to_the_next_call(before, monkeypatch):
     else:
         monkeypatch.setattr(f"{__name__}.die", interrupt)
         monkeypatch.setattr(PriorityTable, "update", die_after_leaves)
-    monkeypatch.setattr(SharedTable, "rebuild", interrupt)
+    monkeypatch.setattr(PriorityTable, "rebuild", interrupt)
     with pytest.raises(KeyboardInterrupt):
         update()
     monkeypatch.undo()
@@ -651,7 +653,7 @@ def test_what_cannot_be_shared_is_refused():
     elsewhere = PrioritizedReplayBuffer.__new__(SharedReplayBuffer)
     elsewhere._device = torch.device("cuda:0")
     with pytest.raises(ConfigurationError, match="expected the device 'cpu', got 'cuda:0'"):
-        elsewhere._make(None, {"place": Place()}, {"prioritization": "proportional"})
+        elsewhere._memory(Memory())
     with pytest.raises(ConfigurationError, match="storage='memory', got 'memmap'"):
         PrioritizedReplayBuffer(10, shared=True, storage="memmap", example=example)
     moved = PrioritizedReplayBuffer(4)

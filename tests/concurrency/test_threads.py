@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from per_td import PrioritizedReplayBuffer
+from per_td.concurrency.sharing import SharedReplayBuffer
 from per_td.concurrency.threads import LockedReplayBuffer
 from per_td.errors import ConfigurationError, SchemaError
 from tests.support.parameters import slow_but
@@ -162,8 +163,11 @@ def test_a_copy_has_a_lock_and_transitions_of_its_own(copied):
 
 def test_a_plain_buffer_has_no_lock_and_many_buffers_cannot_have_one():
     assert type(PrioritizedReplayBuffer(3)) is PrioritizedReplayBuffer
-    with pytest.raises(ConfigurationError, match="num_buffers: expected None, got 2"):
+    with pytest.raises(ConfigurationError, match="num_buffers=None, got 2"):
         PrioritizedReplayBuffer(3, threads=True, num_buffers=2)
+    for kind in (LockedReplayBuffer, SharedReplayBuffer):
+        with pytest.raises(ConfigurationError, match="num_buffers: expected None, got 2"):
+            kind(3, num_buffers=2, example=transitions(0))
 
 
 def test_without_prefetch_no_thread_is_started_and_priorities_are_a_copy():
