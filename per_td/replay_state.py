@@ -234,7 +234,15 @@ class ReplayState(Copied):
 
     @property
     def replayed(self) -> Tensor:
-        """Which of the filled slots have been drawn since they were written, bool [len], a copy."""
+        """Which of the filled slots have been drawn since they were written, bool [len], a copy.
+
+        Raises:
+            ConfigurationError: there are many buffers, which do not know.
+        """
+        if self._storage.lead:
+            raise ConfigurationError(
+                f"replayed: expected one buffer, got num_buffers={self.num_buffers}"
+            )
         return self._priorities.replayed[: len(self)].clone()
 
     @property

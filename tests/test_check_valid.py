@@ -36,16 +36,17 @@ def used_table(capacity, **settings):
         ("mass", NAN, "masses are finite and at least 0"),
         ("mass", -1.0, "masses are finite and at least 0"),
         ("mass", 7.5, "every node of the sums follows from its 16 children; level 1"),
-        ("total", 7.5, "every node of the sums follows from its 16 children"),
-        ("largest", 7.5, "every node of the maxima follows from its 16 children"),
-        ("smallest", 7.5, "every node of the minima follows from its 16 children"),
+        ("sums", 7.5, "every node of the sums follows from its 16 children"),
+        ("maxima", 7.5, "every node of the maxima follows from its 16 children"),
+        ("minima", 7.5, "every node of the minima follows from its 16 children"),
         ("ever_max", NAN, "the largest priority ever is finite"),
         ("refused", -1, "the count of refused priorities"),
     ],
 )
 def test_damage_to_a_table_is_named(part, value, invariant, capacity, prioritization):
     made = used_table(capacity, prioritization=prioritization)
-    view = getattr(made, part)
+    nodes = part in ("sums", "maxima", "minima")
+    view = getattr(made.trees, part)[-1] if nodes else getattr(made, part)
     (view[1] if view.ndim else view).fill_(value)
     broken(made, invariant)
 
@@ -65,7 +66,7 @@ def test_of_equal_priorities_each_may_have_the_rank_of_any():
     made.write_new(torch.arange(6), torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0, 5.0]))
     made.sort()
     made.check_valid()
-    made.update(torch.tensor([0, 3]), torch.tensor([1.99, 1.0]), 6)
+    made.update(torch.tensor([0, 3]), torch.tensor([1.99, 1.0]), written=6)
     made.check_valid()
     made.fill(made.raw.clone(), made.mass[[0, 5, 2, 3, 4, 1]])
     broken(made, "masses follow from the ranks")
@@ -82,7 +83,7 @@ def test_damage_to_a_tree_is_named(num_trees):
 
 def test_damage_to_a_ring_is_named():
     ring = RingStorage(7, torch.device("cpu"))
-    ring.write(ring.check(data(0, 9)))
+    ring.write(*ring.check(data(0, 9)))
     ring.check_valid()
     ring.epoch = -1
     broken(ring, "the offset of generations")
@@ -116,7 +117,8 @@ def test_damage_to_a_buffer_is_named(settings):
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
 def test_a_priority_beyond_the_filled_slots_is_named(settings):
     buffer = full(**settings)
-    buffer._priorities.write_new(torch.tensor([6]), None)  # from outside, nothing can
+    index = torch.tensor([6]).expand(*buffer._priorities.lead, 1)
+    buffer._priorities.write_new(index, None)  # from outside, nothing can
     broken(buffer, "priorities beyond the filled slots are 0")
 
 

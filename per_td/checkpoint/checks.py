@@ -9,6 +9,7 @@ from torch import Tensor
 
 from per_td import validation
 from per_td.errors import CheckpointError, ConfigurationError
+from per_td.priorities.distributions import PRIORITIZATIONS
 from per_td.storage.leaves import flattened, named
 
 __all__ = ["check_values"]
@@ -60,6 +61,8 @@ def _settings(settings: Any) -> Mapping[str, Any]:
         validation.positive_int("capacity", settings["capacity"])
         if settings.get("num_buffers") is not None:
             validation.positive_int("num_buffers", settings["num_buffers"])
+        if "prioritization" in settings:
+            validation.one_of("prioritization", settings["prioritization"], PRIORITIZATIONS)
         validation.real("alpha", settings["alpha"])
         validation.real("eps", settings["eps"], high=torch.finfo(torch.float32).max)
         validation.real("beta_increment", settings["beta_increment"])

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from per_td import draws, kernels, validation
-from per_td.errors import EmptyBufferError, PerTdError
+from per_td.errors import EmptyBufferError
 from per_td.kernels import reference
 from per_td.kernels.flags import MINIMA
-from per_td.kernels.layout import Block, Layout
+from per_td.kernels.layout import FANOUT, Block, Layout
 from per_td.memory import Zeros, zeros
 
 __all__ = ["Trees"]
@@ -216,25 +216,34 @@ class Trees:
         return f" in {len(places)} of {len(wrong)}: {', '.join(map(str, places[:10]))}{more}"
 
     def check_valid(self) -> None:
-        """Raise PerTdError, naming what is wrong, if a node does not follow from its children."""
+        """Look for damage, in O(N); on CUDA the host waits.
+
+        Raises:
+            PerTdError: it names the broken invariant: priorities and masses are finite, not
+                negative and 0 beyond the slots, and every node follows from its children.
+        """
+        require, layout = validation.require_valid, self.layout
         self.block.check_valid()
+        for name, column in (("priorities", self.raw), ("masses", self.leaves)):
+            require((column.isfinite() & (column >= 0)).all(), f"{name} are finite and at least 0")
+            if len(column):
+                own = layout.slots(column).count_nonzero()
+                require(column.count_nonzero() == own, f"{name} beyond the slots are 0")
+        if len(self.raw):
+            positive = (self.raw > 0) == (self.leaves > 0)
+            require(positive.all(), "masses are positive just where priorities are")
         kinds = dict(self._kinds())
         fresh = Trees.__new__(Trees)
         fresh.__dict__.update(self.__dict__)
         fresh.__dict__.update({name: nodes.clone() for name, nodes in kinds.items()})
         reference.refill(fresh)
         for name, nodes in kinds.items():
-            if not torch.allclose(nodes, getattr(fresh, name), rtol=1e-12, atol=0):
-                raise PerTdError(f"{name}: a node does not follow from its children")
-        for name, column in (("masses", self.leaves), ("priorities", self.raw)):
-            if not (column.isfinite() & (column >= 0)).all():
-                raise PerTdError(f"{name}: expected finite values of at least 0, got others")
-        if self.leaves[self.layout.spare].item() or (
-            len(self.raw) and self.raw[self.layout.spare].item()
-        ):
-            raise PerTdError("broken invariant: the spare leaf is empty")
-        if len(self.raw) and ((self.raw > 0) != (self.leaves > 0)).any():
-            raise PerTdError("masses: expected positive ones just where priorities are positive")
+            expected = layout.levels(getattr(fresh, name))
+            for k, (level, right) in enumerate(zip(layout.levels(nodes), expected, strict=True), 1):
+                require(
+                    torch.allclose(level, right, rtol=1e-12, atol=0),
+                    f"every node of the {name} follows from its {FANOUT} children; level {k}",
+                )
 
     def _kinds(self) -> list[tuple[str, Tensor]]:
         """Names and nodes of what is kept up to date."""
