@@ -47,6 +47,11 @@ class Proportional:
         """Masses of all leaves, float32 [leaf_slots], in O(N)."""
         return mass_of(trees.raw, trees.number(ALPHA_EXPONENT))
 
+    def range_of(self, trees: Trees, priority: Tensor) -> tuple[Tensor, Tensor, str]:
+        """The least and the largest mass that each may have, float32 [B], and what says so."""
+        mass = self.masses(trees, priority)
+        return mass, mass, "priority^alpha"
+
     def changed(self, n: int, *, new: bool = False) -> bool:
         """Count changed or new priorities; True if it is time to compute all masses anew."""
         return False
@@ -102,6 +107,17 @@ class Rank:
         below = torch.searchsorted(trees.snapshot, priority.contiguous(), right=True)
         mass = mass_of(self.snapshot + 1 - below, trees.number(ALPHA_EXPONENT))
         return torch.where(priority > 0, mass, 0.0)
+
+    def range_of(self, trees: Trees, priority: Tensor) -> tuple[Tensor, Tensor, str]:
+        """The least and the largest mass that each may have, float32 [B], and what says so.
+
+        They differ where several were equal at the last sort: each of those has its own rank.
+        """
+        last = self.snapshot - torch.searchsorted(trees.snapshot, priority.contiguous())
+        most = self.masses(trees, priority)
+        least = mass_of(last.clamp(min=1), trees.number(ALPHA_EXPONENT))
+        least = torch.where(priority > 0, least, 0.0).minimum(most)
+        return least, most, "the ranks at the last sort"
 
     def changed(self, n: int, *, new: bool = False) -> bool:
         """Count changed or new priorities; True if it is time to sort."""

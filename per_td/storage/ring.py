@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from per_td import kernels, validation
-from per_td.errors import PerTdError, SchemaError
+from per_td.errors import SchemaError
 from per_td.kernels import reference
 from per_td.kernels.reference import Runs
 from per_td.memory import Memory, allocating
@@ -172,15 +172,22 @@ class RingStorage:
         return generation - self.epoch if self.epoch else generation
 
     def check_valid(self) -> None:
-        """Raise PerTdError, naming what is wrong, if counts or memory make no sense."""
-        if (self.written < 0).any():
-            raise PerTdError("written: expected counts of at least 0, got a negative one")
-        if self._one not in (None, int(self.written[0])):
-            raise PerTdError("written: the host and the device disagree")
+        """Look for damage; on CUDA the host waits.
+
+        Raises:
+            PerTdError: it names the broken invariant: counts are in range and agree, and there is
+                a row of memory for every slot.
+        """
+        require = validation.require_valid
+        require((self.written >= 0).all(), "the write count is at least 0")
+        agree = self._one in (None, int(self.written[0]))
+        require(agree, "the write counts here and there agree")
+        require(self.epoch >= 0, "the offset of generations is at least 0")
+        require(self.written_before >= 0, "the count before the last move is at least 0")
         for key, column in self._leaves.items():
             field = self._schema.fields[key]
-            if column.shape != (self._rows, *field.shape) or column.dtype != field.dtype:
-                raise PerTdError(f"{named(key)}: its memory is not that of its field")
+            right = column.shape == (self._rows, *field.shape) and column.dtype == field.dtype
+            require(right, f"{named(key)} has memory for {self._rows} rows")
 
     # --- what goes in -----------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from per_td import draws, kernels, validation
-from per_td.errors import EmptyBufferError, PerTdError
+from per_td.errors import EmptyBufferError
 from per_td.kernels import reference
 from per_td.kernels.flags import MINIMA
 from per_td.kernels.layout import Block, Layout
@@ -216,31 +216,29 @@ class Trees:
         return f" in {len(places)} of {len(wrong)}: {', '.join(map(str, places[:10]))}{more}"
 
     def check_valid(self) -> None:
-        """Raise PerTdError, naming what is wrong, if a node does not follow from its children."""
-        self.block.check_valid()
-        kinds = dict(self._kinds())
-        fresh = Trees.__new__(Trees)
-        fresh.__dict__.update(self.__dict__)
-        fresh.__dict__.update({name: nodes.clone() for name, nodes in kinds.items()})
-        reference.refill(fresh)
-        for name, nodes in kinds.items():
-            if not torch.allclose(nodes, getattr(fresh, name), rtol=1e-12, atol=0):
-                raise PerTdError(f"{name}: a node does not follow from its children")
-        for name, column in (("masses", self.leaves), ("priorities", self.raw)):
-            if not (column.isfinite() & (column >= 0)).all():
-                raise PerTdError(f"{name}: expected finite values of at least 0, got others")
-        if self.leaves[self.layout.spare].item() or (
-            len(self.raw) and self.raw[self.layout.spare].item()
-        ):
-            raise PerTdError("broken invariant: the spare leaf is empty")
-        if len(self.raw) and ((self.raw > 0) != (self.leaves > 0)).any():
-            raise PerTdError("masses: expected positive ones just where priorities are positive")
+        """Look for damage, in O(N); on CUDA the host waits.
 
-    def _kinds(self) -> list[tuple[str, Tensor]]:
-        """Names and nodes of what is kept up to date."""
-        kinds = [("sums", self.sums)]
+        Raises:
+            PerTdError: it names the broken invariant: values are finite, not negative and 0 beyond
+                the slots, every node follows from its children, nothing wrote past the end of a view.
+        """
+        require = validation.require_valid
+        self.block.check_valid()
+        for name, column, slots in (
+            ("masses", self.leaves, self.masses),
+            ("priorities", self.raw, self.priorities if len(self.raw) else self.raw),
+        ):
+            right = column.isfinite() & (column >= 0)
+            require(right.all(), f"{name} are finite and at least 0")
+            require(
+                column.count_nonzero() == slots.count_nonzero(), f"{name} beyond the slots are 0"
+            )
         if len(self.raw):
-            kinds.append(("maxima", self.maxima))
-        if self.keeps_minima:
-            kinds.append(("minima", self.minima))
-        return kinds
+            alike = (self.raw > 0) == (self.leaves > 0)
+            require(alike.all(), "masses are positive just where priorities are")
+        reference.check_nodes(self)
+        require(
+            (self.ever_max.isfinite() & (self.ever_max >= 0)).all(),
+            "the largest priority ever is finite",
+        )
+        require(self.refused >= 0, "the count of refused priorities is at least 0")
