@@ -120,7 +120,8 @@ def test_damage_to_a_buffer_is_named(settings):
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
 def test_a_priority_beyond_the_filled_slots_is_named(settings):
     buffer = full(**settings)
-    buffer._priorities.write_new(torch.tensor([6]), None)  # from outside, nothing can
+    index = torch.full((buffer.num_buffers, 1) if buffer.num_buffers else (1,), 6)
+    buffer._priorities.write_new(index, None)  # from outside, nothing can
     broken(buffer, "priorities beyond the filled slots are 0")
 
 

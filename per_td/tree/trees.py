@@ -220,7 +220,7 @@ class Trees:
 
         Raises:
             PerTdError: it names the broken invariant: values are finite, not negative and 0 beyond
-                the slots, every node follows from its children, nothing wrote past the end of a view.
+                the slots, every node follows from its children, and nothing wrote past a view's end.
         """
         require = validation.require_valid
         self.block.check_valid()
