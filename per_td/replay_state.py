@@ -222,7 +222,7 @@ class ReplayState(Copied):
     @property
     def total_mass(self) -> Tensor:
         """Sum of all masses, float64 [] or [S]; nothing can be drawn where it is 0."""
-        return self._priorities.total
+        return self._priorities.total.clone()
 
     @property
     def smallest_mass(self) -> Tensor:
@@ -230,14 +230,14 @@ class ReplayState(Copied):
 
         It is also inf where no weight needs it: unless `weight_normalization` is "buffer".
         """
-        return self._priorities.smallest
+        return self._priorities.smallest.clone()
 
     @property
     def replayed(self) -> Tensor:
-        """Which of the filled slots have been drawn since they were written, bool [len], a copy.
+        """True for filled slots that have been drawn since they were written, bool [len], a copy.
 
         Raises:
-            ConfigurationError: there are many buffers, which do not know.
+            ConfigurationError: there are many buffers, which do not keep it.
         """
         if self._storage.lead:
             raise ConfigurationError(

@@ -36,18 +36,21 @@ def used_table(capacity, **settings):
         ("mass", NAN, "masses are finite and at least 0"),
         ("mass", -1.0, "masses are finite and at least 0"),
         ("mass", 7.5, "every node of the sums follows from its 16 children; level 1"),
-        ("sums", 7.5, "every node of the sums follows from its 16 children"),
-        ("maxima", 7.5, "every node of the maxima follows from its 16 children"),
-        ("minima", 7.5, "every node of the minima follows from its 16 children"),
+        ("total", 7.5, "every node of the sums follows from its 16 children"),
+        ("largest", 7.5, "every node of the maxima follows from its 16 children"),
+        ("smallest", 7.5, "every node of the minima follows from its 16 children"),
         ("ever_max", NAN, "the largest priority ever is finite"),
         ("refused", -1, "the count of refused priorities"),
     ],
 )
 def test_damage_to_a_table_is_named(part, value, invariant, capacity, prioritization):
     made = used_table(capacity, prioritization=prioritization)
-    nodes = part in ("sums", "maxima", "minima")
-    view = getattr(made.trees, part)[-1] if nodes else getattr(made, part)
-    (view[1] if view.ndim else view).fill_(value)
+    roots = {"total": "sums", "largest": "maxima", "smallest": "minima"}
+    if part in roots:
+        getattr(made.trees, roots[part])[-1] = value
+    else:
+        view = getattr(made, part)
+        (view[1] if view.ndim else view).fill_(value)
     broken(made, invariant)
 
 
@@ -78,7 +81,7 @@ def test_damage_to_a_tree_is_named(num_trees):
     tree.fill(torch.rand(tree[:].shape))
     tree.check_valid()
     tree[:][..., 5] = 2.0 if num_trees is None else NAN
-    broken(tree, "sums follow" if num_trees is None else "masses are finite")
+    broken(tree, "the sums follow" if num_trees is None else "masses are finite")
 
 
 def test_damage_to_a_ring_is_named():
@@ -117,7 +120,7 @@ def test_damage_to_a_buffer_is_named(settings):
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
 def test_a_priority_beyond_the_filled_slots_is_named(settings):
     buffer = full(**settings)
-    index = torch.tensor([6]).expand(*buffer._priorities.lead, 1)
+    index = torch.full((buffer.num_buffers, 1) if buffer.num_buffers else (1,), 6)
     buffer._priorities.write_new(index, None)  # from outside, nothing can
     broken(buffer, "priorities beyond the filled slots are 0")
 

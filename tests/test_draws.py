@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from per_td import ConfigurationError, EmptyBufferError, SumTree, draws
+from per_td.priorities.sampling import sample_weighted
 from tests.support.oracle import assert_drawn_from
+from tests.support.tables import table
 
 
 def mass_of(n: int) -> torch.Tensor:
@@ -51,8 +53,11 @@ def test_multinomial_is_exact_where_float32_sums_are_not():
 
 
 def test_multinomial_says_when_too_few_can_be_drawn():
+    made = table(draw="without_replacement", method="multinomial")
+    index = torch.arange(3)
+    made.write_new(index, torch.tensor([1.0, 0.0, 1.0]))
     with pytest.raises(EmptyBufferError, match=r"at least 3 .* got 2"):
-        draws.multinomial(torch.tensor([1.0, 0.0, 1.0]), 3, "without_replacement")
+        sample_weighted(made, 3, None, beta=0.4, written=3, size=3)
 
 
 def test_what_multinomial_cannot_do_is_refused_beforehand():
@@ -78,6 +83,6 @@ def test_auto_takes_the_tree_where_multinomial_cannot_or_is_slower():
 
 
 def test_stratified_points_lie_one_in_each_range(device, generator):
-    point = draws.points(100, "stratified", device, generator).cpu()
-    assert ((point * 100).floor() == torch.arange(100)).all()
-    assert point.dtype == torch.float64
+    tree = SumTree(100, device)
+    tree.fill(torch.ones(100))
+    assert tree.sample(100, generator, draw="stratified").tolist() == list(range(100))

@@ -156,10 +156,10 @@ def _restore_priorities(buffer: "ReplayState", state: dict[str, Any], moves: lis
         return values.to(buffer.device)
 
     mass = None  # then what follows from the priorities, in their exact order
-    kind = state["settings"].get("prioritization", "proportional")
-    if kind == table.prioritization and state.get("mass") is not None:
+    ranked = table.prioritization == "rank"  # masses of another kind mean nothing
+    if not ranked and state.get("mass") is not None:
         mass = placed(state["mass"])
-    elif state.get("ranks") is not None and not moved:
+    elif ranked and state.get("ranks") is not None and not moved:
         mass = table.distribution.load(table.trees, state["ranks"])
     table.restore(placed(state["priority"]), state["ever_max"], mass)
     if "replayed" in state and buffer.num_buffers is None:

@@ -22,6 +22,7 @@ from per_td.weights import importance_weights
 __all__ = [
     "assign",
     "assign_new",
+    "check_nodes",
     "draw",
     "draw_distinct",
     "find",
@@ -86,6 +87,26 @@ def refill(trees: Trees) -> None:
         for level in trees.layout.levels(nodes):
             groups = children.view(-1, FANOUT)
             level[: groups.shape[0]] = reduce(groups)
+            children = level
+
+
+def check_nodes(trees: Trees) -> None:
+    """Compare every node with what its children give, in O(N); the host waits for the device.
+
+    Raises:
+        PerTdError: a node does not follow from its children.
+    """
+    kinds = [("sums", 0.0, 1e-12), ("maxima", 0.0, 0.0), ("minima", torch.inf, 0.0)]
+    for (name, padding, rtol), (leaves, nodes, reduce) in zip(kinds, _columns(trees), strict=False):
+        children = leaves
+        for height, level in enumerate(trees.layout.levels(nodes), 1):
+            groups = children.view(-1, FANOUT)
+            expected = torch.full_like(level, padding)
+            expected[: groups.shape[0]] = reduce(groups)
+            validation.require_valid(
+                torch.isclose(level, expected, rtol=rtol, atol=0.0).all(),
+                f"every node of the {name} follows from its 16 children; level {height} does not",
+            )
             children = level
 
 

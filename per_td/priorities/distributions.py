@@ -47,9 +47,9 @@ class Proportional:
         """Masses of all leaves, float32 [leaf_slots], in O(N)."""
         return mass_of(trees.raw, trees.number(ALPHA_EXPONENT))
 
-    def bounds(self, trees: Trees) -> tuple[Tensor, Tensor, str]:
-        """The least and the largest masses that all leaves may have, and what says so."""
-        mass = self.all_masses(trees)
+    def range_of(self, trees: Trees, priority: Tensor) -> tuple[Tensor, Tensor, str]:
+        """The least and the largest mass that each may have, float32 [B], and what says so."""
+        mass = self.masses(trees, priority)
         return mass, mass, "priority^alpha"
 
     def changed(self, n: int, *, new: bool = False) -> bool:
@@ -108,6 +108,17 @@ class Rank:
         mass = mass_of(self.snapshot + 1 - below, trees.number(ALPHA_EXPONENT))
         return torch.where(priority > 0, mass, 0.0)
 
+    def range_of(self, trees: Trees, priority: Tensor) -> tuple[Tensor, Tensor, str]:
+        """The least and the largest mass that each may have, float32 [B], and what says so.
+
+        They differ where several were equal at the last sort: each of those has its own rank.
+        """
+        last = self.snapshot - torch.searchsorted(trees.snapshot, priority.contiguous())
+        most = self.masses(trees, priority)
+        least = mass_of(last.clamp(min=1), trees.number(ALPHA_EXPONENT))
+        least = torch.where(priority > 0, least, 0.0).minimum(most)
+        return least, most, "the ranks at the last sort"
+
     def changed(self, n: int, *, new: bool = False) -> bool:
         """Count changed or new priorities; True if it is time to sort."""
         if new:
@@ -131,22 +142,6 @@ class Rank:
         mass = mass_of(rank, trees.number(ALPHA_EXPONENT))
         mass = torch.where(ordered > 0, mass, 0.0)
         return torch.zeros_like(trees.leaves).index_copy_(0, order, mass)
-
-    def bounds(self, trees: Trees) -> tuple[Tensor, Tensor, str]:
-        """The least and the largest masses that all leaves may have, and what says so.
-
-        They differ where several priorities were equal at the last sort: each has its own rank.
-
-        Raises:
-            PerTdError: the snapshot is out of order.
-        """
-        in_order = (trees.snapshot.diff() >= 0).all()
-        validation.require_valid(in_order, "the snapshot of ranks is in order")
-        most = self.masses(trees, trees.raw)
-        last = self.snapshot - torch.searchsorted(trees.snapshot, trees.raw)
-        least = mass_of(last.clamp(min=1), trees.number(ALPHA_EXPONENT))
-        least = torch.where(trees.raw > 0, least, 0.0).minimum(most)
-        return least, most, "the ranks at the last sort"
 
     def state(self, trees: Trees, n: int) -> dict[str, Any] | None:
         """Return masses, snapshot and changes, which do not follow from the priorities."""

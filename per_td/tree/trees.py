@@ -10,7 +10,7 @@ from per_td import draws, kernels, validation
 from per_td.errors import EmptyBufferError
 from per_td.kernels import reference
 from per_td.kernels.flags import MINIMA
-from per_td.kernels.layout import FANOUT, Block, Layout
+from per_td.kernels.layout import Block, Layout
 from per_td.memory import Zeros, zeros
 
 __all__ = ["Trees"]
@@ -219,37 +219,26 @@ class Trees:
         """Look for damage, in O(N); on CUDA the host waits.
 
         Raises:
-            PerTdError: it names the broken invariant: priorities and masses are finite, not
-                negative and 0 beyond the slots, and every node follows from its children.
+            PerTdError: it names the broken invariant: values are finite, not negative and 0 beyond
+                the slots, every node follows from its children, and nothing wrote past a view's end.
         """
-        require, layout = validation.require_valid, self.layout
+        require = validation.require_valid
         self.block.check_valid()
-        for name, column in (("priorities", self.raw), ("masses", self.leaves)):
-            require((column.isfinite() & (column >= 0)).all(), f"{name} are finite and at least 0")
-            if len(column):
-                own = layout.slots(column).count_nonzero()
-                require(column.count_nonzero() == own, f"{name} beyond the slots are 0")
+        for name, column, slots in (
+            ("masses", self.leaves, self.masses),
+            ("priorities", self.raw, self.priorities if len(self.raw) else self.raw),
+        ):
+            right = column.isfinite() & (column >= 0)
+            require(right.all(), f"{name} are finite and at least 0")
+            require(
+                column.count_nonzero() == slots.count_nonzero(), f"{name} beyond the slots are 0"
+            )
         if len(self.raw):
-            positive = (self.raw > 0) == (self.leaves > 0)
-            require(positive.all(), "masses are positive just where priorities are")
-        kinds = dict(self._kinds())
-        fresh = Trees.__new__(Trees)
-        fresh.__dict__.update(self.__dict__)
-        fresh.__dict__.update({name: nodes.clone() for name, nodes in kinds.items()})
-        reference.refill(fresh)
-        for name, nodes in kinds.items():
-            expected = layout.levels(getattr(fresh, name))
-            for k, (level, right) in enumerate(zip(layout.levels(nodes), expected, strict=True), 1):
-                require(
-                    torch.allclose(level, right, rtol=1e-12, atol=0),
-                    f"every node of the {name} follows from its {FANOUT} children; level {k}",
-                )
-
-    def _kinds(self) -> list[tuple[str, Tensor]]:
-        """Names and nodes of what is kept up to date."""
-        kinds = [("sums", self.sums)]
-        if len(self.raw):
-            kinds.append(("maxima", self.maxima))
-        if self.keeps_minima:
-            kinds.append(("minima", self.minima))
-        return kinds
+            alike = (self.raw > 0) == (self.leaves > 0)
+            require(alike.all(), "masses are positive just where priorities are")
+        reference.check_nodes(self)
+        require(
+            (self.ever_max.isfinite() & (self.ever_max >= 0)).all(),
+            "the largest priority ever is finite",
+        )
+        require(self.refused >= 0, "the count of refused priorities is at least 0")
