@@ -220,7 +220,7 @@ class Trees:
 
         Raises:
             PerTdError: it names the broken invariant: values are finite, not negative and 0 beyond
-                the slots, every node follows from its children, and nothing wrote past a view's end.
+                the slots, every node follows from its children, guard bytes are as they were.
         """
         require = validation.require_valid
         self.block.check_valid()

@@ -201,7 +201,7 @@ def test_a_node_that_does_not_follow_from_its_children_is_named(name, groups, de
         before = nodes[place].clone()
         nodes[place] = 0.5
         for _ in range(2):  # to look mends nothing
-            with pytest.raises(PerTdError, match=f"{name}: a node does not follow"):
+            with pytest.raises(PerTdError, match=f"{name} follows from its 16 children"):
                 trees.check_valid()
         nodes[place] = before
     trees.check_valid()
