@@ -82,6 +82,18 @@ def _address(tensor: Tensor, dtype: torch.dtype, length: int) -> int:
     return address
 
 
+def _each(total: int, groups: int) -> int:
+    """How many of `total` numbers each group has.
+
+    Raises:
+        PerTdError: not all have as many.
+    """
+    n, left = divmod(total, groups)
+    if left:
+        raise PerTdError(f"expected as many numbers for each of {groups} groups, got {total}")
+    return n
+
+
 def _numbers(written: Tensor | int, groups: int) -> tuple[int, Any]:
     """Address of one int64 per group, and what keeps it alive."""
     if isinstance(written, Tensor):
@@ -198,7 +210,7 @@ def set_masses(trees: Trees, index: Tensor, value: Tensor) -> None:
     """As `reference.set_masses`."""
     index, value, total = index.contiguous(), value.contiguous(), index.numel()
     at, new = _address(index, torch.int64, total), _address(value, torch.float32, total)
-    if not update.set_masses(_trees_record(trees), at, new, total // trees.layout.groups):
+    if not update.set_masses(_trees_record(trees), at, new, _each(total, trees.layout.groups)):
         reference.set_masses(trees, index, value)
 
 
@@ -251,7 +263,16 @@ def assign(
     if limit > trees.layout.capacity:
         raise PerTdError(f"expected a limit of at most {trees.layout.capacity}, got {limit}")
     dropped: int = update.assign(
-        _trees_record(trees), at, values, then, wanted, ever, stamp, total // groups, limit, options
+        _trees_record(trees),
+        at,
+        values,
+        then,
+        wanted,
+        ever,
+        stamp,
+        _each(total, groups),
+        limit,
+        options,
     )
     if dropped >= 0:
         return dropped
@@ -280,7 +301,7 @@ def find(trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
     draws.find(
         _trees_record(trees),
         _address(target, torch.float64, total),
-        total // trees.layout.groups,
+        _each(total, trees.layout.groups),
         _address(index, torch.int64, total),
         _address(mass, torch.float32, total),
     )
@@ -305,7 +326,7 @@ def draw(
     empty = draws.draw(
         _trees_record(trees),
         _address(point, torch.float64, total),
-        total // groups,
+        _each(total, groups),
         float(beta),
         ever,
         index.data_ptr(),
@@ -335,7 +356,7 @@ def gather(
     done = row_kernels.gather(
         record.address,
         _address(index, torch.int64, total),
-        total // rows.groups,
+        _each(total, rows.groups),
         to.buffer_info()[0],
         ever,
         wrapped,
