@@ -16,7 +16,6 @@ from typing import Any
 import llvmlite
 from numba import njit
 
-from per_td import kernels
 from per_td.kernels.choice import checked
 
 __all__ = ["CHECKED", "kernel", "part"]
@@ -32,7 +31,10 @@ part = partial(njit, boundscheck=CHECKED)
 def _sources() -> str:
     """A hash of everything that kernels are compiled from; numba looks at its own version."""
     found = sha256(llvmlite.__version__.encode())
-    files = [*resources.files(__package__).iterdir(), resources.files(kernels) / "flags.py"]
+    files = [
+        *resources.files(__package__).iterdir(),
+        resources.files("per_td.kernels") / "flags.py",
+    ]
     for file in sorted(files, key=lambda file: file.name):
         if file.name.endswith(".py"):
             found.update(file.name.encode())

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+import per_td.kernels.reference as reference
 from per_td.errors import PerTdError
-from per_td.kernels import reference
 from per_td.kernels.cpu import draw as draws
 from per_td.kernels.cpu import rows as row_kernels
 from per_td.kernels.cpu import update

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from per_td.kernels import reference
+import per_td.kernels.reference as reference
 from per_td.kernels.cuda import draw as draws
 from per_td.kernels.cuda import update
 from per_td.kernels.cuda.nodes import Kinds
