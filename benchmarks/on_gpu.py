@@ -36,7 +36,14 @@ MEASURED = (  # and their share of the time
 )
 KERNELS = "tests/kernels"
 PYTEST = ("-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-p", "no:randomly")
-PYTEST += ("-p", "no:xdist", "-p", "benchmarks.pytest_log", "--log-json", "{file}")
+PYTEST += (
+    "-o",
+    "addopts=--import-mode=importlib",
+    "-p",
+    "benchmarks.pytest_log",
+    "--log-json",
+    "{file}",
+)
 PYTEST += ("--continue-on-collection-errors", "-W", "default")
 ON_CUDA = (*PYTEST, "-m", "cuda")
 REPORT_SECONDS = 20.0

@@ -50,7 +50,7 @@ def checked(*command: str) -> str:
 
 @pytest.mark.slow
 def test_kernels_with_bounds_checks_pass_their_tests():
-    told = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist")
+    told = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "0")
     assert " passed" in checked(*told, str(TESTS / "test_cpu_kernels.py"))
 
 
