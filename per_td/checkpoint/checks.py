@@ -29,7 +29,7 @@ def check_values(state: Mapping[str, Any]) -> None:
     each = () if many is None else (many,)
     written = _count("write_count", state["write_count"], each)
     _real("beta", state["beta"], (), high=1.0)
-    _real("ever_max", state["ever_max"], each)
+    _real("ever_max", state["ever_max"], each, high=torch.finfo(torch.float32).max)
     _count("stale_updates", state["stale_updates"], ())
     _count("refused_priorities", state["refused_priorities"], ())
     filled = min(int(written.max()), capacity)

@@ -202,8 +202,8 @@ def test_a_tree_of_1e8_equal_masses_is_unbiased_and_small(draw):
     index = tree.sample(1_000_000, torch.Generator().manual_seed(1), draw=draw)
     share = torch.bincount(index % 8, minlength=8) / len(index)
     assert ((share - 0.125).abs() < 0.002).all(), share
-    held = tree.leaves.untyped_storage().nbytes()  # all of it
-    assert tree.leaves.nbytes + tree.nodes.nbytes <= held <= 6 * capacity
+    held = [each.untyped_storage().nbytes() for each in (tree.leaves, tree.nodes)]  # all of it
+    assert tree.leaves.nbytes + tree.nodes.nbytes <= sum(held) <= 6 * capacity
 
 
 def test_capacities_beyond_2_to_24_reach_their_last_slots(generator, device):
