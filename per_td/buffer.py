@@ -10,7 +10,7 @@ from torch import Tensor
 from per_td import validation
 from per_td.errors import ConfigurationError, EmptyBufferError, PriorityError, SchemaError
 from per_td.memory import STORAGES, Memory
-from per_td.priorities.sampling import sample_weighted
+from per_td.priorities.sampling import sample_rows
 from per_td.priorities.table import PriorityTable
 from per_td.replay_state import ReplayState
 from per_td.storage.leaves import Leaves, entries_of
@@ -329,8 +329,8 @@ class PrioritizedReplayBuffer(ReplayState):
             EmptyBufferError: the buffer is empty, all priorities are 0, or without replacement
                 fewer than B transitions can be drawn.
         """
-        index, weight = self._draw(batch_size)
-        return self._storage.read(index, {"priority_weight": weight})
+        rows, index, weight, generation = self._sample(batch_size)
+        return self._storage.batch(rows, priority_weight=weight, index=index, generation=generation)
 
     def sample_leaves(self, batch_size: int | None = None) -> tuple[Leaves, Tensor, Tensor]:
         """`sample` without a TensorDict: tensors [B, ...] by key, index and weight."""
@@ -339,9 +339,8 @@ class PrioritizedReplayBuffer(ReplayState):
 
     def _sample_leaves(self, batch_size: int | None) -> tuple[Leaves, Tensor, Tensor, Tensor]:
         """`sample_leaves`, and generations."""
-        index, weight = self._draw(batch_size)
-        leaves, generation = self._storage.leaves(index)
-        return leaves, index, weight, generation
+        rows, index, weight, generation = self._sample(batch_size)
+        return self._storage.by_key(rows), index, weight, generation
 
     def draw_leaves(self, batch_size: int | None = None) -> Draw:
         """`sample_leaves` for a part of a larger buffer: with masses in place of weights.
@@ -349,12 +348,11 @@ class PrioritizedReplayBuffer(ReplayState):
         The weights follow from the masses when the total of all parts is known. The same random
         numbers draw the same slots as in `sample`.
         """
-        slot, _ = self._draw(batch_size)
-        leaves, generation = self._storage.leaves(slot)
+        leaves, slot, _, generation = self._sample_leaves(batch_size)
         return Draw(slot, leaves, generation, self._priorities.mass.gather(-1, slot))
 
-    def _draw(self, batch_size: int | None) -> tuple[Tensor, Tensor]:
-        """Slots and their weights."""
+    def _sample(self, batch_size: int | None) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+        """The transitions drawn, their slots, weights and generations."""
         n, ring, size = self._batch_size(batch_size), self._storage, None
         if not ring.lead:
             size = len(ring)
@@ -366,13 +364,8 @@ class PrioritizedReplayBuffer(ReplayState):
                     f" without replacement, got {n}"
                 )
         try:
-            return sample_weighted(
-                self._priorities,
-                n,
-                self.generator,
-                beta=self._beta,
-                written=ring.written,
-                size=size,
+            rows, index, weight, generation = sample_rows(
+                self._priorities, ring, n, self.generator, beta=self._beta, size=size
             )
         except EmptyBufferError:
             if ring.lead and not (ring.written > 0).all():
@@ -381,6 +374,7 @@ class PrioritizedReplayBuffer(ReplayState):
                     f"expected transitions to sample from in every buffer, got empty ones{which}"
                 ) from None
             raise
+        return rows, index, weight, ring.in_batch(generation)
 
     def _batch_size(self, batch_size: int | None) -> int:
         """That asked for, or that of the constructor."""

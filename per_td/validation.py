@@ -15,7 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from per_td.errors import ConfigurationError, IndexRangeError, PerTdError, PriorityError
+from per_td.errors import (
+    ConfigurationError,
+    IndexRangeError,
+    PerTdError,
+    PriorityError,
+    SchemaError,
+)
 from per_td.memory import has_memory
 
 __all__ = [
@@ -28,6 +34,7 @@ __all__ = [
     "fixed",
     "integer",
     "one_of",
+    "plain_rows",
     "positive_int",
     "real",
     "require_finite",
@@ -224,6 +231,22 @@ def require_memory(name: str, tensor: Tensor, error: type[PerTdError]) -> None:
             f"{name}: expected a tensor with memory of its own, got a {type(tensor).__name__}"
             " without"
         )
+
+
+def plain_rows(leaf: Tensor, device: torch.device) -> Tensor:
+    """Bring `leaf` to `device`, with its numbers as they are, one after the other in memory.
+
+    Raises:
+        SchemaError: it has no values, or not in memory of its own.
+    """
+    usual = leaf.layout is torch.strided and leaf.is_contiguous() and leaf.device == device
+    if usual and not (leaf.is_neg() or leaf.is_conj()):
+        return leaf
+    require_plain("transitions", leaf, SchemaError)
+    leaf = to_device(leaf, device)
+    if leaf.is_neg() or leaf.is_conj():
+        leaf = leaf.resolve_neg().resolve_conj()
+    return leaf if leaf.is_contiguous() else leaf.contiguous()
 
 
 def as_tensor(name: str, value: Any, error: type[PerTdError]) -> Tensor:

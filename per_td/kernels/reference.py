@@ -7,7 +7,7 @@ Nothing here reads a value back to the host where that would wait.
 
 from array import array
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ __all__ = [
     "check_nodes",
     "draw",
     "draw_distinct",
+    "draw_rows",
     "find",
     "for_new",
     "gather",
@@ -510,9 +511,7 @@ def draw_distinct(
 # --- rows -----------------------------------------------------------------------------------------
 
 
-def gather(
-    rows: Rows, index: Tensor, *, written: Tensor | int | None
-) -> tuple[list[Tensor], Tensor | None]:
+def gather(rows: Rows, index: Tensor, *, written: Tensor | int | None) -> tuple[list[Tensor], Any]:
     """Copy the rows of slots.
 
     Args:
@@ -547,6 +546,35 @@ _AS = {
     torch.float8_e5m2: torch.uint8,
 }
 """What torch stores and copies, but does not index: numbers of the same size that it does."""
+
+
+def draw_rows(
+    trees: Trees,
+    rows: Rows,
+    point: Tensor,
+    *,
+    stratified: bool,
+    beta: Tensor | float,
+    normalization: str,
+    written: Tensor | int,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor] | None:
+    """`draw` slots, and `gather` their rows.
+
+    Returns:
+        The rows, slots, weights and generations of all draws; None if a tree has only masses of 0.
+    """
+    drawn = draw(
+        trees,
+        point,
+        stratified=stratified,
+        beta=beta,
+        normalization=normalization,
+        written=written,
+    )
+    if drawn is None:
+        return None
+    found, generation = gather(rows, drawn[0], written=written)
+    return found, *drawn, generation
 
 
 def indexable(column: Tensor) -> Tensor:
@@ -589,6 +617,7 @@ def write_rows(
     _require_runs(runs, rows.groups, rows.capacity, least, most)
     held = {column.untyped_storage()._cdata for column in rows.columns}
     # rows of its own are overwritten meanwhile
+    new = [validation.plain_rows(leaf, rows.columns[0].device) for leaf in new]
     new = [leaf.clone() if leaf.untyped_storage()._cdata in held else leaf for leaf in new]
     for s in range(rows.groups):
         start, length = runs[2 * s : 2 * s + 2]

@@ -6,8 +6,9 @@ from torch import Tensor
 from per_td import draws, validation
 from per_td.errors import EmptyBufferError
 from per_td.priorities.table import PriorityTable
+from per_td.storage.ring import RingStorage
 
-__all__ = ["sample_weighted"]
+__all__ = ["sample_rows", "sample_weighted"]
 
 
 def sample_weighted(
@@ -36,13 +37,10 @@ def sample_weighted(
         EmptyBufferError: nothing, or not enough, can be drawn.
     """
     trees, shape = table.trees, (*table.lead, n)
-    if table.way == "tree" and table.draw != "without_replacement":
-        like = table.points
-        if like.shape != shape:
-            like = table.points = torch.empty(shape, dtype=torch.float64, device=table.device)
+    if _by_points(table):
         drawn: tuple[Tensor, Tensor] | None = trees.ops.draw(
             trees,
-            draws.uniform_like(like, generator),
+            _points(table, n, generator),
             stratified=table.draw == "stratified",
             beta=beta,
             normalization=table.weight_normalization,
@@ -63,6 +61,60 @@ def sample_weighted(
         trees, mass, beta=beta, normalization=table.weight_normalization, written=written
     )
     return index, weight
+
+
+def sample_rows(
+    table: PriorityTable,
+    ring: RingStorage,
+    n: int,
+    generator: torch.Generator | None,
+    *,
+    beta: Tensor | float,
+    size: int | None = None,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """`sample_weighted`, and copies of what is in the slots: in one go, where that can be.
+
+    Args:
+        table, n, generator, beta, size: as for `sample_weighted`.
+        ring: the transitions.
+
+    Returns:
+        The transitions, a tensor per key; slots, weights, and generations as the ring counts them.
+
+    Raises:
+        EmptyBufferError: nothing, or not enough, can be drawn.
+    """
+    trees = table.trees
+    ops = ring.operations(n)
+    if ops is None or ops is not trees.ops or not _by_points(table):
+        drawn = sample_weighted(table, n, generator, beta=beta, written=ring.written, size=size)
+        rows, generation = ring.gather(drawn[0])
+        return rows, *drawn, generation
+    sample: tuple[list[Tensor], Tensor, Tensor, Tensor] | None = ops.draw_rows(
+        trees,
+        ring,
+        _points(table, n, generator),
+        stratified=table.draw == "stratified",
+        beta=beta,
+        normalization=table.weight_normalization,
+        written=ring.written,
+    )
+    if sample is None:
+        raise EmptyBufferError(trees.nothing_to_draw())
+    return sample
+
+
+def _by_points(table: PriorityTable) -> bool:
+    """True if draws find random points in the tree."""
+    return table.way == "tree" and table.draw != "without_replacement"
+
+
+def _points(table: PriorityTable, n: int, generator: torch.Generator | None) -> Tensor:
+    """Random numbers in [0, 1), float64 [n] or [S, n]."""
+    shape, like = (*table.lead, n), table.points
+    if like.shape != shape:
+        like = table.points = torch.empty(shape, dtype=torch.float64, device=table.device)
+    return draws.uniform_like(like, generator)
 
 
 def _multinomial(

@@ -15,7 +15,7 @@ from per_td.errors import SchemaError
 from per_td.kernels import reference
 from per_td.kernels.reference import Runs
 from per_td.memory import Memory, allocating
-from per_td.storage import batches, layouts, rows
+from per_td.storage import batches, layouts
 from per_td.storage.layouts import Field
 from per_td.storage.leaves import Leaves, named, nested
 from per_td.storage.moves import Move
@@ -171,6 +171,10 @@ class RingStorage:
         """Generations that a batch brings back, as `generation` counts them."""
         return generation - self.epoch if self.epoch else generation
 
+    def in_batch(self, generation: Tensor) -> Tensor:
+        """Generations as batches have them: those that `in_ring` takes back."""
+        return generation + self.epoch if self.epoch else generation
+
     def check_valid(self) -> None:
         """Look for damage; on CUDA the host waits.
 
@@ -282,7 +286,7 @@ class RingStorage:
             host does not know.
         """
         self.allocate(leaves)
-        new = [rows.plain(leaves[key], self.home) for key in self._leaves]
+        new = [leaves[key] for key in self._leaves]
         if not self._known or (mask is not None and not mask.is_cpu):
             self._write_unknown(new, n, mask)
             return None
@@ -304,14 +308,15 @@ class RingStorage:
         row = torch.where(kept, place.remainder_(capacity) + starts, self._rows - 1).flatten()
         row = row.to(self.home)
         for column, leaf in zip(self.columns, new, strict=True):
-            reference.indexable(column)[row] = reference.indexable(leaf.detach())
+            new_rows = validation.plain_rows(leaf.detach(), self.home)
+            reference.indexable(column)[row] = reference.indexable(new_rows)
         self._count(after.squeeze(-1))
 
     def _operations_for(self, n: int) -> ModuleType:
         """The operations, or plain torch where its threads share the copying of `n` rows."""
         if torch.compiler.is_compiling():
             return reference
-        large = self.layout == "columns" and n * self.groups * self._bytes > layouts.SHARED_FROM
+        large = n * self.groups * self._bytes > layouts.SHARED_FROM and self.layout == "columns"
         return reference if large and torch.get_num_threads() > 1 else self._operations
 
     # --- what comes out ---------------------------------------------------------------------------
@@ -340,6 +345,10 @@ class RingStorage:
             return {key: column[:, :longest] for key, column in each.items()}
         return {key: column[:longest] for key, column in each.items()}
 
+    def operations(self, n: int) -> ModuleType | None:
+        """Those that gather `n` rows of each ring; None if the rows are elsewhere than batches."""
+        return self._operations_for(n) if self.home == self.device else None
+
     def gather(self, index: Tensor) -> tuple[list[Tensor], Tensor]:
         """Copies of the transitions in the slots `index` [B] or [S, B], and their `generation`.
 
@@ -347,11 +356,10 @@ class RingStorage:
             Contiguous tensors, like `index` with the rest of their shape, in the order of the keys;
             int64, like `index`.
         """
-        if self.home != self.device:
+        operations = self.operations(index.shape[-1])
+        if operations is None:
             return self._fetched(index), self.generation(index)
-        found: tuple[list[Tensor], Tensor] = self._operations_for(index.numel()).gather(
-            self, index, written=self.written
-        )
+        found: tuple[list[Tensor], Tensor] = operations.gather(self, index, written=self.written)
         return found
 
     def _fetched(self, index: Tensor) -> list[Tensor]:
@@ -361,22 +369,15 @@ class RingStorage:
             return [leaf.pin_memory().to(self.device, non_blocking=True) for leaf in found]
         return [validation.to_device(leaf, self.device) for leaf in found]
 
-    def leaves(self, index: Tensor) -> tuple[Leaves, Tensor]:
-        """Copies of the transitions in the slots `index`, by key; their generations in batches.
+    def by_key(self, rows: list[Tensor]) -> Leaves:
+        """Rows in the order of the keys as leaves."""
+        return dict(zip(self._leaves, rows, strict=True))
 
-        Generations are those that `in_ring` takes back.
-        """
-        leaves, generation = self.gather(index)
-        if self.epoch:
-            generation = generation + self.epoch
-        return dict(zip(self._leaves, leaves, strict=True)), generation
-
-    def read(self, index: Tensor, extra: dict[str, Tensor]) -> TensorDict:
-        """The transitions in the slots `index`, with these, their generations and `extra`."""
-        leaves, generation = self.leaves(index)
-        tree = nested(leaves.items())
-        tree.update(extra, index=index, generation=generation)
-        return batches.make(tree, index.shape, self.device)
+    def batch(self, rows: list[Tensor], **beside: Tensor) -> TensorDict:
+        """A batch as users get it: rows in the order of the keys, and "index" and others beside."""
+        tree = nested(zip(self._leaves, rows, strict=True))
+        tree.update(beside)
+        return batches.make(tree, beside["index"].shape, self.device)
 
     # --- states -----------------------------------------------------------------------------------
 
@@ -400,7 +401,7 @@ class RingStorage:
                         end = min(start + step, part.stop)
                         for key, column in self._leaves.items():
                             piece = each[key][s, start:end]
-                            column[at : at + end - start] = rows.plain(piece, self.home)
+                            column[at : at + end - start] = validation.plain_rows(piece, self.home)
                         at += end - start
         if self.lead:
             written = [move.written for move in moves]

@@ -1,4 +1,4 @@
-"""Rows of several tensors of one length, and rows from outside, made ready to be copied."""
+"""Rows of several tensors of one length."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,10 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from per_td import validation
-from per_td.errors import SchemaError
-
-__all__ = ["Rows", "plain"]
+__all__ = ["Rows"]
 
 
 @dataclass
@@ -31,19 +28,3 @@ class Rows:
     def starts(self) -> Tensor:
         """The first row of the ring, int64 [1, 1]."""
         return torch.zeros(1, 1, dtype=torch.int64, device=self.columns[0].device)
-
-
-def plain(leaf: Tensor, device: torch.device) -> Tensor:
-    """Bring `leaf` to `device`, with its numbers as they are, one after the other in memory.
-
-    Raises:
-        SchemaError: it has no values, or not in memory of its own.
-    """
-    usual = leaf.layout is torch.strided and leaf.is_contiguous() and leaf.device == device
-    if usual and not (leaf.is_neg() or leaf.is_conj()):
-        return leaf
-    validation.require_plain("transitions", leaf, SchemaError)
-    leaf = validation.to_device(leaf, device)
-    if leaf.is_neg() or leaf.is_conj():
-        leaf = leaf.resolve_neg().resolve_conj()
-    return leaf if leaf.is_contiguous() else leaf.contiguous()

@@ -16,6 +16,7 @@ from per_td import kernels
 from per_td.kernels import reference
 from per_td.storage import batches as batch
 from per_td.storage import rows as row_copies
+from per_td.validation import plain_rows
 
 __all__ = ["Columns"]
 
@@ -187,7 +188,7 @@ class Columns:
             return None
         device = self._columns[0].device
         rows[self._index] = self._no_slots  # until `write` knows them
-        return [row_copies.plain(row, device) for row in rows]
+        return [plain_rows(row, device) for row in rows]
 
     def write(self, rows: list[Tensor], start: int, n: int, generation: Tensor) -> Tensor:
         """Write rows, and the slots that they go to.

@@ -495,7 +495,7 @@ def test_rows_from_outside_pass_the_door_only_if_they_are_as_the_columns(door):
     new = batch(rows, 2)
     for k, column in enumerate(new[:-1]):
         for wrong in (column[:1], column.to(torch.complex64), column.to("meta")):
-            with pytest.raises(PerTdError, match="expected contiguous memory of"):
+            with pytest.raises(PerTdError, match=r"expected (contiguous memory of|values, got)"):
                 door.write_rows(rows, [*new[:k], wrong, *new[k + 1 :]], 2, runs(0, 2))
     for few in (new[:-1], [*new, new[0]]):
         with pytest.raises(PerTdError, match="expected 7 columns and 1 runs"):
@@ -503,6 +503,42 @@ def test_rows_from_outside_pass_the_door_only_if_they_are_as_the_columns(door):
     with pytest.raises(PerTdError, match="expected 7 columns and 1 runs"):
         door.write_rows(rows, new, 2, runs(0, 2, 2))
     assert not any(column.any() for column in rows.columns)
+
+
+@pytest.mark.parametrize("draw", ["independent", "stratified"])
+def test_drawing_rows_in_one_go_is_to_draw_and_then_to_gather(draw, groups, door, monkeypatch):
+    capacity, shape = 40, (30,) if groups is None else (groups, 30)
+    made = table(monkeypatch, COMPILED, capacity, draw=draw, groups=groups)
+    made.fill(torch.rand(*shape[:-1], capacity))
+    rows = rings(groups or 1, capacity)
+    for column in rows.columns:
+        column.copy_(torch.randint(0, 2, column.shape))
+    written = torch.arange(50, 50 + 7 * (groups or 1), 7)
+    how = {"stratified": draw == "stratified", "beta": 0.5, "normalization": "batch"}
+    point = torch.rand(shape, dtype=torch.float64)
+    found, *drawn, generation = door.draw_rows(
+        made.trees, rows, point.clone(), written=written, **how
+    )
+    expected = door.draw(made.trees, point.clone(), written=written, **how)
+    assert all(map(torch.equal, drawn, expected))
+    gathered, generations = reference.gather(rows, drawn[0], written=written)
+    assert all(map(torch.equal, found, gathered))
+    assert torch.equal(generation, generations)
+    plain, *_, same = reference.draw_rows(made.trees, rows, point, written=written, **how)
+    assert all(map(torch.equal, found, plain))
+    assert torch.equal(generation, same)
+
+
+def test_rows_are_drawn_only_for_trees_of_as_many_slots(door, monkeypatch):
+    made = table(monkeypatch, COMPILED, 40)
+    made.fill(torch.ones(40))
+    how = {"stratified": False, "beta": 0.5, "normalization": "batch", "written": 40}
+    point = torch.rand(3, dtype=torch.float64)
+    for rows in (rings(1, 39), rings(2, 40)):
+        with pytest.raises(PerTdError, match="expected rows for the slots of 1 trees"):
+            door.draw_rows(made.trees, rows, point, **how)
+    made.fill(torch.zeros(40))
+    assert door.draw_rows(made.trees, rings(1, 40), point, **how) is None
 
 
 # --- which kernels --------------------------------------------------------------------------------

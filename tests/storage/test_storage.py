@@ -7,6 +7,7 @@ from per_td import SchemaError
 from per_td.storage.leaves import flattened, nested
 from per_td.storage.ring import RingStorage
 from tests.support.oracle import CAPACITIES, data
+from tests.support.rings import read
 
 
 def written(capacity: int, device, sizes) -> tuple[RingStorage, list[int]]:
@@ -27,7 +28,7 @@ def test_writes_of_any_size_wrap_around_and_the_last_win(capacity, device):
     assert len(storage) == min(sum(sizes), capacity)
     assert storage.write_count == sum(sizes)
     filled = torch.arange(len(storage), device=device)
-    batch = storage.read(filled, {})
+    batch = read(storage, filled)
     assert batch["action"].tolist() == naive[: len(storage)]
     assert batch["next", "reward"].squeeze(-1).tolist() == naive[: len(storage)]
     assert batch["observation"].shape == (len(storage), 3)
@@ -68,7 +69,7 @@ def test_any_dtype_and_nesting_comes_back_as_it_went_in(dtype, device):
     nested_data = TensorDict({"a": {"b": {"c": leaf}}, "d": leaf[:, 0, 0]}, batch_size=[2])
     storage = RingStorage(7, device)
     storage.write(*storage.check(nested_data))
-    batch = storage.read(torch.tensor([1, 0], device=device), {})
+    batch = read(storage, torch.tensor([1, 0], device=device))
     assert batch["a", "b", "c"].dtype == dtype
     assert batch["a", "b", "c"].tolist() == leaf.flip(0).tolist()
     assert batch["d"].shape == (2,)
@@ -78,7 +79,7 @@ def test_further_dimensions_belong_to_the_transition(device):
     source = TensorDict({"x": torch.rand(4, 6, 2, device=device)}, batch_size=[4])
     storage = RingStorage(4, device)
     storage.write(*storage.check(source))
-    batch = storage.read(torch.tensor([2], device=device), {})
+    batch = read(storage, torch.tensor([2], device=device))
     assert batch.batch_size == (1,)
     torch.testing.assert_close(batch["x"][0], source["x"][2])
 

@@ -13,6 +13,7 @@ from per_td.storage import layouts
 from per_td.storage.layouts import Field, resolve_layout, views_of
 from per_td.storage.ring import RingStorage
 from tests.support.oracle import data
+from tests.support.rings import read
 
 CPU = torch.device("cpu")
 KINDS = {
@@ -68,7 +69,7 @@ def test_writes_of_any_size_wrap_around_and_come_back(capacity, layout, choice):
             naive[slot] = new[i]
         storage.write(*storage.check(new))
         index = torch.randint(len(storage), (30,))
-        batch = storage.read(index, {})
+        batch = read(storage, index)
         assert same(batch.exclude("index", "generation"), naive[index])
         assert batch["generation"].tolist() == storage.generation(index).tolist()
     assert same(storage.data[: len(storage)], naive[: len(storage)])
@@ -78,7 +79,7 @@ def test_batches_are_contiguous_and_nobody_elses(layout, choice):
     storage = RingStorage(20, CPU, layout)
     storage.write(*storage.check(zoo(20)))
     before = storage.data.clone()
-    batch = storage.read(torch.arange(20), {})
+    batch = read(storage, torch.arange(20))
     leaves = batch.values(True, True)
     assert all(leaf.is_contiguous() for leaf in leaves)
     assert all(leaf.untyped_storage().nbytes() == leaf.nbytes for leaf in leaves)
@@ -191,7 +192,7 @@ def test_large_memory_is_zero_aligned_and_of_its_dtype(layout, choice):
         assert column.data_ptr() % column.itemsize == 0
         assert not column[5:].any()
     storage.write(*storage.check(data(5, 299_999)))
-    batch = storage.read(torch.tensor([0, 3, 4, 299_999]), {})
+    batch = read(storage, torch.tensor([0, 3, 4, 299_999]))
     assert batch["action"].tolist() == [300_000, 300_003, 4, 299_999]
     assert batch["next", "reward"].squeeze(-1).tolist() == [300_000, 300_003, 4, 299_999]
 
@@ -214,7 +215,7 @@ def test_large_batches_are_left_to_torchs_threads(monkeypatch, choice):
     assert storage._operations_for(8) is reference
     assert storage._operations_for(1) is storage._operations
     assert storage.compiled == (choice == "auto")
-    assert storage.read(torch.arange(8), {})["action"].tolist() == list(range(8))
+    assert read(storage, torch.arange(8))["action"].tolist() == list(range(8))
 
 
 def test_other_layouts_are_refused():

@@ -35,12 +35,14 @@ from per_td.kernels.flags import (
 )
 from per_td.kernels.parts import Distribution, Rows, Trees
 from per_td.kernels.reference import Runs, draw_distinct, for_new, mark_replayed, weigh
+from per_td.validation import plain_rows
 
 __all__ = [
     "assign",
     "assign_new",
     "draw",
     "draw_distinct",
+    "draw_rows",
     "find",
     "for_new",
     "gather",
@@ -51,6 +53,7 @@ __all__ = [
     "write_rows",
 ]
 
+_CPU, _ONE = torch.device("cpu"), torch.Size([])
 _NORMALIZATIONS = {"batch": 0, "buffer": BY_BUFFER, "none": BY_SIZE}
 
 
@@ -144,7 +147,8 @@ class _RowsRecord:
         kinds: dtype and numbers per row of each column.
         spans: first address of each column, and the one after its last.
         low, high: bounds of all of them; others' memory may lie between columns.
-        likes: a batch like those that were gathered last.
+        likes: a batch like those that were gathered last, and beside it numbers for its
+            generations, slots and weights.
         versions: columns whose version counters stand for all: views of one memory share theirs.
     """
 
@@ -178,15 +182,19 @@ class _RowsRecord:
         """True if a column holds what is at an address."""
         return any(base <= address < end for base, end in self.spans)
 
-    def empty(self, rows: Rows, shape: torch.Size) -> list[Tensor]:
-        """Tensors for rows of this shape; `empty_like` takes half the time of `empty`."""
+    def empty(self, rows: Rows, shape: torch.Size, beside: int) -> list[Tensor]:
+        """Rows of this shape, and as much of what is `beside` them as is asked for.
+
+        `empty_like` takes half the time of `empty`.
+        """
         likes = self.likes
-        if not likes or likes[0].shape[: len(shape)] != shape:
+        if not likes or likes[-1].shape != shape:
+            kinds = [(column.shape[1:], column.dtype) for column in rows.columns]
+            kinds += [(_ONE, dtype) for dtype in (torch.int64, torch.int64, torch.float32)]
             likes = self.likes = [
-                torch.empty(*shape, *column.shape[1:], dtype=column.dtype, device="cpu")
-                for column in rows.columns
+                torch.empty(*shape, *rest, dtype=dtype, device="cpu") for rest, dtype in kinds
             ]
-        return list(map(torch.empty_like, likes))
+        return list(map(torch.empty_like, likes[: len(likes) - 3 + beside]))
 
 
 def _rows_record(rows: Rows) -> _RowsRecord:
@@ -340,29 +348,54 @@ def _addresses(tensors: Sequence[Tensor]) -> "array[int]":
     return array("q", map(Tensor.data_ptr, tensors))
 
 
-def gather(
-    rows: Rows, index: Tensor, *, written: Tensor | int | None
-) -> tuple[list[Tensor], Tensor | None]:
+def gather(rows: Rows, index: Tensor, *, written: Tensor | int | None) -> tuple[list[Tensor], Any]:
     """As `reference.gather`; no generations where `written` is None."""
     index, total = index.contiguous(), index.numel()
+    at, n = _address(index, torch.int64, total), _each(total, rows.groups)
     record = _rows_record(rows)
-    out = record.empty(rows, index.shape)
-    to, generation, options = _addresses(out), None, 0
-    ever, _kept = _numbers(0 if written is None else written, rows.groups)
-    wrapped = 0
-    if written is not None:
-        generation = torch.empty_like(index)
-        wrapped, options = generation.data_ptr(), GENERATION
-    done = row_kernels.gather(
+    wanted = written is not None
+    out = record.empty(rows, index.shape, int(wanted))
+    to, options = _addresses(out), wanted and GENERATION
+    ever, _kept = _numbers(written if written is not None else 0, rows.groups)
+    if not row_kernels.gather(record.address, at, n, to.buffer_info()[0], ever, to[-1], options):
+        return reference.gather(rows, index, written=written)
+    return out, out.pop() if wanted else None
+
+
+def draw_rows(
+    trees: Trees,
+    rows: Rows,
+    point: Tensor,
+    *,
+    stratified: bool,
+    beta: Tensor | float,
+    normalization: str,
+    written: Tensor | int,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor] | None:
+    """As `reference.draw_rows`; uses up `point`."""
+    total, groups = point.numel(), trees.layout.groups
+    if rows.groups != groups or rows.capacity != trees.layout.capacity:
+        raise PerTdError(f"expected rows for the slots of {groups} trees, got other ones")
+    at, n = _address(point, torch.float64, total), _each(total, groups)
+    record = _rows_record(rows)
+    out = record.empty(rows, point.shape, 3)
+    to = _addresses(out)
+    ever, _kept = _numbers(written, groups)
+    options = _NORMALIZATIONS[normalization] | (stratified and STRATIFIED)
+    empty = draws.draw_rows(
+        _trees_record(trees),
         record.address,
-        _address(index, torch.int64, total),
-        _each(total, rows.groups),
-        to.buffer_info()[0],
+        at,
+        n,
+        float(beta),
         ever,
-        wrapped,
+        to.buffer_info()[0],
         options,
     )
-    return (out, generation) if done else reference.gather(rows, index, written=written)
+    if empty:
+        return None
+    *found, generation, index, weight = out
+    return found, index, weight, generation
 
 
 def write_rows(
@@ -390,7 +423,15 @@ def write_rows(
     low, high = record.low, record.high
     kept = []  # clones, until the kernel has read them
     for (dtype, numbers), leaf in zip(record.kinds, new, strict=True):
-        address = _address(leaf, dtype, total * numbers)
+        usual = leaf.is_cpu and leaf.dtype is dtype and leaf.is_contiguous()
+        if usual and leaf.numel() == total * numbers and not (leaf.is_neg() or leaf.is_conj()):
+            address = leaf.data_ptr()
+        else:
+            address = 0
+        if not address:
+            leaf = plain_rows(leaf, _CPU)
+            kept.append(leaf)
+            address = _address(leaf, dtype, total * numbers)
         # rows of its own are overwritten meanwhile; the kernel fills `index` before it reads it
         if low <= address < high and leaf is not index and record.holds(address):
             kept.append(leaf.clone())

@@ -10,11 +10,12 @@ import numpy as np
 from per_td.kernels.cpu.compiling import kernel, part
 from per_td.kernels.cpu.memory import doubles, flags, floats, group, integers, prefetch
 from per_td.kernels.cpu.power import power
-from per_td.kernels.cpu.records import levels_of, trees_at
+from per_td.kernels.cpu.records import levels_of, rows_at, trees_at
+from per_td.kernels.cpu.rows import gather
 from per_td.kernels.cpu.vector import count_f32, count_f64
-from per_td.kernels.flags import BY_BUFFER, BY_SIZE, STRATIFIED
+from per_td.kernels.flags import BY_BUFFER, BY_SIZE, GENERATION, STRATIFIED
 
-__all__ = ["draw", "find"]
+__all__ = ["draw", "draw_rows", "find"]
 
 
 @part()
@@ -199,4 +200,36 @@ def draw(
             found[s * n + i] = node[i] - s * trees.stride
             target[i] = mass[i] / unit * factor
         power(target, -beta, weights[s * n : (s + 1) * n])
+    return empty
+
+
+@kernel("int64(int64, int64, int64, int64, float64, int64, int64, int64)")
+def draw_rows(
+    record: int,
+    rows: int,
+    point: int,
+    n: int,
+    beta: float,
+    written: int,
+    to: int,
+    options: int,
+) -> int:
+    """`draw` slots, and copy their rows.
+
+    Args:
+        record: of the trees.
+        rows: record of the rows, of as many groups.
+        point, n, beta, written, options: as for `draw`.
+        to: addresses for the rows of each field, and then for generations, slots and weights,
+            int64 [fields + 3].
+
+    Returns:
+        As `draw`.
+    """
+    count = rows_at(rows).count
+    place = integers(to, count + 3)
+    generation, index, weight = place[count], place[count + 1], place[count + 2]
+    empty = draw(record, point, n, beta, written, index, weight, options)
+    if empty == 0:
+        gather(rows, index, n, to, written, generation, GENERATION)
     return empty

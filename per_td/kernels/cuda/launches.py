@@ -13,7 +13,7 @@ from per_td.kernels.cuda import draw as draws
 from per_td.kernels.cuda import update
 from per_td.kernels.cuda.nodes import Kinds
 from per_td.kernels.flags import ALPHA_EXPONENT, EPS
-from per_td.kernels.parts import Distribution, Trees
+from per_td.kernels.parts import Distribution, Rows, Trees
 from per_td.kernels.reference import (
     Runs,
     draw_distinct,
@@ -29,6 +29,7 @@ __all__ = [
     "assign_new",
     "draw",
     "draw_distinct",
+    "draw_rows",
     "find",
     "for_new",
     "gather",
@@ -211,6 +212,31 @@ def draw(
     index, mass = index.view(point.shape), mass.view(point.shape)
     mark_replayed(trees, index)
     return index, weigh(trees, mass, beta=beta, normalization=normalization, written=written)
+
+
+def draw_rows(
+    trees: Trees,
+    rows: Rows,
+    point: Tensor,
+    *,
+    stratified: bool,
+    beta: Tensor | float,
+    normalization: str,
+    written: Tensor | int,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor] | None:
+    """As `reference.draw_rows`."""
+    drawn = draw(
+        trees,
+        point,
+        stratified=stratified,
+        beta=beta,
+        normalization=normalization,
+        written=written,
+    )
+    if drawn is None:
+        return None
+    found, generation = gather(rows, drawn[0], written=written)
+    return found, *drawn, generation
 
 
 def weigh(

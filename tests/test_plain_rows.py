@@ -2,18 +2,18 @@ import pytest
 import torch
 
 from per_td import SchemaError
-from per_td.storage import rows
+from per_td.validation import plain_rows
 
 CPU = torch.device("cpu")
 
 
 def test_rows_are_brought_to_the_device_before_anybody_takes_their_address():
-    assert rows.plain(torch.ones(3), torch.device("meta")).device.type == "meta"
+    assert plain_rows(torch.ones(3), torch.device("meta")).device.type == "meta"
 
 
 def test_rows_without_values_are_refused():
     with pytest.raises(SchemaError, match="meta"):
-        rows.plain(torch.empty(3, device="meta"), CPU)
+        plain_rows(torch.empty(3, device="meta"), CPU)
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_rows_without_values_are_refused():
     ids=["transposed", "expanded", "conjugate", "negative"],
 )
 def test_rows_lie_one_after_the_other_as_the_numbers_they_stand_for(leaf):
-    plain = rows.plain(leaf, CPU)
+    plain = plain_rows(leaf, CPU)
     assert torch.equal(plain, leaf)
     assert plain.is_contiguous()
     assert not plain.is_conj()
