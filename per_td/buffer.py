@@ -1,28 +1,36 @@
-"""PrioritizedReplayBuffer: storage and priorities wired together to write, draw and update."""
+"""PrioritizedReplayBuffer: a ring of transitions and a table of priorities, under one lock."""
 
 import os
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, NamedTuple, Self, SupportsIndex
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from per_td import validation
-from per_td.errors import ConfigurationError, EmptyBufferError, PriorityError, SchemaError
+from per_td import diagnostics, validation
+from per_td.checkpoint import file as checkpoint
+from per_td.checkpoint import state as states
+from per_td.concurrency.guard import Guard, Note
+from per_td.concurrency.prefetch import Prefetcher
+from per_td.copies import Copied
+from per_td.errors import (
+    CheckpointError,
+    ConfigurationError,
+    EmptyBufferError,
+    PriorityError,
+    SchemaError,
+)
 from per_td.memory import STORAGES, Memory
 from per_td.priorities.sampling import sample_rows
 from per_td.priorities.table import PriorityTable
-from per_td.replay_state import ReplayState
-from per_td.storage.leaves import Leaves, entries_of
+from per_td.storage.leaves import Leaves, entries_of, nested
 from per_td.storage.ring import RingStorage, as_mask
 
-__all__ = ["MANY_ALONE", "Draw", "PrioritizedReplayBuffer"]
-
-MANY_ALONE = (
-    "many buffers in one set of tensors cannot be combined with shared, threads or prefetch: call"
-    " them from one thread, or make several buffers without num_buffers"
-)
-"""The end of the errors about that."""
+__all__ = ["Draw", "PrioritizedReplayBuffer"]
 
 
 class Draw(NamedTuple):
@@ -41,7 +49,26 @@ class Draw(NamedTuple):
     mass: Tensor
 
 
-class PrioritizedReplayBuffer(ReplayState):
+def _of_table(name: str, doc: str, *, choice: bool = True) -> Any:
+    """A setting of the priorities; to change a choice drops the batches drawn ahead."""
+
+    def change(self: "PrioritizedReplayBuffer", value: Any) -> None:
+        self._change(name, value, choice=choice)
+
+    return property(lambda self: getattr(self._priorities, name), change, doc=doc)
+
+
+def _void_write(ring: RingStorage, table: PriorityTable, beta: Tensor, note: Note) -> None:
+    """Void what a dead process was writing; derive all else from the raw priorities."""
+    if note.active:
+        # the ring goes past the slots: those who know what was there before are out of date
+        ring.set_count(note.written)
+        table.void(note.runs)
+    beta.clamp_(max=1.0)
+    table.rebuild()
+
+
+class PrioritizedReplayBuffer(Copied):
     """Replay buffer that draws transitions in proportion to priority^alpha.
 
     Prioritized experience replay as in Schaul et al. 2015 (arXiv 1511.05952), proportional
@@ -88,13 +115,22 @@ class PrioritizedReplayBuffer(ReplayState):
             lockstep: every argument and result gets a leading dimension [S], and an index is a slot
             in its own buffer. Settings, beta and counters are shared; slots, priorities, draws and
             what the weights are divided by are each buffer's own. None: one buffer.
-            Not together with `shared`, `threads` or `prefetch`.
-        shared: put everything into shared memory, for processes that write and learn side by side;
-            needs an `example`. See `per_td.concurrency.sharing.SharedReplayBuffer`.
-        threads: let several threads call it at the same time, for 0.3 us more per call. See
-            `per_td.concurrency.threads.LockedReplayBuffer`; what is `shared` can do that anyway.
+            Not together with ranks.
+        shared: put all that changes into shared memory, for spawned processes that write and learn
+            side by side; see `docs/reliability.md`. It needs an `example`, Linux, the device "cpu"
+            and proportional priorities. Hand the buffer to a process as an argument when you start
+            it. Of each process's own are `batch_size`, `beta_increment`, `draw`, `method` and
+            `generator`, which is not sent along: a started process draws from torch's own, and
+            should seed that. A process killed in the middle of a call does not hold up the others:
+            the next call repairs what it left. A transition is written when `extend` returns; one
+            whose writer died before is never drawn.
+        threads: let several threads call the buffer at the same time: one lock is held in every
+            call. A `shared` buffer can do that anyway. torch.compile cannot trace a lock.
         prefetch: how many batches of `batch_size` a thread in the background draws ahead; implies
-            `threads`. What `sample` returns may be up to so many updates old. 0: none.
+            `threads`. `sample` returns the oldest: its transitions, weights and generations are
+            those of the moment of the draw, up to so many updates ago. The draws take the numbers
+            of the generator in their order, but which priorities they meet is a matter of time:
+            runs do not repeat exactly. `sample` raises what goes wrong in the thread. 0: none.
 
     Raises:
         ConfigurationError: an argument is not one of those accepted.
@@ -118,27 +154,6 @@ class PrioritizedReplayBuffer(ReplayState):
         >>> len(buffers), buffers.lengths.tolist()
         (10, [11, 10])
     """
-
-    def __new__(
-        cls,
-        *args: Any,
-        shared: bool = False,
-        threads: bool = False,
-        prefetch: int = 0,
-        **settings: Any,
-    ) -> "PrioritizedReplayBuffer":
-        """The class made for what is asked: for processes or for threads."""
-        if shared and cls is PrioritizedReplayBuffer:
-            from per_td.concurrency.sharing import (
-                SharedReplayBuffer,  # which is made from this class
-            )
-
-            return super().__new__(SharedReplayBuffer)
-        if (threads or prefetch) and cls is PrioritizedReplayBuffer:
-            from per_td.concurrency.threads import LockedReplayBuffer  # so is this
-
-            return super().__new__(LockedReplayBuffer)
-        return super().__new__(cls)
 
     @torch.inference_mode(False)
     def __init__(
@@ -168,18 +183,29 @@ class PrioritizedReplayBuffer(ReplayState):
         prefetch: int = 0,
     ) -> None:
         capacity = validation.positive_int("capacity", capacity)
-        super().__init__(
-            batch_size=batch_size,
-            beta=beta,
-            beta_increment=beta_increment,
-            device=device,
-            generator=generator,
-        )
         if num_buffers is not None:
             num_buffers = validation.positive_int("num_buffers", num_buffers)
-            self._require_one(num_buffers, prioritization, shared, threads, prefetch)
-        storage = validation.one_of("storage", storage, STORAGES)
-        memory = self._memory(Memory(storage, folder))
+            if prioritization != "proportional":
+                raise ConfigurationError(
+                    "prioritization: expected 'proportional' with"
+                    f" num_buffers={num_buffers}, got {prioritization!r}: ranks are kept for one"
+                    " buffer"
+                )
+        self._device = validation.resolve_device(device)
+        memory = Memory(validation.one_of("storage", storage, STORAGES), folder)
+        if shared:
+            self._require_shareable(memory, prioritization, example)
+            memory = Memory("shared")
+        self._guard: Guard | None = None
+        self._ahead: Prefetcher | None = None
+        self._threads = bool(threads or prefetch)
+        self._prefetch = validation.integer("prefetch", prefetch, 0) if prefetch else 0
+        self.batch_size = batch_size
+        self.generator = generator
+        self.beta_increment = beta_increment
+        self._beta = memory.beside((), torch.float64, self.device)
+        self.beta = beta
+        self._stale = memory.beside((), torch.int64, self.device)
         self._priorities = PriorityTable(
             capacity,
             alpha=alpha,
@@ -195,49 +221,71 @@ class PrioritizedReplayBuffer(ReplayState):
             memory=memory.beside,
         )
         self._storage = RingStorage(capacity, self.device, layout, memory, groups=num_buffers)
-        self._arrange(shared=shared, threads=threads, prefetch=prefetch)
-        self._allocate(example)
+        if shared:
+            repair = partial(_void_write, self._storage, self._priorities, self._beta)
+            self._guard = Guard(num_buffers or 1, repair)
+        self._take_up()
+        if example is not None:
+            try:
+                self._storage.allocate(self._storage.check_example(example))
+            except SchemaError as error:
+                raise SchemaError(f"example: {error}") from error
 
-    __new__.__wrapped__ = __init__  # type: ignore[attr-defined]  # the signature that users see
-
-    def _memory(self, memory: Memory) -> Memory:
-        """The memory to use, given that asked for."""
-        return memory
-
-    @staticmethod
-    def _require_one(
-        num_buffers: int, prioritization: str, shared: bool, threads: bool, prefetch: int
-    ) -> None:
-        """Refuse what many buffers in one set of tensors cannot do."""
-        if prioritization != "proportional":
-            raise ConfigurationError(
-                f"prioritization: expected 'proportional' with num_buffers={num_buffers},"
-                f" got {prioritization!r}: ranks are kept for one buffer"
-            )
-        for name, wanted in (("shared", shared), ("threads", threads), ("prefetch", prefetch)):
-            if wanted:
-                raise ConfigurationError(
-                    f"{name}: expected num_buffers=None, got {num_buffers}: {MANY_ALONE}"
-                )
-
-    def _arrange(self, **wanted: Any) -> None:
-        """What `shared`, `threads` and `prefetch` need: this class can do none of it."""
-        for name, value in wanted.items():
-            if value:
-                raise ConfigurationError(
-                    f"{name}: expected {type(value)()!r} for {type(self).__name__}, got {value!r}:"
-                    " see per_td.concurrency.sharing and per_td.concurrency.threads for classes to"
-                    " derive from"
-                )
-
-    def _allocate(self, example: Any) -> None:
+    def _require_shareable(self, memory: Memory, prioritization: str, example: Any) -> None:
+        """Refuse what processes cannot share."""
+        for name, wanted, given in (
+            ("storage", "memory", memory.storage),
+            ("prioritization", "proportional", prioritization),
+            ("device", "cpu", str(self.device)),
+        ):
+            if given != wanted:
+                raise ConfigurationError(f"shared: expected {name}={wanted!r}, got {given!r}")
         if example is None:
-            return
-        try:
-            leaves = self._storage.check_example(example)
-        except SchemaError as error:
-            raise SchemaError(f"example: {error}") from error
-        self._storage.allocate(leaves)
+            raise ConfigurationError(
+                "example: expected a transition, with which to allocate shared memory, got none"
+            )
+
+    # --- lock, copies, processes ------------------------------------------------------------------
+
+    def _take_up(self) -> None:
+        """Make the lock and the prefetcher, which are each object's own."""
+        own: AbstractContextManager[Any] = threading.RLock() if self._threads else nullcontext()
+        self._lock = own if self._guard is None else self._guard
+        draw: Callable[[Self], TensorDict] = lambda buffer: buffer._sample_now(None)  # noqa: E731
+        self._ahead = Prefetcher(self, draw, self._prefetch) if self._prefetch else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"_lock": None, "_ahead": None}
+        return self.__dict__ | own | ({} if self._guard is None else {"_generator": None})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._take_up()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        with self._lock:
+            if self._guard is not None:
+                return object.__reduce_ex__(self, protocol)  # torch's reducers share the tensors
+            return super().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        with self._lock:
+            return super().__deepcopy__(memo)
+
+    def close(self) -> None:
+        """End the thread of `prefetch` and drop what it has drawn; `sample` starts another.
+
+        The thread also ends when the buffer is garbage.
+        """
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _drop_ahead(self) -> None:
+        """Drop the batches drawn with other settings, which were changed before this is called."""
+        if self._ahead is not None:
+            self._ahead.drop()
+
+    # --- writing ----------------------------------------------------------------------------------
 
     def extend(self, transitions: Any, priority: Any = None, mask: Any = None) -> Tensor:
         """Write transitions.
@@ -261,8 +309,9 @@ class PrioritizedReplayBuffer(ReplayState):
             PriorityError: `priority` has a wrong shape or dtype, or a value is NaN, infinite or
                 negative (on CUDA such a value is replaced by that of `new_priority`, and counted).
         """
-        leaves, n = self._storage.check(transitions)
-        return self._extend(leaves, n, priority, mask)
+        with self._lock:
+            leaves, n = self._storage.check(transitions)
+            return self._extend(leaves, n, priority, mask)
 
     def add(self, transition: Any, priority: Any = None, mask: Any = None) -> Tensor:
         """Write one transition: a TensorDict of batch size [] or [S], or a dict; see `extend`.
@@ -272,28 +321,21 @@ class PrioritizedReplayBuffer(ReplayState):
         Returns:
             Its slot, int64 [] or [S].
         """
-        leaves, _ = self._storage.check(transition, batched=False)
-        if self._storage.lead:
-            if priority is not None:
-                priority = validation.as_tensor("priority", priority, PriorityError).unsqueeze(-1)
-            if mask is not None:
-                mask = validation.as_tensor("mask", mask, SchemaError).unsqueeze(-1)
-        return self._extend(leaves, 1, priority, mask).squeeze_(-1)
-
-    def _as_mask(self, mask: Any, shape: tuple[int, ...]) -> Tensor | None:
-        if mask is None:
-            return None
-        if not self._storage.lead:
-            raise ConfigurationError(
-                f"mask: expected None, got {type(mask).__name__}: one buffer writes and updates all"
-                " that it is given; a mask goes with num_buffers"
-            )
-        return as_mask(mask, shape, self.device)
+        with self._lock:
+            leaves, _ = self._storage.check(transition, batched=False)
+            if self._storage.lead:
+                if priority is not None:
+                    given = validation.as_tensor("priority", priority, PriorityError)
+                    priority = given.unsqueeze(-1)
+                if mask is not None:
+                    mask = validation.as_tensor("mask", mask, SchemaError).unsqueeze(-1)
+            return self._extend(leaves, 1, priority, mask).squeeze_(-1)
 
     def extend_leaves(self, leaves: Leaves, priority: Any = None, mask: Any = None) -> Tensor:
         """`extend` without a TensorDict: tensors by key, a tuple of names; see there."""
-        leaves, n = self._storage.check_leaves(leaves)
-        return self._extend(leaves, n, priority, mask)
+        with self._lock:
+            leaves, n = self._storage.check_leaves(leaves)
+            return self._extend(leaves, n, priority, mask)
 
     def _extend(self, leaves: Leaves, n: int, priority: Any, mask: Any) -> Tensor:
         ring, table = self._storage, self._priorities
@@ -302,6 +344,8 @@ class PrioritizedReplayBuffer(ReplayState):
         index = ring.next_slots(n, mask)
         if priority is not None:
             priority = table.check_initial(priority, index, mask)
+        if self._guard is not None:
+            self._guard.note.begin(*ring.runs(n, mask))
         runs = ring.write(leaves, n, mask)
         if priority is None and runs is not None:
             table.write_runs(runs)
@@ -313,8 +357,20 @@ class PrioritizedReplayBuffer(ReplayState):
         table.write_new(kept, priority, mask)
         return index
 
+    def _as_mask(self, mask: Any, shape: tuple[int, ...]) -> Tensor | None:
+        if mask is None:
+            return None
+        if not self._storage.lead:
+            raise ConfigurationError(
+                f"mask: expected None, got {type(mask).__name__}: one buffer writes and updates all"
+                " that it is given; a mask goes with num_buffers"
+            )
+        return as_mask(mask, shape, self.device)
+
+    # --- drawing ----------------------------------------------------------------------------------
+
     def sample(self, batch_size: int | None = None) -> TensorDict:
-        """Draw a batch.
+        """Draw a batch; with `prefetch`, return the oldest that was drawn ahead.
 
         Args:
             batch_size: number of transitions B; None takes that of the constructor.
@@ -329,8 +385,18 @@ class PrioritizedReplayBuffer(ReplayState):
             EmptyBufferError: the buffer is empty, all priorities are 0, or without replacement
                 fewer than B transitions can be drawn.
         """
-        rows, index, weight, generation = self._sample(batch_size)
-        return self._storage.batch(rows, priority_weight=weight, index=index, generation=generation)
+        if self._ahead is not None and batch_size in (None, self._batch):
+            batch = self._ahead.next()
+            if batch_size is None or batch.shape[-1] == batch_size:  # or it has been set meanwhile
+                return batch
+        return self._sample_now(batch_size)
+
+    def _sample_now(self, batch_size: int | None) -> TensorDict:
+        with self._lock:
+            rows, index, weight, generation = self._drawn(batch_size)
+            return self._storage.batch(
+                rows, priority_weight=weight, index=index, generation=generation
+            )
 
     def sample_leaves(self, batch_size: int | None = None) -> tuple[Leaves, Tensor, Tensor]:
         """`sample` without a TensorDict: tensors [B, ...] by key, index and weight."""
@@ -339,8 +405,9 @@ class PrioritizedReplayBuffer(ReplayState):
 
     def _sample_leaves(self, batch_size: int | None) -> tuple[Leaves, Tensor, Tensor, Tensor]:
         """`sample_leaves`, and generations."""
-        rows, index, weight, generation = self._sample(batch_size)
-        return self._storage.by_key(rows), index, weight, generation
+        with self._lock:
+            rows, index, weight, generation = self._drawn(batch_size)
+            return self._storage.by_key(rows), index, weight, generation
 
     def draw_leaves(self, batch_size: int | None = None) -> Draw:
         """`sample_leaves` for a part of a larger buffer: with masses in place of weights.
@@ -348,11 +415,12 @@ class PrioritizedReplayBuffer(ReplayState):
         The weights follow from the masses when the total of all parts is known. The same random
         numbers draw the same slots as in `sample`.
         """
-        leaves, slot, _, generation = self._sample_leaves(batch_size)
-        return Draw(slot, leaves, generation, self._priorities.mass.gather(-1, slot))
+        with self._lock:
+            leaves, slot, _, generation = self._sample_leaves(batch_size)
+            return Draw(slot, leaves, generation, self._priorities.mass.gather(-1, slot))
 
-    def _sample(self, batch_size: int | None) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-        """The transitions drawn, their slots, weights and generations."""
+    def _drawn(self, batch_size: int | None) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+        """Transitions drawn, a tensor per key, their slots, weights and generations."""
         n, ring, size = self._batch_size(batch_size), self._storage, None
         if not ring.lead:
             size = len(ring)
@@ -400,11 +468,10 @@ class PrioritizedReplayBuffer(ReplayState):
         index = validation.as_index(index, self.device, lead=self._storage.lead)
         if validation.can_raise(index):
             validation.require_slots(index, self.capacity, what="the slots")
-        return self._generation(index)
+        with self._lock:
+            return self._storage.in_batch(self._storage.generation(index))
 
-    def _generation(self, index: Tensor) -> Tensor:
-        generation, epoch = self._storage.generation(index), self._storage.epoch
-        return generation + epoch if epoch else generation
+    # --- updating ---------------------------------------------------------------------------------
 
     def update_priority(
         self, index: Any, td_error: Any, generation: Any = None, mask: Any = None
@@ -416,7 +483,7 @@ class PrioritizedReplayBuffer(ReplayState):
                 holds.
             td_error: raw TD errors [B] (or [B, 1]); sign and gradient do not matter.
             generation: that of the batch, [B]: where the slot has been overwritten since, the
-                update is stale, dropped and counted. None drops none.
+                update is stale, dropped and counted. None drops none; a shared buffer needs it.
             mask: with `num_buffers`, bool [S, B]: where it is False, the transition is left alone,
                 whatever the index and the TD error, and nothing is counted.
 
@@ -428,17 +495,25 @@ class PrioritizedReplayBuffer(ReplayState):
                 `stats`.
         """
         ring = self._storage
-        index = validation.as_index(index, self.device, lead=ring.lead)
-        if generation is not None:
-            generation = validation.as_index(generation, self.device, "generation", lead=ring.lead)
-        stale = self._priorities.update(
-            index,
-            td_error,
-            written=ring.written,
-            generation=None if generation is None else ring.in_ring(generation),
-            mask=None if mask is None else self._as_mask(mask, index.shape),
-        )
-        self._drop(stale)
+        with self._lock:
+            index = validation.as_index(index, self.device, lead=ring.lead)
+            if generation is not None:
+                generation = validation.as_index(
+                    generation, self.device, "generation", lead=ring.lead
+                )
+                generation = ring.in_ring(generation)
+            elif self._guard is not None:  # else a slot that others have written since could get it
+                raise PriorityError(
+                    "generation: expected that of the batch, which a shared buffer needs, got None"
+                )
+            stale = self._priorities.update(
+                index,
+                td_error,
+                written=ring.written,
+                generation=generation,
+                mask=None if mask is None else self._as_mask(mask, index.shape),
+            )
+            self._drop(stale)
 
     def update_tensordict_priority(self, batch: Any) -> None:
         """`update_priority` with "index", "td_error" and "generation" (if any) of a batch [B].
@@ -448,3 +523,415 @@ class PrioritizedReplayBuffer(ReplayState):
         """
         index, td_error = entries_of(batch, "index", "td_error")
         self.update_priority(index, td_error, batch.get("generation", None))
+
+    def count_stale(self, updates: int) -> None:
+        """Count updates as stale that were found to be so before they came here.
+
+        Raises:
+            ConfigurationError: the number is negative, or none.
+        """
+        with self._lock:
+            self._drop(validation.integer("updates", updates, 0))
+
+    def _drop(self, stale: Tensor | int) -> None:
+        if isinstance(stale, Tensor) or stale:
+            self._stale += stale
+
+    def increase_beta(self) -> None:
+        """Add `beta_increment` to beta, up to 1 (section 3.4: beta grows to 1 over training)."""
+        with self._lock:
+            self._beta.add_(self.beta_increment).clamp_(max=1.0)
+
+    # --- settings ---------------------------------------------------------------------------------
+
+    capacity: int = validation.fixed(
+        "capacity",
+        lambda self: self._storage.capacity,
+        "load() and load_state_dict() move a state into a buffer of another capacity",
+    )
+    """Number of slots."""
+
+    device: torch.device = validation.fixed(
+        "device", lambda self: self._device, "load(path, device=...) makes a buffer elsewhere"
+    )
+    """Device of batches and priorities."""
+
+    prioritization: str = validation.fixed(
+        "prioritization", lambda self: self._priorities.prioritization
+    )
+    """Distribution of the draws: "proportional" or "rank"."""
+
+    sort_interval: int | None = validation.fixed(
+        "sort_interval", lambda self: self._priorities.sort_interval
+    )
+    """For "rank": changes of priorities from one exact order to the next; None: see there."""
+
+    num_buffers: int | None = validation.fixed(
+        "num_buffers", lambda self: self._storage.num_buffers
+    )
+    """Number of buffers side by side; None: one, without a dimension for it."""
+
+    layout: str = validation.fixed("layout", lambda self: self._storage.layout)
+    """Layout of the transitions in memory; "auto" until the first of them is seen."""
+
+    prefetch: int = validation.fixed("prefetch", lambda self: self._prefetch)
+    """Number of batches drawn ahead."""
+
+    epsilon = validation.fixed("epsilon", instead="expected eps, which can be set")
+
+    alpha: float = _of_table(
+        "alpha", "Exponent of the priorities; setting it costs O(N).", choice=False
+    )
+    eps: float = _of_table("eps", "Added to |TD error| by the updates from now on.", choice=False)
+    draw: str = _of_table("draw", "Way to draw, as the constructor takes it.")
+    method: str = _of_table("method", "Method that draws, as the constructor takes it.")
+    weight_normalization: str = _of_table(
+        "weight_normalization", 'Divisor of the weights; setting it costs O(N) for "buffer".'
+    )
+    new_priority: str = _of_table("new_priority", "Priority of transitions that nobody gives one.")
+
+    def _change(self, name: str, value: Any, *, choice: bool) -> None:
+        """Set a setting of the priorities."""
+        if self._guard is not None and name in ("weight_normalization", "new_priority"):
+            raise ConfigurationError(
+                f"{name}: expected no change once a shared buffer is made, got {value!r}: other"
+                " processes would not know; the constructor takes it"
+            )
+        with self._lock:
+            if choice:
+                self._priorities.choose(**{name: value})
+                self._drop_ahead()
+            else:
+                setattr(self._priorities, name, value)
+
+    @property
+    def batch_size(self) -> int | None:
+        """Default for `sample`; may be set at any time."""
+        return self._batch
+
+    @batch_size.setter
+    def batch_size(self, value: int | None) -> None:
+        if value is None and self._prefetch:
+            raise ConfigurationError("batch_size: expected one beside prefetch, got None")
+        self._batch = None if value is None else validation.positive_int("batch_size", value)
+        self._drop_ahead()
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        """Source of all random draws, None for torch's own; may be set at any time."""
+        return self._generator
+
+    @generator.setter
+    def generator(self, value: torch.Generator | None) -> None:
+        self._generator = validation.as_generator(value, self._device)
+        self._drop_ahead()
+
+    @property
+    def beta_increment(self) -> float:
+        """Added to beta by `increase_beta`, at least 0; may be set at any time."""
+        return self._beta_increment
+
+    @beta_increment.setter
+    def beta_increment(self, value: float) -> None:
+        self._beta_increment = validation.real("beta_increment", value)
+
+    @property
+    def beta(self) -> float:
+        """Exponent of the importance-sampling weights, in [0, 1]; may be set at any time."""
+        return float(self._beta)
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        self._beta.fill_(validation.real("beta", value, high=1.0))
+
+    # --- views ------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._storage)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({len(self)} of {self.capacity} slots, device={self.device},"
+            f" alpha={self.alpha:g}, beta={self.beta:g}, eps={self.eps:g}, draw={self.draw!r}"
+            f"{f', num_buffers={self.num_buffers}' if self.num_buffers else ''})"
+        )
+
+    @property
+    def lengths(self) -> Tensor:
+        """Number of filled slots, int64 [], or [S] with `num_buffers`."""
+        return self._storage.lengths
+
+    @property
+    def write_count(self) -> int:
+        """Number of transitions ever written."""
+        return self._storage.write_count
+
+    @property
+    def priority(self) -> Tensor:
+        """Raw priorities, float32, a copy: of the filled slots [len], or of all [S, capacity]."""
+        with self._lock:
+            return self._priorities.raw[self._storage.shown].clone()
+
+    @property
+    def mass(self) -> Tensor:
+        """Masses, which draws are in proportion to; shaped like `priority`, a copy."""
+        with self._lock:
+            return self._priorities.mass[self._storage.shown].clone()
+
+    @property
+    def total_mass(self) -> Tensor:
+        """Sum of all masses, float64 [] or [S]; nothing can be drawn where it is 0."""
+        with self._lock:
+            return self._priorities.total.clone()
+
+    @property
+    def smallest_mass(self) -> Tensor:
+        """The smallest positive mass, float32 [] or [S]; inf where there is none.
+
+        It is also inf where no weight needs it: unless `weight_normalization` is "buffer".
+        """
+        with self._lock:
+            return self._priorities.smallest.clone()
+
+    @property
+    def replayed(self) -> Tensor:
+        """True for filled slots that have been drawn since they were written, bool [len], a copy.
+
+        Raises:
+            ConfigurationError: there are many buffers, which do not keep it.
+        """
+        with self._lock:
+            self._require_one("replayed")
+            return self._priorities.replayed[: len(self)].clone()
+
+    def _require_one(self, name: str) -> None:
+        if self._storage.lead:
+            raise ConfigurationError(
+                f"{name}: expected one buffer, got num_buffers={self.num_buffers}"
+            )
+
+    @property
+    def kernels(self) -> bool:
+        """True where compiled kernels for the CPU are used; see `per_td.kernels`."""
+        return self._priorities.trees.compiled
+
+    @property
+    def transitions(self) -> TensorDict | None:
+        """The filled slots [len], or all slots [S, capacity], in the buffer's memory.
+
+        A TensorDict; None before any data. Those of buffer s are filled up to `lengths[s]`.
+        """
+        data = self._storage.data
+        return None if data is None else data[self._storage.shown]
+
+    def filled_leaves(self) -> Leaves:
+        """The filled slots by key, [len, ...], in the buffer's memory."""
+        return self._storage.filled()
+
+    @torch.no_grad()
+    def check_valid(self) -> None:
+        """Look for damage, in O(N), rank-based in O(N log N); on CUDA the host waits.
+
+        There should be none, whatever is handed in and whoever is killed: this is for tests and bug
+        reports. A shared buffer first repairs what a dead process left.
+
+        Raises:
+            PerTdError: it names the broken invariant: priorities are finite, not negative and 0
+                beyond the filled slots, masses, sums and extrema follow from them, counts agree.
+        """
+        with self._lock:
+            guard = self._guard
+            validation.require_valid(
+                guard is None or not guard.note.active, "no note of a write is left"
+            )
+            require, table, lengths = validation.require_valid, self._priorities, self.lengths
+            self._storage.check_valid()
+            table.check_valid()
+            slot = torch.arange(self.capacity, device=self.device)
+            empty = slot >= lengths.unsqueeze(-1)
+            beyond = (table.raw.bool() & empty).any()
+            require(not beyond, "priorities beyond the filled slots are 0")
+            require((self._beta >= 0) & (self._beta <= 1), "beta is in [0, 1]")
+            require(self._stale >= 0, "the count of stale updates is at least 0")
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start.
+
+        Returns:
+            "written": transitions ever written; "stale_updates": updates dropped because the slot
+            had been overwritten; "refused_priorities": invalid ones (on CUDA and under
+            torch.compile: elsewhere they raise). A shared buffer also has
+            "repairs": how often a process was found to have died in the middle of a call.
+        """
+        repairs = {} if self._guard is None else {"repairs": self._guard.repairs}
+        return {
+            "written": self.write_count,
+            "stale_updates": int(self._stale),
+            "refused_priorities": int(self._priorities.refused),
+            **repairs,
+        }
+
+    @torch.no_grad()
+    def diagnostics(self) -> dict[str, Tensor]:
+        """How prioritization is doing, for a logger: docs/diagnostics.md tells how to read it.
+
+        It sorts all priorities and masses: call it now and then, not at every step.
+
+        Returns:
+            0-dim tensors on the buffer's device, always under the same keys; nothing is read back
+            to the host. float32: effective sample size of the draws, their share on the top 1 % of
+            slots, the share of transitions never replayed, quantiles of priority, weight and age
+            ("priority/min", "/q01", "/q25", "/q50", "/q75", "/q99", "/max"), "beta"; NaN for what
+            does not exist, as in an empty buffer. int64: "size", "stale_updates",
+            "refused_priorities".
+        """
+        with self._lock:
+            self._require_one("diagnostics")
+            table, size = self._priorities, len(self)
+            return {
+                **diagnostics.measure(
+                    priority=table.raw[:size],
+                    mass=table.mass[:size],
+                    replayed=table.replayed[:size],
+                    written=self._storage.ring_count(),
+                    beta=self._beta,
+                    normalization=table.weight_normalization,
+                ),
+                "beta": self._beta.float(),
+                "size": torch.full((), size, dtype=torch.int64, device=self.device),
+                "stale_updates": self._stale.clone(),
+                "refused_priorities": table.refused.clone(),
+            }
+
+    # --- states -----------------------------------------------------------------------------------
+
+    def _state(self, *, copy: bool) -> dict[str, Any]:
+        own = {"batch_size": self.batch_size, "beta_increment": self.beta_increment}
+        return states.state_of(self._parts, own, copy=copy)
+
+    @property
+    def _parts(self) -> states.Parts:
+        return states.Parts(
+            self._storage, self._priorities, self._beta, self._stale, self._generator
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """A snapshot: tensors and plain values, as `torch.load(weights_only=True)` reads them."""
+        with self._lock:
+            return self._state(copy=True)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state: transitions, priorities, counters, alpha, beta, eps, generator.
+
+        Of a state of another capacity, the newest transitions that fit are kept, with their
+        priorities and in their order. Where any had to move to another slot, the updates of all
+        batches drawn before are stale, if they bring their generation.
+
+        Args:
+            state: from `state_dict` of a buffer on any device. The state of a generator on
+                another kind of device becomes the seed of this buffer's.
+
+        Raises:
+            CheckpointError: it is no such state, or of another number of buffers; or, for a shared
+                buffer, it is of another capacity, or once was: other processes would not know which
+                generations have moved.
+            SchemaError: its transitions are not like those that this buffer was made for.
+        """
+        checked = states.check(state)
+        with self._lock:
+            if self._guard is not None:
+                self._begin_load(checked, self._guard.note)
+            states.restore(self._parts, checked)
+            self.beta_increment = checked["settings"]["beta_increment"]
+            self._drop_ahead()
+
+    def _begin_load(self, state: dict[str, Any], note: Note) -> None:
+        """Note a write to all slots: who dies in it leaves nothing to draw."""
+        ring, capacity = self._storage, state["settings"]["capacity"]
+        if capacity != ring.capacity or state.get("epoch", 0):
+            raise CheckpointError(
+                f"expected a state that always had the capacity {ring.capacity}, which a shared"
+                f" buffer needs, got one of {capacity}"
+            )
+        note.begin(*ring.runs(ring.capacity))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a file, whole or not at all; transitions are not copied in memory.
+
+        Raises:
+            OSError: it cannot be written, such as on a full disk; the old file is as it was.
+        """
+        with self._lock:
+            checkpoint.write(path, self._state(copy=False))
+
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Take over the state in a file that `save` wrote, as `load_state_dict` does.
+
+        What this buffer was made with stays: capacity, draw, device, memory, lock.
+
+        Raises:
+            CheckpointError: the file is truncated, damaged, foreign, or of a later version of
+                per_td, or its state is not for this buffer; see `load_state_dict`.
+            SchemaError: its transitions are not like those that this buffer was made for.
+            FileNotFoundError: there is none.
+        """
+        self.load_state_dict(checkpoint.read(path, states.FORMAT))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        capacity: int | None = None,
+        device: torch.device | str | int | None = None,
+        generator: torch.Generator | None = None,
+        storage: str = "memory",
+        folder: str | os.PathLike[str] | None = None,
+        shared: bool = False,
+        threads: bool = False,
+        prefetch: int = 0,
+    ) -> Self:
+        """Make a buffer with the settings and the state of a file that `save` wrote.
+
+        To read a file into a buffer that there is already, see `restore`.
+
+        Args:
+            path: the file.
+            capacity: another one than that saved; see `load_state_dict`.
+            device: where the buffer lives; None is torch's default device.
+            generator: takes over the state of the one saved, if there was one. None makes one
+                then, so that the draws go on as they would have.
+            storage, folder, shared, threads, prefetch: as for the constructor; a file does not
+                tell them.
+
+        Raises:
+            CheckpointError: the file is truncated, damaged, foreign, or of a later version of
+                per_td; it says which. Or `shared`, and the file knows no keys of transitions.
+            FileNotFoundError: there is none.
+        """
+        state = states.check(checkpoint.read(path, states.FORMAT))
+        device = validation.resolve_device(device)
+        if generator is None and state["generator"] is not None:
+            generator = torch.Generator(device)
+        example = states.example_of(state) if shared else None
+        if shared and example is None:
+            raise CheckpointError(
+                "expected a state that knows the keys of its transitions, with which to allocate"
+                " shared memory, got one without any: make a shared buffer with an example, and"
+                " read the file with restore()"
+            )
+        settings = state["settings"] | ({} if capacity is None else {"capacity": capacity})
+        make: Callable[..., Self] = cls  # a buffer, whose constructor takes more than this one's
+        buffer = make(
+            **settings,
+            device=device,
+            generator=generator,
+            storage=storage,
+            folder=folder,
+            shared=shared,
+            threads=threads,
+            prefetch=prefetch,
+            example=None if example is None else TensorDict(nested(example.items()), []),
+        )
+        buffer.load_state_dict(state)
+        return buffer

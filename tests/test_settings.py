@@ -234,17 +234,6 @@ def test_a_batch_size_that_is_asked_for_comes_while_another_thread_sets_the_defa
             buffer.close()
 
 
-@pytest.mark.parametrize("other", [{"threads": True}, {"prefetch": 2}, {"shared": True}])
-def test_what_many_buffers_cannot_be_combined_with_is_said_and_what_to_do(other):
-    words = "cannot be combined with shared, threads or prefetch: call them from one thread"
-    with pytest.raises(ConfigurationError, match=rf"num_buffers.* got 3.*{words}"):
-        PrioritizedReplayBuffer(10, 4, num_buffers=3, example=data(0, 1)[0], **other)
-    many = type(PrioritizedReplayBuffer(10, 4, num_buffers=3))
-    (name,) = other
-    with pytest.raises(ConfigurationError, match=f"{name}: expected .*{words}"):
-        many(10, 4, num_buffers=3, **other)
-
-
 def test_the_courses_settings_are_those_underneath():
     buffer = TransitionReplayBuffer(10)
     for name, value in {

@@ -1,7 +1,7 @@
 """The state of a buffer as tensors and plain values, and back, also into another capacity."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,13 +9,10 @@ from torch import Tensor
 from per_td.checkpoint import file as checkpoint
 from per_td.checkpoint.checks import check_values
 from per_td.errors import AllocationError, CheckpointError, DiskAllocationError
-from per_td.storage.leaves import flattened, nested
+from per_td.priorities.table import PriorityTable
+from per_td.storage.leaves import Leaves, flattened, nested
 from per_td.storage.moves import Move
-
-if TYPE_CHECKING:
-    from per_td.replay_state import ReplayState
-
-__all__ = ["FORMAT", "check", "restore", "state_of"]
+from per_td.storage.ring import RingStorage
 
 FORMAT = "per_td.PrioritizedReplayBuffer"
 _KEYS = {
@@ -63,97 +60,129 @@ def _moved(values: Tensor, moves: list[Move], capacity: int) -> Tensor:
     return out
 
 
-def state_of(buffer: "ReplayState", *, copy: bool) -> dict[str, Any]:
-    """The whole state; without `copy`, the transitions are those in the buffer's memory."""
-    table, storage = buffer._priorities, buffer._storage
-    filled = storage.filled()
+class Parts(NamedTuple):
+    """What a buffer holds that is saved.
+
+    Attributes:
+        ring: transitions.
+        table: priorities.
+        beta: float64 [].
+        stale: count of stale updates, int64 [].
+        generator: source of the draws.
+    """
+
+    ring: RingStorage
+    table: PriorityTable
+    beta: Tensor
+    stale: Tensor
+    generator: torch.Generator | None
+
+
+def state_of(parts: Parts, settings: dict[str, Any], *, copy: bool) -> dict[str, Any]:
+    """The whole state.
+
+    Args:
+        parts: those of the buffer.
+        settings: the buffer's own, beside those of the parts.
+        copy: copy the transitions; else they are those in the buffer's memory.
+    """
+    ring, table, beta, stale, generator = parts
+    filled = ring.filled()
     transitions = {key: leaf.clone() for key, leaf in filled.items()} if copy else filled
-    many = buffer.num_buffers is not None
-    own = table.distribution.state(table.trees, len(buffer))
+    own = table.distribution.state(table.trees, len(ring))
     return {
         "format": FORMAT,
         "version": checkpoint.VERSION,
         "settings": {
-            "capacity": buffer.capacity,
-            "batch_size": buffer.batch_size,
-            "beta_increment": buffer.beta_increment,
+            "capacity": ring.capacity,
+            **settings,
             **table.arguments,
-            "num_buffers": buffer.num_buffers,
+            "num_buffers": ring.num_buffers,
         },
-        "beta": buffer._beta.clone(),
-        "write_count": storage.ring_count(),
-        "written_before": storage.written_before,
-        "epoch": storage.epoch,
+        "beta": beta.clone(),
+        "write_count": ring.ring_count(),
+        "written_before": ring.written_before,
+        "epoch": ring.epoch,
         "ever_max": table.ever_max.clone(),
-        "stale_updates": buffer._stale.clone(),
+        "stale_updates": stale.clone(),
         "refused_priorities": table.refused.clone(),
-        "priority": buffer.priority,
-        "mass": table.mass[buffer._own].clone() if own is None else None,
-        "replayed": table.replayed[: 0 if many else len(buffer)].clone(),
+        "priority": table.raw[ring.shown].clone(),
+        "mass": table.mass[ring.shown].clone() if own is None else None,
+        "replayed": table.replayed[: 0 if ring.lead else len(ring)].clone(),
         "ranks": own,
         "transitions": nested(transitions.items()),
-        "generator": None if buffer.generator is None else buffer.generator.get_state(),
+        "generator": None if generator is None else generator.get_state(),
     }
 
 
-def _moves(buffer: "ReplayState", state: dict[str, Any]) -> list[Move]:
-    """How the transitions of each ring move into the buffer's capacity.
+def example_of(state: dict[str, Any]) -> Leaves | None:
+    """A transition like those of a checked state, [...] by key; None if it knows no keys."""
+    leaves = flattened(state["transitions"])
+    lead = 1 if state["settings"].get("num_buffers") is None else 2
+    return {key: leaf.new_zeros(leaf.shape[lead:]) for key, leaf in leaves.items()} or None
+
+
+def _moves(ring: RingStorage, state: dict[str, Any]) -> list[Move]:
+    """How the transitions of each ring move into the capacity of this one.
 
     Raises:
         CheckpointError: the state is of another number of buffers.
     """
     settings = state["settings"]
-    if settings.get("num_buffers") != buffer.num_buffers:
+    if settings.get("num_buffers") != ring.num_buffers:
         raise CheckpointError(
-            f"expected a state with num_buffers={buffer.num_buffers},"
+            f"expected a state with num_buffers={ring.num_buffers},"
             f" got {settings.get('num_buffers')}"
         )
     capacity = settings["capacity"]
     counts = torch.as_tensor(state["write_count"]).reshape(-1).tolist()
-    return [Move.between(count, capacity, buffer.capacity) for count in counts]
+    return [Move.between(count, capacity, ring.capacity) for count in counts]
 
 
 @torch.no_grad()
-def restore(buffer: "ReplayState", state: Any) -> None:
-    """Take over a state; see `PrioritizedReplayBuffer.load_state_dict`."""
+def restore(parts: Parts, state: Any) -> None:
+    """Take over a state, but for the settings of the buffer itself.
+
+    Raises:
+        CheckpointError, SchemaError: it is no state for these parts; nothing is changed.
+    """
     settings = check(state)["settings"]
-    moves = _moves(buffer, state)
-    storage, table = buffer._storage, buffer._priorities
+    ring, table, beta, stale, generator = parts
+    moves = _moves(ring, state)
     leaves = flattened(state["transitions"])
     if leaves:
-        storage.check_state(leaves)
-    generator = buffer.generator
+        ring.check_state(leaves)
     before = None if generator is None else generator.get_state()
     if generator is not None and state["generator"] is not None:
         _continue(generator, state["generator"])
     try:
-        storage.restore(leaves, moves)
+        ring.restore(leaves, moves)
     except (AllocationError, DiskAllocationError):  # the last that may be refused
         if generator is not None and before is not None:
             generator.set_state(before)
         raise
     moved = any(move.moved for move in moves)
     counts = torch.as_tensor(state["write_count"]).reshape(-1).tolist()
-    storage.epoch = state.get("epoch", 0)
-    if moved:  # no generation of before is that of any transition now: its updates are stale
-        storage.epoch += max(max(counts) - 1, 0) // settings["capacity"] + 1
-    storage.written_before = state.get("written_before", 0)
-    storage.written_before += sum(counts) - sum(move.written for move in moves)
-    buffer.alpha, buffer.eps = settings["alpha"], settings["eps"]
-    buffer.beta_increment = settings["beta_increment"]
-    buffer._beta.copy_(state["beta"])
-    buffer._stale.copy_(state["stale_updates"])
-    _restore_priorities(buffer, state, moves)
+    ring.epoch = state.get("epoch", 0)
+    if moved:  # slots changed hands: make every generation handed out so far stale
+        ring.epoch += max(max(counts) - 1, 0) // settings["capacity"] + 1
+    ring.written_before = state.get("written_before", 0)
+    ring.written_before += sum(counts) - sum(move.written for move in moves)
+    table.alpha, table.eps = settings["alpha"], settings["eps"]
+    beta.copy_(state["beta"])
+    stale.copy_(state["stale_updates"])
+    _restore_priorities(parts, state, moves)
     table.refused.copy_(state["refused_priorities"])
 
 
-def _restore_priorities(buffer: "ReplayState", state: dict[str, Any], moves: list[Move]) -> None:
-    table, moved = buffer._priorities, any(move.moved for move in moves)
+def _restore_priorities(parts: Parts, state: dict[str, Any], moves: list[Move]) -> None:
+    ring, table = parts.ring, parts.table
+    moved = any(move.moved for move in moves)
 
     def placed(values: Tensor) -> Tensor:
-        if moved or (values.ndim > 1 and values.shape[1] != buffer.capacity):
-            values = _moved(values, moves, buffer.capacity)
-        return values.to(buffer.device)
+        if moved or (values.ndim > 1 and values.shape[1] != ring.capacity):
+            values = _moved(values, moves, ring.capacity)
+        return values.to(table.device)
 
     mass = None  # then what follows from the priorities, in their exact order
     ranked = table.prioritization == "rank"  # masses of another kind mean nothing
@@ -162,7 +191,7 @@ def _restore_priorities(buffer: "ReplayState", state: dict[str, Any], moves: lis
     elif ranked and state.get("ranks") is not None and not moved:
         mass = table.distribution.load(table.trees, state["ranks"])
     table.restore(placed(state["priority"]), state["ever_max"], mass)
-    if "replayed" in state and buffer.num_buffers is None:
+    if "replayed" in state and not ring.lead:
         replayed = placed(state["replayed"])
         table.replayed[: len(replayed)] = replayed
 

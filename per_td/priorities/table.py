@@ -1,5 +1,6 @@
 """PriorityTable: the raw priority of every slot of S groups, and all that follows from them."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -409,11 +410,17 @@ class PriorityTable:
         """Compute all masses anew: for ranks, by the exact order."""
         self._refill()
 
-    def void(self, start: int, n: int) -> None:
-        """Take away the priority of `n` slots from `start` on, around the end; then `rebuild`."""
-        index = torch.arange(start, start + n, device=self.device).remainder_(self.capacity)
-        self.trees.raw[index] = 0.0
-        self.trees.replayed[index] = False
+    def void(self, runs: Sequence[tuple[int, int]]) -> None:
+        """Take away the priorities of runs of slots, one of each group; then `rebuild`.
+
+        Args:
+            runs: first slot and length, around the end.
+        """
+        for s, (start, n) in enumerate(runs):
+            index = torch.arange(start, start + n, device=self.device).remainder_(self.capacity)
+            self.trees.priorities[s, index] = 0.0
+            if len(self.trees.replayed):
+                self.trees.replayed[index] = False
 
     def rebuild(self) -> None:
         """Compute masses, sums and extremes anew from the raw priorities, in O(N)."""

@@ -144,8 +144,8 @@ class RingStorage:
         """How many were, since the last change of capacity: an int, or int64 [S], a copy."""
         return self.written.clone() if self.lead else self._one
 
-    def _count(self, written: Tensor | int) -> None:
-        """Set `written`."""
+    def set_count(self, written: Tensor | int) -> None:
+        """Set `written`, int64 [S], or one number for a single ring."""
         if isinstance(written, Tensor):
             self.written.copy_(written)
             if self.groups == 1 and self.written.is_cpu:
@@ -259,8 +259,12 @@ class RingStorage:
         place = before + mask.cumsum(-1) - 1
         return torch.where(mask, place.remainder_(self.capacity), -1)
 
-    def _runs(self, n: int, mask: Tensor | None) -> tuple[Runs, Tensor | int]:
-        """First slot and length of what is written to each ring, and the counts after that."""
+    def runs(self, n: int, mask: Tensor | None = None) -> tuple[Runs, Tensor | int]:
+        """Where the next `n` transitions of each ring go, and the counts after that.
+
+        Returns:
+            First slot and length for each ring, around the end; int64 [S], or a number for one.
+        """
         capacity = self.capacity
         one = None if mask is not None else self._one
         if one is not None:
@@ -290,9 +294,9 @@ class RingStorage:
         if not self._known or (mask is not None and not mask.is_cpu):
             self._write_unknown(new, n, mask)
             return None
-        runs, after = self._runs(n, mask)
+        runs, after = self.runs(n, mask)
         self._operations_for(n).write_rows(self, new, n, runs, mask=mask)
-        self._count(after)
+        self.set_count(after)
         return runs
 
     def _write_unknown(self, new: list[Tensor], n: int, mask: Tensor | None) -> None:
@@ -310,7 +314,7 @@ class RingStorage:
         for column, leaf in zip(self.columns, new, strict=True):
             new_rows = validation.plain_rows(leaf.detach(), self.home)
             reference.indexable(column)[row] = reference.indexable(new_rows)
-        self._count(after.squeeze(-1))
+        self.set_count(after.squeeze(-1))
 
     def _operations_for(self, n: int) -> ModuleType:
         """The operations, or plain torch where its threads share the copying of `n` rows."""
@@ -336,6 +340,11 @@ class RingStorage:
             batch_size=[*self.lead, self.capacity],
             device=self.home,
         )
+
+    @property
+    def shown(self) -> slice:
+        """Slots to be shown of a tensor of all: the filled ones of one ring, or all of many."""
+        return slice(None) if self.lead else slice(len(self))
 
     def filled(self) -> Leaves:
         """The filled part of every column, views [len, ...]; of many, [S, longest, ...]."""
@@ -405,9 +414,9 @@ class RingStorage:
                         at += end - start
         if self.lead:
             written = [move.written for move in moves]
-            self._count(torch.tensor(written, dtype=torch.int64, device="cpu"))
+            self.set_count(torch.tensor(written, dtype=torch.int64, device="cpu"))
         else:
-            self._count(moves[0].written)
+            self.set_count(moves[0].written)
 
 
 def as_mask(mask: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:

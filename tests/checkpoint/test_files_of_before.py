@@ -6,11 +6,7 @@ import pytest
 import torch
 
 from per_td import PrioritizedReplayBuffer, TransitionReplayBuffer, kernels
-from per_td.concurrency.sharing import SharedReplayBuffer
-from per_td.concurrency.threads import LockedReplayBuffer
 from tests.support.saved_before import CASES, FILES, PLAYED, play, play_course
-
-CLASSES = {"threads": LockedReplayBuffer, "shared": SharedReplayBuffer}
 
 
 @pytest.fixture(params=kernels.CHOICES)
@@ -38,8 +34,8 @@ def alike(found, expected, where="") -> None:
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "course"])
 def test_a_file_of_the_version_before_loads_and_draws_on_as_it_did(name, choice):
-    kind = CLASSES.get(name, PrioritizedReplayBuffer)
-    buffer = kind.load(FILES / f"{name}.per_td")
+    kind = {name: True} if name in ("threads", "shared") else {}
+    buffer = PrioritizedReplayBuffer.load(FILES / f"{name}.per_td", **kind)
     buffer.check_valid()
     alike(play(buffer), json.loads(PLAYED.read_text())[name])
     buffer.check_valid()

@@ -13,7 +13,6 @@ from tensordict import TensorDict
 from per_td import PrioritizedReplayBuffer
 from per_td.concurrency import prefetch
 from per_td.concurrency.prefetch import Prefetcher
-from per_td.concurrency.threads import LockedReplayBuffer
 from per_td.errors import ConfigurationError, EmptyBufferError
 from tests.support.processes import deadline, learn, torn, transitions
 
@@ -101,7 +100,7 @@ def test_an_error_leaves_no_thread_waiting(monkeypatch):
         except EmptyBufferError as error:
             errors.append(error)
 
-    monkeypatch.setattr(LockedReplayBuffer, "_sample_now", fail)
+    monkeypatch.setattr(PrioritizedReplayBuffer, "_sample_now", fail)
     waiting = [threading.Thread(target=ask, daemon=True) for _ in range(4)]
     for thread in waiting:
         thread.start()
@@ -264,8 +263,6 @@ def test_it_needs_a_batch_size_and_a_positive_number():
         PrioritizedReplayBuffer(10, prefetch=2)
     with pytest.raises(ConfigurationError, match="prefetch: expected"):
         PrioritizedReplayBuffer(10, 4, prefetch=-1)
-    with pytest.raises(ConfigurationError, match="num_buffers"):
-        PrioritizedReplayBuffer(10, 4, prefetch=2, num_buffers=2)
 
 
 def test_a_state_may_be_loaded_before_anything_was_drawn_ahead():

@@ -10,13 +10,14 @@ import signal
 import sys
 import threading
 import time
+from array import array
 
 import pytest
 import torch
 
 from per_td import CheckpointError, PrioritizedReplayBuffer
 from per_td.concurrency import mutex
-from per_td.concurrency.sharing import Journal, SharedReplayBuffer
+from per_td.concurrency.guard import Note
 from per_td.errors import ConfigurationError, EmptyBufferError, PriorityError
 from per_td.memory import Memory
 from per_td.priorities.table import PriorityTable
@@ -109,8 +110,8 @@ def test_what_a_process_is_handed_is_the_same_buffer_but_for_its_generator(layou
     assert buffer.stats() == other.stats()
     assert buffer.stats()["stale_updates"] == 1
     buffer.check_valid()
-    other._journal.note(3, 4, 5)
-    assert buffer._journal.page[:3].tolist() == [4, 3, 5]
+    other._guard.note.begin(array("q", [3, 4]), 5)
+    assert (buffer._guard.note.runs, buffer._guard.note.written.item()) == ([(3, 4)], 5)
 
 
 def test_in_shared_memory_sixteen_leaves_of_a_tree_are_in_one_cache_line():
@@ -221,16 +222,16 @@ def dies_after(function):
 
 def half_a_write(self, leaves, n, mask=None):
     """Rows of which one field is new and one is old, and then death."""
-    slots = (self.written + torch.arange(n)) % self.capacity
+    slots = (self.written[:1] + torch.arange(n)) % self.capacity  # of the first ring
     for key, leaf in list(leaves.items())[::2]:
-        self.data[key][slots] = leaf
+        self._leaves[key][slots] = leaf[:n]
     die()
 
 
 KILLED_IN_EXTEND = {
     "before the first row": (RingStorage, "write", die),
     "with rows half written": (RingStorage, "write", half_a_write),
-    "after the rows": (RingStorage, "_count", die),
+    "after the rows": (RingStorage, "set_count", die),
     "after the count": (RingStorage, "write", dies_after(RingStorage.write)),
     "before the priorities": (PriorityTable, "write_new", die),
     "after the priorities": (PriorityTable, "write_new", dies_after(PriorityTable.write_new)),
@@ -273,7 +274,7 @@ def test_what_a_writer_killed_in_extend_did_not_acknowledge_is_never_drawn(point
 
 
 class LethalPage:
-    """The journal's page; whoever writes to it the `last` time, from 0 on, is killed."""
+    """The page of the note; whoever writes to it the `last` time, from 0 on, is killed."""
 
     def __init__(self, page, last):
         self.page, self.left = page, last
@@ -288,16 +289,17 @@ class LethalPage:
         self.left -= 1
 
 
-@pytest.mark.parametrize("last", range(7))
+@pytest.mark.parametrize("last", range(8))
 @pytest.mark.parametrize("filled", [17, 27])
-def test_a_writer_killed_at_any_write_to_the_journal_has_written_all_or_nothing(filled, last):
+def test_a_writer_killed_at_any_write_to_the_note_has_written_all_or_nothing(filled, last):
     buffer = processes.shared(20)
     for k in range(filled):
         buffer.add(processes.transitions(k))
     new = processes.transitions(range(1000, 1006))
 
     def write():
-        buffer._journal.page = LethalPage(buffer._journal.page, last)
+        note = buffer._guard.note
+        note.page = LethalPage(note.page, last)
         buffer.extend(new)
 
     assert os.waitpid(forked(write), 0)[1] == signal.SIGKILL
@@ -338,7 +340,9 @@ def test_what_a_dead_writer_left_does_not_count_as_replayed():
     buffer = processes.shared(4)
     buffer.extend(processes.transitions(range(4)))
     buffer.sample(100)
-    die_in((RingStorage, "_count", die), lambda: buffer.extend(processes.transitions(range(4, 6))))
+    die_in(
+        (RingStorage, "set_count", die), lambda: buffer.extend(processes.transitions(range(4, 6)))
+    )
     buffer.increase_beta()
     assert buffer.replayed.tolist() == [False, False, True, True]
 
@@ -452,7 +456,7 @@ def test_an_interrupted_repair_is_left_to_the_next_call(before, monkeypatch):
 def test_an_interrupt_at_the_end_of_a_write_gives_the_lock_back_and_is_repaired(monkeypatch):
     buffer = processes.shared(20)
     buffer.extend(processes.transitions(range(10)))
-    monkeypatch.setattr(Journal, "wipe", interrupt)
+    monkeypatch.setattr(Note, "end", interrupt)
     with pytest.raises(KeyboardInterrupt):
         buffer.extend(processes.transitions(range(10, 14)))
     monkeypatch.undo()
@@ -646,14 +650,12 @@ def test_what_cannot_be_shared_is_refused():
     example = processes.transitions(0)
     with pytest.raises(ConfigurationError, match="example: expected a transition"):
         PrioritizedReplayBuffer(10, shared=True)
-    with pytest.raises(ConfigurationError, match="num_buffers=None, got 2"):
-        PrioritizedReplayBuffer(10, shared=True, num_buffers=2, example=example)
-    with pytest.raises(ConfigurationError, match="'proportional', got 'rank'"):
+    with pytest.raises(ConfigurationError, match="prioritization='proportional', got 'rank'"):
         PrioritizedReplayBuffer(10, shared=True, prioritization="rank", example=example)
-    elsewhere = PrioritizedReplayBuffer.__new__(SharedReplayBuffer)
+    elsewhere = PrioritizedReplayBuffer(10)
     elsewhere._device = torch.device("cuda:0")
-    with pytest.raises(ConfigurationError, match="expected the device 'cpu', got 'cuda:0'"):
-        elsewhere._memory(Memory())
+    with pytest.raises(ConfigurationError, match="expected device='cpu', got 'cuda:0'"):
+        elsewhere._require_shareable(Memory(), "proportional", example)
     with pytest.raises(ConfigurationError, match="storage='memory', got 'memmap'"):
         PrioritizedReplayBuffer(10, shared=True, storage="memmap", example=example)
     moved = PrioritizedReplayBuffer(4)
@@ -668,13 +670,7 @@ def test_what_cannot_be_shared_is_refused():
     with pytest.raises(CheckpointError, match="always had the capacity 10"):
         processes.shared(10).load_state_dict(back.state_dict())
 
-    class Own(PrioritizedReplayBuffer):
-        pass
-
-    with pytest.raises(ConfigurationError, match="shared: expected False for Own"):
-        Own(10, shared=True, example=example)
     buffer = processes.shared(10)
-    assert isinstance(buffer, SharedReplayBuffer)
     buffer.extend(example.unsqueeze(0))
     with pytest.raises(PriorityError, match="generation: expected that of the batch"):
         buffer.update_priority([0], [1.0])
@@ -709,6 +705,81 @@ def test_loading_a_state_notes_it_with_the_lock_held(monkeypatch):
     def note(self, *_):
         noted.append(locked_for(buffer))
 
-    monkeypatch.setattr(Journal, "note", note)
+    monkeypatch.setattr(Note, "begin", note)
     buffer.load_state_dict(processes.shared(20).state_dict())
     assert noted == [True]
+
+
+def many_transitions(ids):
+    """Transitions of two buffers, [2, n]: of the second, 500 higher."""
+    ids = torch.as_tensor(ids)
+    return processes.transitions(torch.stack([ids, ids + 500]))
+
+
+def test_many_shared_buffers_are_written_and_drawn_by_a_process_that_is_handed_them():
+    buffers = processes.shared(20, num_buffers=2)
+    other = handed_over(buffers)
+    buffers.extend(many_transitions(range(30)))
+    batch = other.sample(16)
+    assert torn(batch) == 0
+    assert (batch["id"][0] < 500).all()
+    assert (batch["id"][1] >= 500).all()
+    other.update_priority(batch["index"], torch.ones(2, 16), batch["generation"])
+    assert torch.equal(buffers.priority, other.priority)
+    assert buffers.write_count == other.write_count == 60
+    buffers.check_valid()
+
+
+@pytest.mark.parametrize("point", KILLED_IN_EXTEND)
+def test_of_many_shared_buffers_none_draws_what_a_killed_writer_did_not_acknowledge(point):
+    buffers = processes.shared(20, num_buffers=2)
+    buffers.extend(many_transitions(range(17)), torch.ones(2, 17))
+    buffers.extend(many_transitions(range(17, 19)), mask=torch.tensor([[True, True], [False] * 2]))
+    new = many_transitions(range(100, 106))
+    priority = torch.ones(2, 6)
+    mask = torch.tensor([[True] * 6, [True, False] * 3])
+    die_in(KILLED_IN_EXTEND[point], lambda: buffers.extend(new, priority, mask))
+    batch = buffers.sample(2000)
+    assert torn(batch) == 0
+    assert batch["id"][0].unique().tolist() == list(range(5, 19))
+    assert batch["id"][1].unique().tolist() == list(range(500, 517))
+    assert buffers.write_count == 17 + 2 + 17 + 6 + 3
+    assert buffers.stats()["repairs"] == 1
+    buffers.check_valid()
+    buffers.extend(new, priority, mask)
+    buffers.check_valid()
+
+
+class Own(PrioritizedReplayBuffer):
+    """A user's subclass."""
+
+    def extend(self, transitions, priority=None, mask=None):
+        self.seen = getattr(self, "seen", 0) + 1
+        return super().extend(transitions, priority, mask)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"shared": True}, {"threads": True}, {"prefetch": 2}, {"num_buffers": 2, "prefetch": 1}],
+    ids=str,
+)
+def test_a_subclass_can_do_what_its_base_can(settings, tmp_path):
+    example = processes.transitions(0)
+    buffer = Own(20, 4, example=example, **settings)
+    make = many_transitions if "num_buffers" in settings else processes.transitions
+    buffer.extend(make(range(6)))
+    assert buffer.seen == 1
+    assert torn(buffer.sample()) == 0
+    buffer.close()
+    if "shared" in settings:
+        other = handed_over(buffer)
+        assert type(other) is Own
+        other.extend(processes.transitions(range(6, 9)))
+        assert len(buffer) == 9
+    buffer.save(tmp_path / "buffer.pt")
+    held = {name: value for name, value in settings.items() if name != "num_buffers"}
+    loaded = Own.load(tmp_path / "buffer.pt", **held)
+    assert type(loaded) is Own
+    assert len(loaded) == len(buffer)
+    assert torn(loaded.sample()) == 0
+    loaded.close()

@@ -12,9 +12,7 @@ import pytest
 import torch
 
 from per_td import PrioritizedReplayBuffer
-from per_td.concurrency.sharing import SharedReplayBuffer
-from per_td.concurrency.threads import LockedReplayBuffer
-from per_td.errors import ConfigurationError, SchemaError
+from per_td.errors import SchemaError
 from tests.support.parameters import slow_but
 from tests.support.processes import deadline, initial, learn, shared, torn, transitions
 
@@ -155,19 +153,9 @@ def test_a_copy_has_a_lock_and_transitions_of_its_own(copied):
     buffer = make(10, alpha=0.7)
     buffer.extend(transitions(range(5)))
     other = copied(buffer)
-    assert isinstance(other, LockedReplayBuffer)
     other.add(transitions(5))
     assert (len(buffer), len(other), other.alpha) == (5, 6, 0.7)
     assert other._lock is not buffer._lock
-
-
-def test_a_plain_buffer_has_no_lock_and_many_buffers_cannot_have_one():
-    assert type(PrioritizedReplayBuffer(3)) is PrioritizedReplayBuffer
-    with pytest.raises(ConfigurationError, match="num_buffers=None, got 2"):
-        PrioritizedReplayBuffer(3, threads=True, num_buffers=2)
-    for kind in (LockedReplayBuffer, SharedReplayBuffer):
-        with pytest.raises(ConfigurationError, match="num_buffers: expected None, got 2"):
-            kind(3, num_buffers=2, example=transitions(0))
 
 
 def test_without_prefetch_no_thread_is_started_and_priorities_are_a_copy():
@@ -178,8 +166,3 @@ def test_without_prefetch_no_thread_is_started_and_priorities_are_a_copy():
     buffer.update_priority([0], [7.0])
     assert before.tolist() == [1.0] * 5
     assert threading.active_count() == running
-
-
-def test_a_buffer_for_threads_refuses_to_be_one_for_processes():
-    with pytest.raises(ConfigurationError, match="shared: expected False for LockedReplayBuffer"):
-        LockedReplayBuffer(10, shared=True, example=transitions(0))
