@@ -61,7 +61,7 @@ def _of_table(name: str, doc: str, *, choice: bool = True) -> Any:
 def _void_write(ring: RingStorage, table: PriorityTable, beta: Tensor, note: Note) -> None:
     """Void what a dead process was writing; derive all else from the raw priorities."""
     if note.active:
-        # the ring goes past the slots: those who know what was there before are out of date
+        # the ring goes past the slots: updates of what was there before are stale
         ring.set_count(note.written)
         table.void(note.runs)
     beta.clamp_(max=1.0)
@@ -78,20 +78,21 @@ class PrioritizedReplayBuffer(Copied):
     Args:
         capacity: number of slots; beyond it, the oldest transition makes room for the newest.
         batch_size: default for `sample`.
-        alpha: how much prioritization is used, at least 0; 0 is uniform. May be set at any time.
-            None takes the paper's, 0.6 or, rank-based, 0.7.
-        beta: how much of the bias the weights correct, in [0, 1]. May be set at any time.
-        eps: added to |TD error|, so that no transition is lost for ever. May be set at any time
-            and holds for the updates from then on. With 0, a TD error of 0 is never drawn again.
-        beta_increment: what `increase_beta` adds.
+        alpha: exponent of the priorities, at least 0; 0 draws uniformly. May be set at any time.
+            None takes the paper's: 0.6, or 0.7 with "rank".
+        beta: exponent of the weights, in [0, 1]; 1 corrects all of the bias. May be set at any
+            time.
+        eps: added to |TD error|, so that no transition is lost for ever. With 0, a transition whose
+            TD error is 0 is never drawn again. May be set at any time, for the updates from then.
+        beta_increment: added to beta by each `increase_beta`, at least 0.
         draw: "independent": with replacement; "stratified": one from each of B equal parts of the
             total mass; "without_replacement": B different transitions.
         method: "tree": an exact sum tree, O(log N) per draw; "multinomial": torch.multinomial,
             O(N) per batch, up to 2^24 slots; "auto": whichever is faster.
         weight_normalization: weights are divided by the largest of the "batch", by the largest
             that any transition in the "buffer" would get, or by nothing ("none").
-        new_priority: what new transitions get: the largest priority in the buffer ("buffer_max"),
-            or the largest it ever held ("ever_max"); 1 where there is none.
+        new_priority: priority of new transitions: the largest in the buffer ("buffer_max"), or the
+            largest it ever held ("ever_max"); 1 where there is none.
         prioritization: "proportional", or "rank": P(i) in proportion to rank(i)^-alpha, where the
             transition of the largest priority has rank 1 (the paper's second variant).
         sort_interval: for "rank": changes of priorities from one exact order to the next, see
@@ -273,7 +274,7 @@ class PrioritizedReplayBuffer(Copied):
             return super().__deepcopy__(memo)
 
     def close(self) -> None:
-        """End the thread of `prefetch` and drop what it has drawn; `sample` starts another.
+        """End the thread of `prefetch` and drop its batches; `sample` starts another.
 
         The thread also ends when the buffer is garbage.
         """
@@ -773,7 +774,7 @@ class PrioritizedReplayBuffer(Copied):
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, Tensor]:
-        """How prioritization is doing, for a logger: docs/diagnostics.md tells how to read it.
+        """Measure prioritization for a logger; docs/diagnostics.md tells how to read the numbers.
 
         It sorts all priorities and masses: call it now and then, not at every step.
 
@@ -901,8 +902,8 @@ class PrioritizedReplayBuffer(Copied):
             device: where the buffer lives; None is torch's default device.
             generator: takes over the state of the one saved, if there was one. None makes one
                 then, so that the draws go on as they would have.
-            storage, folder, shared, threads, prefetch: as for the constructor; a file does not
-                tell them.
+            storage, folder, shared, threads, prefetch: those of the constructor; a file does
+                not tell them.
 
         Raises:
             CheckpointError: the file is truncated, damaged, foreign, or of a later version of

@@ -83,12 +83,12 @@ class TransitionReplayBuffer(Copied):
 
     Args:
         capacity: number of transitions kept; beyond it, the oldest makes room.
-        alpha: how much prioritization is used, at least 0; 0 is uniform. May be set at any time.
-            None takes the paper's, 0.6 or, rank-based, 0.7.
-        beta: how much of the bias the weights correct at first, in [0, 1]. May be set at any time.
-        beta_increment: what each `increase_beta` adds, up to 1. May be set at any time.
+        alpha: exponent of the priorities, at least 0; 0 draws uniformly. May be set at any time.
+            None takes the paper's: 0.6, or 0.7 with "rank".
+        beta: exponent of the weights at first, in [0, 1]. May be set at any time.
+        beta_increment: added to beta by each `increase_beta`, up to 1. May be set at any time.
         epsilon: added to |TD error|. May be set at any time.
-        draw, method, prioritization, device, generator: as for `PrioritizedReplayBuffer`.
+        draw, method, prioritization, device, generator: those of `PrioritizedReplayBuffer`.
 
     Raises:
         ConfigurationError: an argument is not one of those accepted.
@@ -178,7 +178,7 @@ class TransitionReplayBuffer(Copied):
             action: the discrete action, an integer.
             reward: a number.
             next_state: observation after it, [*obs]; the true one also where an episode ends.
-            done: whether the value after it is 0: terminated, not merely truncated.
+            done: True if the value after it is 0: terminated, not merely truncated.
 
         Raises:
             SchemaError: shapes or dtypes differ from those pushed before; nothing is stored.
@@ -288,7 +288,7 @@ class TransitionReplayBuffer(Copied):
         """A buffer with the settings and the state of a file that `save` wrote.
 
         Args:
-            path, capacity, device, generator: as for `PrioritizedReplayBuffer.load`.
+            path, capacity, device, generator: those of `PrioritizedReplayBuffer.load`.
 
         Raises:
             CheckpointError: the file is damaged, or it is not that of such a buffer.

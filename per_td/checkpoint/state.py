@@ -29,7 +29,7 @@ _KEYS = {
     "generator",
 }
 _LATER_KEYS = {"ranks", "replayed", "mass", "epoch", "written_before"}
-"""What earlier states may lack."""
+"""Keys that earlier states may lack."""
 
 
 def check(state: Any) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def check(state: Any) -> dict[str, Any]:
 
 
 def _moved(values: Tensor, moves: list[Move], capacity: int) -> Tensor:
-    """What was kept for each slot, [n] or [S, n], in the slots of rings of another capacity."""
+    """Values of the slots, [n] or [S, n], moved to the slots of rings of another capacity."""
     if values.ndim == 1:
         return moves[0].applied(values)
     out = values.new_zeros(len(values), capacity)
@@ -61,7 +61,7 @@ def _moved(values: Tensor, moves: list[Move], capacity: int) -> Tensor:
 
 
 class Parts(NamedTuple):
-    """What a buffer holds that is saved.
+    """The parts of a buffer that are saved.
 
     Attributes:
         ring: transitions.
@@ -123,7 +123,7 @@ def example_of(state: dict[str, Any]) -> Leaves | None:
 
 
 def _moves(ring: RingStorage, state: dict[str, Any]) -> list[Move]:
-    """How the transitions of each ring move into the capacity of this one.
+    """The move of each ring's transitions into the capacity of `ring`.
 
     Raises:
         CheckpointError: the state is of another number of buffers.

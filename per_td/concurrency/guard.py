@@ -24,8 +24,8 @@ class Note:
     """
 
     def __init__(self, groups: int) -> None:
-        # whether the note counts; repairs so far; calls, one within the other, that hold the lock;
-        # whether one has begun that has not ended well; runs, and the counts after that
+        # 1 while the note counts; number of repairs; depth of nested calls that hold the lock;
+        # 1 from the begin of a call to its good end; runs; write counts
         self._groups = groups
         self._tensor = shared_zeros((_RUNS + 3 * groups,), torch.int64, torch.device("cpu"))
         self.page = self._tensor.numpy()
@@ -41,7 +41,7 @@ class Note:
 
     @property
     def runs(self) -> list[tuple[int, int]]:
-        """First slot and length, around the end, of what is written to each ring."""
+        """First slot and length of the write to each ring, around the end."""
         start, length = self.page[_RUNS : _RUNS + 2 * self._groups].reshape(-1, 2).T.tolist()
         return list(zip(start, length, strict=True))
 
@@ -90,7 +90,7 @@ class Guard:
 
     @property
     def repairs(self) -> int:
-        """How often something was repaired."""
+        """Number of repairs."""
         return int(self.note.page[_REPAIRS])
 
     def __enter__(self) -> None:

@@ -54,7 +54,7 @@ class Prefetcher:
             return work
 
     def drop(self) -> None:
-        """Forget what was drawn ahead; the thread ends, but is not waited for."""
+        """Drop the batches drawn ahead; the thread ends, but is not waited for."""
         with self._starting:
             if self._work is not None:
                 self._work.stop()
@@ -68,7 +68,7 @@ class Prefetcher:
 
 
 class _Work:
-    """What the thread and its owner have in common."""
+    """The state that the thread and its owner share."""
 
     def __init__(self, ahead: int) -> None:
         self.ended = threading.Event()
@@ -94,7 +94,7 @@ class _Work:
         self.ready.put(None)
 
     def is_running(self) -> bool:
-        """Whether the thread has not come to its end."""
+        """True until the thread has ended."""
         return self.thread is not None and self.thread.is_alive()
 
     def end(self) -> None:

@@ -47,10 +47,14 @@ class RingStorage:
     """
 
     epoch = 0
-    """Added to the generations in batches: they were counted otherwise before a state moved."""
+    """Offset of every generation handed out.
+
+    It grows when a state of another capacity is loaded, so that no generation from before that load
+    can match.
+    """
 
     written_before = 0
-    """Transitions that no longer count in `ring_count`, since then."""
+    """Transitions written before that load, which `ring_count` leaves out."""
 
     def __init__(
         self,
@@ -70,19 +74,19 @@ class RingStorage:
         self.starts = torch.arange(0, self.groups * capacity, capacity, device=self.home)
         self.starts = self.starts.unsqueeze(-1)
         self.record: Any = None
-        self._rows = self.groups * capacity + (groups is not None)  # one that takes what is masked
+        self._rows = self.groups * capacity + (groups is not None)  # a spare one for masked writes
         self._schema = Schema()
         self._block: Tensor | None = None
         self._leaves: Leaves = {}
         self.columns: Sequence[Tensor] = []
         self._bytes = 0
         self.written = self.kind.beside((self.groups,), torch.int64, device)
-        """How many transitions were ever written to each ring, int64 [S], on the device."""
+        """Number of transitions ever written to each ring, int64 [S], on the device."""
         self._ever = 0  # the same for a single ring, where no other process counts
         self._take_up()
 
     def _take_up(self) -> None:
-        """Make what is not sent to a process, nor copied."""
+        """Make the attributes that are neither sent to a process nor copied."""
         self._operations = kernels.operations(self.home)
         self._page = self.written.numpy() if self.written.is_cpu else None
         self.record = None
@@ -117,7 +121,7 @@ class RingStorage:
 
     @property
     def _one(self) -> int | None:
-        """How much was written to a single ring, if the host knows; torch.compile traces it."""
+        """Write count of a single ring, if the host knows it; torch.compile traces it."""
         if self.groups > 1 or not self._known:
             return None
         if self._page is not None and self.kind.storage == "shared":
@@ -136,12 +140,12 @@ class RingStorage:
 
     @property
     def write_count(self) -> int:
-        """How many transitions were ever written, to all rings."""
+        """Number of transitions ever written, to all rings."""
         one = self._one
         return (int(self.written.sum()) if one is None else one) + self.written_before
 
     def ring_count(self) -> Any:
-        """How many were, since the last change of capacity: an int, or int64 [S], a copy."""
+        """Number written since the last change of capacity: an int, or a copy, int64 [S]."""
         return self.written.clone() if self.lead else self._one
 
     def set_count(self, written: Tensor | int) -> None:
@@ -158,7 +162,10 @@ class RingStorage:
             self._page[:] = written
 
     def generation(self, index: Tensor) -> Tensor:
-        """How often a ring had wrapped when its slots `index` were written; -1 if they never were.
+        """Generations of the slots `index`, counted since the last change of capacity.
+
+        The generation is how often the ring had wrapped when the slot was written; -1 if it never
+        was.
 
         Args:
             index: int64 [B] or [S, B].
@@ -193,7 +200,7 @@ class RingStorage:
             right = column.shape == (self._rows, *field.shape) and column.dtype == field.dtype
             require(right, f"{named(key)} has memory for {self._rows} rows")
 
-    # --- what goes in -----------------------------------------------------------------------------
+    # --- writing -----------------------------------------------------------------------------
 
     def check(self, transitions: Any, *, batched: bool = True) -> tuple[Leaves, int]:
         """Check transitions [n] or [S, n], or one of each ring, [] or [S]; nothing is written.
@@ -260,7 +267,7 @@ class RingStorage:
         return torch.where(mask, place.remainder_(self.capacity), -1)
 
     def runs(self, n: int, mask: Tensor | None = None) -> tuple[Runs, Tensor | int]:
-        """Where the next `n` transitions of each ring go, and the counts after that.
+        """Runs of slots for the next `n` transitions of each ring, and the write counts after them.
 
         Returns:
             First slot and length for each ring, around the end; int64 [S], or a number for one.
@@ -286,8 +293,8 @@ class RingStorage:
             mask: bool [S, n], on the device; False leaves a transition out.
 
         Returns:
-            First slot and length of what was written to each ring, around the end; None where the
-            host does not know.
+            First slot and length of the write to each ring, around the end; None where the host
+            does not know them.
         """
         self.allocate(leaves)
         new = [leaves[key] for key in self._leaves]
@@ -323,7 +330,7 @@ class RingStorage:
         large = n * self.groups * self._bytes > layouts.SHARED_FROM and self.layout == "columns"
         return reference if large and torch.get_num_threads() > 1 else self._operations
 
-    # --- what comes out ---------------------------------------------------------------------------
+    # --- reading ---------------------------------------------------------------------------
 
     def _each(self, column: Tensor) -> Tensor:
         """The rows of each ring, a view [capacity, ...] or [S, capacity, ...]."""
