@@ -14,6 +14,7 @@ from torch import Tensor
 from per_td import diagnostics, validation
 from per_td.checkpoint import file as checkpoint
 from per_td.checkpoint import state as states
+from per_td.concurrency import forks
 from per_td.concurrency.guard import Guard, Note
 from per_td.concurrency.prefetch import Prefetcher
 from per_td.copies import Copied
@@ -21,6 +22,7 @@ from per_td.errors import (
     CheckpointError,
     ConfigurationError,
     EmptyBufferError,
+    PerTdError,
     PriorityError,
     SchemaError,
 )
@@ -252,8 +254,16 @@ class PrioritizedReplayBuffer(Copied):
         """Make the lock and the prefetcher, which are each object's own."""
         own: AbstractContextManager[Any] = threading.RLock() if self._threads else nullcontext()
         self._lock = own if self._guard is None else self._guard
+        if self._lock is own and self._threads:
+            forks.watch(self, own, PrioritizedReplayBuffer._after_fork)
         draw: Callable[[Self], TensorDict] = lambda buffer: buffer._sample_now(None)  # noqa: E731
         self._ahead = Prefetcher(self, draw, self._prefetch) if self._prefetch else None
+
+    def _after_fork(self) -> None:
+        """Make another lock and prefetcher in the child of a fork."""
+        if self._ahead is not None:
+            self._ahead.forget()
+        self._take_up()
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"_lock": None, "_ahead": None}
@@ -339,24 +349,39 @@ class PrioritizedReplayBuffer(Copied):
             return self._extend(leaves, n, priority, mask)
 
     def _extend(self, leaves: Leaves, n: int, priority: Any, mask: Any) -> Tensor:
-        ring, table = self._storage, self._priorities
+        ring = self._storage
         if mask is not None:
             mask = self._as_mask(mask, (*ring.lead, n))
         index = ring.next_slots(n, mask)
         if priority is not None:
-            priority = table.check_initial(priority, index, mask)
+            priority = self._priorities.check_initial(priority, index, mask)
         if self._guard is not None:
             self._guard.note.begin(*ring.runs(n, mask))
-        runs = ring.write(leaves, n, mask)
-        if priority is None and runs is not None:
-            table.write_runs(runs)
-            return index
-        kept = index
-        if mask is None and n > self.capacity:  # the last remain; of a slot the last holds anyway
-            kept = index[..., -self.capacity :]
-            priority = None if priority is None else priority[..., -self.capacity :]
-        table.write_new(kept, priority, mask)
+        before = ring.ring_count()
+        try:
+            self._write(leaves, n, index, priority, mask)
+        except PerTdError:  # ours come before any writing
+            raise
+        except BaseException:  # an interrupt, say: no transition may be without its priority
+            if self._guard is None and before is not None:
+                ring.set_count(before)
+                self._priorities.rebuild()
+                self._write(leaves, n, index, priority, mask)
+            raise
         return index
+
+    def _write(
+        self, leaves: Leaves, n: int, index: Tensor, priority: Tensor | None, mask: Tensor | None
+    ) -> None:
+        """Write checked transitions and their priorities; to do it again changes nothing."""
+        runs = self._storage.write(leaves, n, mask)
+        if priority is None and runs is not None:
+            self._priorities.write_runs(runs)
+            return
+        if mask is None and n > self.capacity:  # the last remain; of a slot the last holds anyway
+            index = index[..., -self.capacity :]
+            priority = None if priority is None else priority[..., -self.capacity :]
+        self._priorities.write_new(index, priority, mask)
 
     def _as_mask(self, mask: Any, shape: tuple[int, ...]) -> Tensor | None:
         if mask is None:
@@ -367,6 +392,26 @@ class PrioritizedReplayBuffer(Copied):
                 " that it is given; a mask goes with num_buffers"
             )
         return as_mask(mask, shape, self.device)
+
+    def empty(self) -> None:
+        """Forget all transitions; updates of batches drawn before are stale.
+
+        The memory, the keys, shapes and dtypes, the settings and the counters stay. The largest
+        priority ever starts anew.
+
+        Raises:
+            ConfigurationError: the buffer is shared: other processes would not know which
+                generations are stale.
+        """
+        if self._guard is not None:
+            raise ConfigurationError(
+                "empty: expected a buffer that is not shared, got one whose other processes would"
+                " not know which generations are stale"
+            )
+        with self._lock:
+            self._storage.empty()
+            self._priorities.empty()
+            self._drop_ahead()
 
     # --- drawing ----------------------------------------------------------------------------------
 
@@ -507,13 +552,17 @@ class PrioritizedReplayBuffer(Copied):
                 raise PriorityError(
                     "generation: expected that of the batch, which a shared buffer needs, got None"
                 )
-            stale = self._priorities.update(
-                index,
-                td_error,
-                written=ring.written,
-                generation=generation,
-                mask=None if mask is None else self._as_mask(mask, index.shape),
-            )
+            if mask is not None:
+                mask = self._as_mask(mask, index.shape)
+            try:
+                stale = self._priorities.update(
+                    index, td_error, written=ring.written, generation=generation, mask=mask
+                )
+            except PerTdError:  # ours come before any writing
+                raise
+            except BaseException:  # an interrupt, say
+                self._priorities.rebuild()
+                raise
             self._drop(stale)
 
     def update_tensordict_priority(self, batch: Any) -> None:
@@ -599,11 +648,17 @@ class PrioritizedReplayBuffer(Copied):
                 " processes would not know; the constructor takes it"
             )
         with self._lock:
-            if choice:
-                self._priorities.choose(**{name: value})
-                self._drop_ahead()
-            else:
-                setattr(self._priorities, name, value)
+            try:
+                if choice:
+                    self._priorities.choose(**{name: value})
+                    self._drop_ahead()
+                else:
+                    setattr(self._priorities, name, value)
+            except PerTdError:
+                raise
+            except BaseException:  # an interrupt, say
+                self._priorities.rebuild()
+                raise
 
     @property
     def batch_size(self) -> int | None:
@@ -720,10 +775,11 @@ class PrioritizedReplayBuffer(Copied):
     def transitions(self) -> TensorDict | None:
         """The filled slots [len], or all slots [S, capacity], in the buffer's memory.
 
-        A TensorDict; None before any data. Those of buffer s are filled up to `lengths[s]`.
+        A TensorDict to read, locked: it takes no other keys. None before any data. Those of buffer
+        s are filled up to `lengths[s]`.
         """
         data = self._storage.data
-        return None if data is None else data[self._storage.shown]
+        return None if data is None else data[self._storage.shown].lock_()
 
     def filled_leaves(self) -> Leaves:
         """The filled slots by key, [len, ...], in the buffer's memory."""

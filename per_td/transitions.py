@@ -255,6 +255,11 @@ class TransitionReplayBuffer(Copied):
             return drawn
         return torch.minimum(drawn, buffer.generation_of(index))
 
+    def empty(self) -> None:
+        """Forget all transitions; see `PrioritizedReplayBuffer.empty`."""
+        self.buffer.empty()
+        self._forget_draws()
+
     def increase_beta(self) -> None:
         """Add `beta_increment` to beta, up to 1; once per episode, as taught."""
         self.buffer.increase_beta()

@@ -8,6 +8,7 @@ counter tells.
 
 import math
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any, TypeGuard
 
@@ -50,6 +51,7 @@ __all__ = [
 _REFUSALS = (TypeError, ValueError, RuntimeError, OverflowError, AssertionError)
 """What torch, numpy and objects of all kinds raise when asked for what they are not."""
 
+_ROUNDING = 64 * 2.0**-52
 _MOST = 2**48
 """More transitions than any machine holds; their bytes can still be counted in 64 bits."""
 
@@ -163,6 +165,10 @@ def real(name: str, value: float | Tensor, low: float = 0.0, high: float = math.
         number = math.nan if isinstance(value, str | bytes) else float(value)
     except _REFUSALS:
         number = math.nan
+    if not low <= number <= high:  # a sum of steps may end a few roundings beyond a bound
+        for bound in (low, high):
+            if abs(number - bound) <= _ROUNDING * max(1.0, min(abs(bound), sys.float_info.max)):
+                number = bound
     if not (math.isfinite(number) and low <= number <= high):
         raise ConfigurationError(
             f"{name}: expected a finite number in [{low:g}, {high:g}], got {value!r}"

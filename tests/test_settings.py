@@ -283,3 +283,20 @@ def test_the_course_takes_the_papers_alpha_unless_told_another(prioritization, a
     assert TransitionReplayBuffer(10, **settings).alpha == alpha
     assert TransitionReplayBuffer(10, 0.5, **settings).alpha == 0.5
     assert TransitionReplayBuffer(10, alpha=0.6, **settings).alpha == 0.6
+
+
+def test_sums_of_steps_that_end_a_rounding_beyond_a_bound_are_that_bound():
+    beta = 0.1 + 100 * ((1.0 - 0.1) / 100)
+    assert beta > 1
+    for buffer in (PrioritizedReplayBuffer(10), TransitionReplayBuffer(10)):
+        buffer.beta = beta
+        assert buffer.beta == 1.0
+        buffer.alpha = 0.3 - 0.1 - 0.1 - 0.1
+        assert buffer.alpha == 0.0
+    assert PrioritizedReplayBuffer(10, beta=beta, eps=-1e-17).beta == 1.0
+    for wrong in (1.0 + 1e-9, float("nan"), float("inf")):
+        with pytest.raises(ConfigurationError, match=r"beta: expected a finite number in \[0, 1\]"):
+            PrioritizedReplayBuffer(10, beta=wrong)
+    for wrong in (-1e-9, float("inf")):
+        with pytest.raises(ConfigurationError, match=r"alpha: expected a finite number"):
+            PrioritizedReplayBuffer(10, alpha=wrong)

@@ -11,6 +11,7 @@ from per_td import validation
 from per_td.errors import CheckpointError, ConfigurationError
 from per_td.priorities.distributions import PRIORITIZATIONS
 from per_td.storage.leaves import flattened, named
+from per_td.storage.structure import Structure
 
 __all__ = ["check_values"]
 
@@ -40,6 +41,7 @@ def check_values(state: Mapping[str, Any]) -> None:
     for name in ("epoch", "written_before"):
         _count(name, state.get(name, 0), ())
     _transitions(state["transitions"], (*each, filled))
+    _structure(state.get("structure", "[]"), state["transitions"])
     if "replayed" in state:
         kept = (filled,) if many is None else None  # of many buffers, it means nothing
         _tensor("replayed", state["replayed"], kept, (torch.bool,))
@@ -69,6 +71,19 @@ def _settings(settings: Any) -> Mapping[str, Any]:
     except ConfigurationError as error:
         raise CheckpointError(f"settings: {error}") from error
     return settings
+
+
+def _structure(structure: Any, transitions: Any) -> None:
+    """Refuse nodes that cannot be those of the transitions."""
+    leaves = flattened(transitions)
+    try:
+        nodes = Structure.from_state(structure).nodes
+    except ValueError as error:
+        raise _wrong("structure", "JSON of nodes", str(error)) from error
+    for key in nodes:
+        for end in range(1, len(key) + 1):
+            if key[:end] in leaves:
+                raise _wrong("structure", f"no node at the tensor {named(key[:end])}", named(key))
 
 
 def _tensor(

@@ -31,7 +31,7 @@ from per_td.errors import CheckpointError
 
 __all__ = ["VERSION", "read", "require", "write"]
 
-VERSION = 2
+VERSION = 3
 _MAGIC = b"per_td\r\n"
 _ZIP = b"PK\x03\x04"  # what torch.save writes, version 1
 _PREFIX = struct.Struct("<8sIQII")

@@ -13,6 +13,7 @@ from per_td.priorities.table import PriorityTable
 from per_td.storage.leaves import Leaves, flattened, nested
 from per_td.storage.moves import Move
 from per_td.storage.ring import RingStorage
+from per_td.storage.structure import Structure
 
 FORMAT = "per_td.PrioritizedReplayBuffer"
 _KEYS = {
@@ -28,7 +29,7 @@ _KEYS = {
     "transitions",
     "generator",
 }
-_LATER_KEYS = {"ranks", "replayed", "mass", "epoch", "written_before"}
+_LATER_KEYS = {"ranks", "replayed", "mass", "epoch", "written_before", "structure"}
 """Keys that earlier states may lack."""
 
 
@@ -111,6 +112,7 @@ def state_of(parts: Parts, settings: dict[str, Any], *, copy: bool) -> dict[str,
         "replayed": table.replayed[: 0 if ring.lead else len(ring)].clone(),
         "ranks": own,
         "transitions": nested(transitions.items()),
+        "structure": ring.structure.state(),
         "generator": None if generator is None else generator.get_state(),
     }
 
@@ -156,7 +158,7 @@ def restore(parts: Parts, state: Any) -> None:
     if generator is not None and state["generator"] is not None:
         _continue(generator, state["generator"])
     try:
-        ring.restore(leaves, moves)
+        ring.restore(leaves, moves, Structure.from_state(state.get("structure", "[]")))
     except (AllocationError, DiskAllocationError):  # the last that may be refused
         if generator is not None and before is not None:
             generator.set_state(before)

@@ -60,6 +60,11 @@ class Prefetcher:
                 self._work.stop()
                 self._work = None
 
+    def forget(self) -> None:
+        """Forget the threads in the child of a fork, where they do not run."""
+        self._begun.clear()
+        self._work = None
+
     def close(self) -> None:
         """`drop`, and wait for the end of the thread."""
         with self._starting:

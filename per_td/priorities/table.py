@@ -379,6 +379,11 @@ class PriorityTable:
         table.refused.copy_(self.refused)
         return table
 
+    def empty(self) -> None:
+        """Set all priorities to 0, and the largest that there ever was."""
+        self.trees.ever_max.zero_()
+        self.fill(self.raw[..., :0])
+
     def fill(self, priority: Tensor, mass: Tensor | None = None) -> None:
         """Set the priorities of the first slots, and 0 for the others, in O(N).
 

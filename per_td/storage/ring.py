@@ -15,11 +15,12 @@ from per_td.errors import SchemaError
 from per_td.kernels import reference
 from per_td.kernels.reference import Runs
 from per_td.memory import Memory, allocating
-from per_td.storage import batches, layouts
+from per_td.storage import layouts
 from per_td.storage.layouts import Field
-from per_td.storage.leaves import Leaves, named, nested
+from per_td.storage.leaves import Leaves, named
 from per_td.storage.moves import Move
 from per_td.storage.schema import Schema
+from per_td.storage.structure import Structure
 
 __all__ = ["RingStorage", "as_mask"]
 
@@ -219,6 +220,8 @@ class RingStorage:
 
     def check_leaves(self, leaves: Leaves) -> tuple[Leaves, int]:
         """`check` for leaves [n, ...] or [S, n, ...] that are no TensorDict."""
+        if not self._leaves:
+            self._schema.structure = Structure()
         return self._schema.check_leaves(leaves, self.lead)
 
     def allocate(self, leaves: Leaves) -> None:
@@ -330,6 +333,13 @@ class RingStorage:
         large = n * self.groups * self._bytes > layouts.SHARED_FROM and self.layout == "columns"
         return reference if large and torch.get_num_threads() > 1 else self._operations
 
+    def empty(self) -> None:
+        """Forget all transitions; every generation handed out so far is stale."""
+        counts = self.written.tolist()
+        self.epoch += max(max(counts) - 1, 0) // self.capacity + 1
+        self.written_before += sum(counts)
+        self.set_count(0)
+
     # --- reading ---------------------------------------------------------------------------
 
     def _each(self, column: Tensor) -> Tensor:
@@ -342,11 +352,9 @@ class RingStorage:
         """All slots, a TensorDict [capacity] or [S, capacity] in this memory; None before any."""
         if not self._leaves:
             return None
-        return TensorDict(
-            nested((key, self._each(column)) for key, column in self._leaves.items()),
-            batch_size=[*self.lead, self.capacity],
-            device=self.home,
-        )
+        leaves = ((key, self._each(column)) for key, column in self._leaves.items())
+        size = torch.Size([*self.lead, self.capacity])
+        return self._schema.structure.assembled(leaves, {}, size, self.home)
 
     @property
     def shown(self) -> slice:
@@ -391,9 +399,8 @@ class RingStorage:
 
     def batch(self, rows: list[Tensor], **beside: Tensor) -> TensorDict:
         """A batch as users get it: rows in the order of the keys, and "index" and others beside."""
-        tree = nested(zip(self._leaves, rows, strict=True))
-        tree.update(beside)
-        return batches.make(tree, beside["index"].shape, self.device)
+        leaves, size = zip(self._leaves, rows, strict=True), beside["index"].shape
+        return self._schema.structure.assembled(leaves, beside, size, self.device)
 
     # --- states -----------------------------------------------------------------------------------
 
@@ -401,11 +408,18 @@ class RingStorage:
         """Raise SchemaError if `restore` will not take the leaves."""
         self.check_leaves(leaves)
 
-    def restore(self, leaves: Leaves, moves: list[Move]) -> None:
+    @property
+    def structure(self) -> Structure:
+        """The nested nodes of a transition, as the first data had them."""
+        return self._schema.structure
+
+    def restore(self, leaves: Leaves, moves: list[Move], structure: Structure) -> None:
         """Take over what `filled` gave, which may be nothing, as the move of each ring tells.
 
-        The leaves are such as `check_state` lets through.
+        The leaves are such as `check_state` lets through. A ring that has data keeps its structure.
         """
+        if leaves and not self._leaves:
+            self._schema.structure = structure
         if leaves:
             each = {key: leaf if self.lead else leaf.unsqueeze(0) for key, leaf in leaves.items()}
             self.allocate({key: leaf.flatten(0, 1) for key, leaf in each.items()})

@@ -15,6 +15,7 @@ from per_td.storage.leaves import (
     require_keys,
     require_tensors,
 )
+from per_td.storage.structure import Structure
 
 __all__ = ["RESERVED", "Schema"]
 
@@ -27,6 +28,7 @@ class Schema:
 
     def __init__(self) -> None:
         self.fields: dict[Key, Field] = {}
+        self.structure = Structure()
         self._usual: tuple[tuple[int, ...], list[torch.Size]] = (), []
 
     def fix(self, fields: list[Field]) -> None:
@@ -54,6 +56,8 @@ class Schema:
                 leaf is not a tensor, or the batch size is another one.
         """
         leaves = leaves_of(transitions)
+        if not self.fields:
+            self.structure = Structure.of(transitions, len(lead) + batched)
         size = getattr(transitions, "batch_size", None)  # a plain dict has none
         if size is not None:
             if len(size) != len(lead) + batched or size[: len(lead)] != lead:

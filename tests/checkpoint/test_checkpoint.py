@@ -70,7 +70,7 @@ def test_an_empty_buffer_can_be_saved(tmp_path):
 def test_a_state_holds_tensors_and_plain_values_only(tmp_path):
     torch.save(used(generator=torch.Generator()).state_dict(), tmp_path / "buffer.pt")
     state = torch.load(tmp_path / "buffer.pt", weights_only=True)
-    assert state["version"] == 2
+    assert state["version"] == 3
 
 
 def test_states_with_something_else_are_not_written(tmp_path):
@@ -84,8 +84,8 @@ def test_states_that_do_not_fit_change_nothing():
     state = buffer.state_dict()
     small = PrioritizedReplayBuffer(5)
     small.extend(data(0, 3))
-    for version in (3, 0, "1", None):
-        with pytest.raises(CheckpointError, match=f"version 1 to 2, got version {version!r}"):
+    for version in (4, 0, "1", None):
+        with pytest.raises(CheckpointError, match=f"version 1 to 3, got version {version!r}"):
             small.load_state_dict({**state, "version": version})
     for other, found in (
         ({**state, "format": "another"}, "'another'"),

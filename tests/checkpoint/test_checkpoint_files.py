@@ -110,7 +110,7 @@ def test_files_of_others_are_called_foreign_and_those_of_later_versions_later(tm
             PrioritizedReplayBuffer.load(path)
     prefix = whole[:8] + struct.pack("<I", 9) + whole[12:24]
     path.write_bytes(prefix + struct.pack("<I", zlib.crc32(prefix)) + whole[28:])
-    with pytest.raises(CheckpointError, match=r"version 9, made by a later .* versions up to 2"):
+    with pytest.raises(CheckpointError, match=r"version 9, made by a later .* versions up to 3"):
         PrioritizedReplayBuffer.load(path)
     checkpoint.write(path, {"weights": torch.zeros(2)})
     with pytest.raises(CheckpointError, match="expected the state of a PrioritizedReplayBuffer"):

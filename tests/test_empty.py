@@ -1,0 +1,100 @@
+"""Emptying a buffer: nothing is left to draw, and batches drawn before are stale."""
+
+import pytest
+import torch
+
+from per_td import (
+    ConfigurationError,
+    EmptyBufferError,
+    PrioritizedReplayBuffer,
+    TransitionReplayBuffer,
+    kernels,
+)
+from tests.support import processes
+
+
+@pytest.fixture(params=kernels.CHOICES)
+def choice(request, monkeypatch) -> str:
+    monkeypatch.setenv(kernels.VARIABLE, request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("lead", [(), (2,)], ids=["one", "many"])
+@pytest.mark.parametrize("written", [3, 10, 27])
+@pytest.mark.parametrize("setting", ["buffer_max", "ever_max", "rank"])
+def test_an_emptied_buffer_is_as_new_but_late_updates_are_stale(setting, written, lead, choice):
+    if lead and setting == "rank":
+        pytest.skip("ranks are kept for one buffer")
+    settings = {"prioritization": "rank"} if setting == "rank" else {"new_priority": setting}
+    buffer = PrioritizedReplayBuffer(10, 8, num_buffers=lead[0] if lead else None, **settings)
+    buffer.extend(make(0, lead, written))
+    batches = [buffer.sample()]
+    for _ in range(2):
+        index, generation = batches[-1]["index"], batches[-1]["generation"]
+        buffer.update_priority(index, torch.full(index.shape, 50.0), generation)
+        buffer.empty()
+        buffer.check_valid()
+        assert len(buffer) == 0
+        assert not buffer.priority.any()
+        with pytest.raises(EmptyBufferError):
+            buffer.sample()
+        buffer.extend(make(100, lead, 9))
+        assert (buffer.priority[..., :9] == 1.0).all()  # the largest of before is forgotten
+        stale = buffer.stats()["stale_updates"]
+        for late in batches:
+            slots = late["index"].clamp(max=8)
+            buffer.update_priority(slots, late["priority_weight"], late["generation"])
+        assert buffer.stats()["stale_updates"] == stale + index.numel() * len(batches)
+        assert (buffer.priority[..., :9] == 1.0).all()
+        batch = buffer.sample()
+        assert (batch["id"] >= 100).all()
+        batches.append(batch)
+        buffer.check_valid()
+    assert buffer.write_count == (lead[0] if lead else 1) * (written + 18)
+
+
+def make(first: int, lead: tuple[int, ...], n: int):
+    ids = torch.arange(first, first + n).expand(*lead, n)
+    return processes.transitions(ids.clone())
+
+
+def test_batches_drawn_ahead_are_dropped():
+    buffer = PrioritizedReplayBuffer(10, 8, prefetch=2)
+    buffer.extend(processes.transitions(range(10)))
+    buffer.sample()
+    buffer.empty()
+    with pytest.raises(EmptyBufferError):
+        buffer.sample()
+    buffer.extend(processes.transitions(range(50, 60)))
+    assert (buffer.sample()["id"] >= 50).all()
+    buffer.close()
+
+
+def test_an_emptied_buffer_is_saved_and_loaded(tmp_path):
+    buffer = PrioritizedReplayBuffer(10, 8)
+    buffer.extend(processes.transitions(range(27)))
+    old = buffer.sample()
+    buffer.empty()
+    buffer.extend(processes.transitions(range(10)))
+    buffer.save(tmp_path / "buffer.pt")
+    loaded = PrioritizedReplayBuffer.load(tmp_path / "buffer.pt")
+    loaded.update_priority(old["index"], torch.ones(8), old["generation"])
+    assert loaded.stats()["stale_updates"] == 8
+    assert loaded.write_count == 37
+
+
+def test_the_courses_buffer_is_emptied_too():
+    buffer = TransitionReplayBuffer(4)
+    for i in range(6):
+        buffer.push([float(i)], 0, 1.0, [0.0], False)
+    buffer.sample(3)
+    buffer.empty()
+    assert len(buffer) == 0
+    for i in range(4):
+        buffer.push([100.0 + i], 0, 1.0, [0.0], False)
+    assert (buffer.sample(20)[0] >= 100).all()
+
+
+def test_a_shared_buffer_says_why_it_cannot_be_emptied():
+    with pytest.raises(ConfigurationError, match="empty: expected a buffer that is not shared"):
+        processes.shared(10).empty()

@@ -1,0 +1,112 @@
+"""Ctrl-C in the middle of a call of a plain buffer: what is written has its priority."""
+
+import sys
+
+import pytest
+import torch
+
+from per_td import PrioritizedReplayBuffer, kernels
+from tests.support.processes import torn, transitions
+
+
+@pytest.fixture(params=kernels.CHOICES)
+def choice(request, monkeypatch) -> str:
+    monkeypatch.setenv(kernels.VARIABLE, request.param)
+    return request.param
+
+
+class InterruptAfter:
+    """Raises KeyboardInterrupt at the n-th line of per_td that runs, once."""
+
+    def __init__(self, lines: int):
+        self.left, self.raised = lines, False
+
+    def __call__(self, frame, event, arg):
+        if "per_td" not in frame.f_code.co_filename or "tests" in frame.f_code.co_filename:
+            return None
+        if event == "line" and not self.raised:
+            self.left -= 1
+            if self.left <= 0:
+                self.raised = True
+                raise KeyboardInterrupt
+        return self
+
+    def run(self, call) -> bool:
+        """True if `call` was interrupted."""
+        before = sys.gettrace()
+        sys.settrace(self)
+        try:
+            call()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(before)
+        return False
+
+
+def every_line(make, call, check, step=1):
+    """Interrupt `call(made)` at one line after the other, and `check` what is left."""
+    lines, found = 1, 0
+    while True:
+        made = make()
+        if not InterruptAfter(lines).run(lambda: call(made)):  # noqa: B023
+            assert found
+            return
+        check(made)
+        found += 1
+        lines += step
+
+
+@pytest.mark.parametrize("rated", [False, True])
+@pytest.mark.parametrize("layout", ["columns", "records"])
+@pytest.mark.parametrize("draw", ["proportional", "rank"])
+def test_an_interrupted_extend_has_written_all_or_nothing(draw, layout, rated, choice):
+    new = transitions(range(100, 106))
+    priority = torch.full((6,), 2.0) if rated else None
+
+    def make():
+        buffer = PrioritizedReplayBuffer(20, 8, layout=layout, prioritization=draw)
+        buffer.extend(transitions(range(17)))
+        return buffer
+
+    def check(buffer):
+        buffer.check_valid()
+        assert torn(buffer.transitions) == 0
+        done = buffer.write_count - 17
+        assert done in (0, 6)
+        assert len(buffer) == 17 + done // 2
+        assert (buffer.priority > 0).all()
+        ids = buffer.transitions["id"]
+        assert ((ids >= 100).sum() == 6) == (done == 6)
+
+    every_line(
+        make, lambda buffer: buffer.extend(new, priority), check, 1 if layout == "columns" else 5
+    )
+
+
+def test_an_interrupted_update_leaves_sums_that_follow_from_the_priorities(choice):
+    batch = torch.arange(8)
+
+    def make():
+        buffer = PrioritizedReplayBuffer(200, 8, weight_normalization="buffer")
+        buffer.extend(transitions(range(170)))
+        return buffer
+
+    def check(buffer):
+        buffer.check_valid()
+        assert (buffer.priority > 0).all()
+
+    every_line(make, lambda buffer: buffer.update_priority(batch, batch + 3.0), check)
+
+
+def test_an_interrupted_change_of_alpha_leaves_masses_that_follow_from_one(choice):
+    def make():
+        buffer = PrioritizedReplayBuffer(200, 8)
+        buffer.extend(transitions(range(170)), torch.linspace(0.5, 3.0, 170))
+        return buffer
+
+    def check(buffer):
+        buffer.check_valid()
+        assert buffer.alpha in (0.6, 0.25)
+
+    every_line(make, lambda buffer: setattr(buffer, "alpha", 0.25), check)
