@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -42,6 +43,8 @@ def _create(path: Path) -> tuple[Path, IO[bytes]]:
         raise IsADirectoryError(
             errno.EISDIR, "expected the name of a file, got a folder", str(path)
         )
+    if path.exists() and not path.is_file():  # a device, say, whose name nothing may take
+        raise OSError(errno.EINVAL, "expected the name of a file, got what is none", str(path))
     while True:
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_SUFFIX}")
         try:
@@ -73,15 +76,19 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write to, which becomes `path` at the end; after an error, `path` is as it was.
 
     It is written under another name in the same folder, brought to the disk, and renamed. Several
-    processes may do so at the same time: the last one to end wins.
+    processes may do so at the same time: the last one to end wins. The new file has the permissions
+    of the old one. A symbolic link stays, and the file that it leads to is replaced.
 
     Raises:
         OSError: it cannot be written.
     """
+    path = Path(os.path.realpath(path))
     _remove_leftovers(path)
     partial, file = _create(path)
     try:
         with file:
+            if path.exists():
+                partial.chmod(stat.S_IMODE(path.stat().st_mode))
             yield file
             file.flush()
             os.fsync(file.fileno())

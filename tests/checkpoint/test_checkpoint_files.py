@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import stat
 import struct
 import threading
 import time
@@ -380,3 +381,38 @@ def test_a_save_does_not_copy_the_transitions(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "_raw", watched)
     checkpoint.write(tmp_path / "x", {"x": torch.zeros(3_000_000)})
     assert max(largest) == checkpoint._CHUNK
+
+
+def test_a_save_keeps_the_permissions_of_the_file_that_it_replaces(tmp_path):
+    buffer, path = PrioritizedReplayBuffer(4), tmp_path / "buffer.pt"
+    buffer.extend(data(0, 3))
+    buffer.save(path)
+    for mode in (0o600, 0o640):
+        path.chmod(mode)
+        buffer.save(path)
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_save_through_a_link_replaces_what_it_leads_to(there, tmp_path):
+    buffer, link = PrioritizedReplayBuffer(4), tmp_path / "latest.pt"
+    (tmp_path / "runs").mkdir()
+    target = tmp_path / "runs" / "buffer.pt"
+    link.symlink_to(target)
+    if there:
+        buffer.save(target)
+    buffer.extend(data(0, 3))
+    buffer.save(link)
+    assert link.is_symlink()
+    assert not target.is_symlink()
+    assert len(PrioritizedReplayBuffer.load(target)) == 3
+    assert [file.name for file in tmp_path.iterdir() if "partial" in file.name] == []
+
+
+def test_a_save_to_what_is_no_file_is_refused(tmp_path):
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with pytest.raises(OSError, match="expected the name of a file") as refused:
+        PrioritizedReplayBuffer(4).save(fifo)
+    assert refused.value.filename == str(fifo)
+    assert stat.S_ISFIFO(fifo.stat().st_mode)
