@@ -200,6 +200,7 @@ class PrioritizedReplayBuffer(Copied):
             self._require_shareable(memory, prioritization, example)
             memory = Memory("shared")
         self._guard: Guard | None = None
+        self._changing = False
         self._ahead: Prefetcher | None = None
         self._threads = bool(threads or prefetch)
         self._prefetch = validation.integer("prefetch", prefetch, 0) if prefetch else 0
@@ -352,6 +353,7 @@ class PrioritizedReplayBuffer(Copied):
         ring = self._storage
         if mask is not None:
             mask = self._as_mask(mask, (*ring.lead, n))
+        self._require_rest()
         index = ring.next_slots(n, mask)
         if priority is not None:
             priority = self._priorities.check_initial(priority, index, mask)
@@ -359,6 +361,7 @@ class PrioritizedReplayBuffer(Copied):
             self._guard.note.begin(*ring.runs(n, mask))
         before = ring.ring_count()
         try:
+            self._changing = True
             self._write(leaves, n, index, priority, mask)
         except PerTdError:  # ours come before any writing
             raise
@@ -368,7 +371,17 @@ class PrioritizedReplayBuffer(Copied):
                 self._priorities.rebuild()
                 self._write(leaves, n, index, priority, mask)
             raise
+        finally:
+            self._changing = False
         return index
+
+    def _require_rest(self) -> None:
+        """Refuse a call in the middle of a change, where nothing fits together."""
+        if self._changing:
+            raise PerTdError(
+                "expected no call from within a call that changes the buffer, got one, such as from"
+                " a signal handler"
+            )
 
     def _write(
         self, leaves: Leaves, n: int, index: Tensor, priority: Tensor | None, mask: Tensor | None
@@ -409,6 +422,7 @@ class PrioritizedReplayBuffer(Copied):
                 " not know which generations are stale"
             )
         with self._lock:
+            self._require_rest()
             self._storage.empty()
             self._priorities.empty()
             self._drop_ahead()
@@ -468,6 +482,7 @@ class PrioritizedReplayBuffer(Copied):
     def _drawn(self, batch_size: int | None) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
         """Transitions drawn, a tensor per key, their slots, weights and generations."""
         n, ring, size = self._batch_size(batch_size), self._storage, None
+        self._require_rest()
         if not ring.lead:
             size = len(ring)
             if not size:
@@ -554,7 +569,9 @@ class PrioritizedReplayBuffer(Copied):
                 )
             if mask is not None:
                 mask = self._as_mask(mask, index.shape)
+            self._require_rest()
             try:
+                self._changing = True
                 stale = self._priorities.update(
                     index, td_error, written=ring.written, generation=generation, mask=mask
                 )
@@ -563,6 +580,8 @@ class PrioritizedReplayBuffer(Copied):
             except BaseException:  # an interrupt, say
                 self._priorities.rebuild()
                 raise
+            finally:
+                self._changing = False
             self._drop(stale)
 
     def update_tensordict_priority(self, batch: Any) -> None:
@@ -648,7 +667,9 @@ class PrioritizedReplayBuffer(Copied):
                 " processes would not know; the constructor takes it"
             )
         with self._lock:
+            self._require_rest()
             try:
+                self._changing = True
                 if choice:
                     self._priorities.choose(**{name: value})
                     self._drop_ahead()
@@ -659,6 +680,8 @@ class PrioritizedReplayBuffer(Copied):
             except BaseException:  # an interrupt, say
                 self._priorities.rebuild()
                 raise
+            finally:
+                self._changing = False
 
     @property
     def batch_size(self) -> int | None:
@@ -896,6 +919,7 @@ class PrioritizedReplayBuffer(Copied):
         """
         checked = states.check(state)
         with self._lock:
+            self._require_rest()
             if self._guard is not None:
                 self._begin_load(checked, self._guard.note)
             states.restore(self._parts, checked)

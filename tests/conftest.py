@@ -17,6 +17,9 @@ def pytest_addoption(parser) -> None:
         action="store_true",
         help="run all tests of CUDA on the CPU too, by Triton's interpreter; else most are slow",
     )
+    parser.addoption(
+        "--stress", type=float, default=60.0, help="seconds that the stress test takes in all"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at the markers

@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from per_td import PrioritizedReplayBuffer, kernels
+from per_td import PerTdError, PrioritizedReplayBuffer, kernels
 from tests.support.processes import torn, transitions
 
 
@@ -110,3 +110,33 @@ def test_an_interrupted_change_of_alpha_leaves_masses_that_follow_from_one(choic
         assert buffer.alpha in (0.6, 0.25)
 
     every_line(make, lambda buffer: setattr(buffer, "alpha", 0.25), check)
+
+
+def test_a_call_from_within_a_change_is_refused_and_the_change_goes_on(choice, monkeypatch):
+    buffer, refused = PrioritizedReplayBuffer(20, 8), []
+    buffer.extend(transitions(range(10)))
+    inner = {
+        "extend": lambda: buffer.extend(transitions(range(3))),
+        "sample": buffer.sample,
+        "update": lambda: buffer.update_priority([0], [1.0]),
+        "alpha": lambda: setattr(buffer, "alpha", 0.1),
+        "empty": buffer.empty,
+        "load": lambda: buffer.load_state_dict(state),
+    }
+    state, write = buffer.state_dict(), PrioritizedReplayBuffer._write
+
+    def interrupted(self, *args):
+        for name, call in inner.items():
+            with pytest.raises(PerTdError, match="from within a call that changes the buffer"):
+                call()
+            refused.append(name)
+        write(self, *args)
+
+    monkeypatch.setattr(PrioritizedReplayBuffer, "_write", interrupted)
+    buffer.extend(transitions(range(100, 104)))
+    assert refused == list(inner)
+    monkeypatch.undo()
+    assert buffer.transitions["id"].tolist() == [*range(10), *range(100, 104)]
+    for call in inner.values():
+        call()
+    buffer.check_valid()

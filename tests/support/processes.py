@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+import traceback
 from contextlib import contextmanager
 from multiprocessing import context
 from multiprocessing.reduction import ForkingPickler
@@ -113,14 +114,16 @@ def handed_over(thing):
 
 
 def forked(function, *args) -> int:
-    """Run it in a fork of this process; its process id."""
+    """Run it in a fork of this process, which ends with 1 after an error; its process id."""
     process = os.fork()
     if process:
         return process
     try:
         function(*args)
-    finally:
-        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
 
 
 def kill(process, after=0.0) -> None:
