@@ -12,8 +12,6 @@ from torch import Tensor
 
 from per_td.weights import importance_weights
 
-__all__ = ["QUANTILES", "ages", "masses", "measure", "priorities", "weights"]
-
 QUANTILES = {"min": 0.0, "q01": 0.01, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q99": 0.99, "max": 1.0}
 """The last parts of the keys, and which quantiles they name."""
 

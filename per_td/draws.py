@@ -5,16 +5,6 @@ from torch import Tensor
 
 from per_td.errors import ConfigurationError, EmptyBufferError
 
-__all__ = [
-    "DRAWS",
-    "METHODS",
-    "MULTINOMIAL_LIMIT",
-    "check_method",
-    "multinomial",
-    "resolve_method",
-    "uniform_like",
-]
-
 DRAWS = ("independent", "stratified", "without_replacement")
 METHODS = ("auto", "multinomial", "tree")
 
@@ -36,10 +26,7 @@ MULTINOMIAL_LIMIT = 2**24
 #   without replacement: tree       334      554      611       607       952       2,176
 #   without replacement: multin.     75      312      511       693     2,142      51,184
 # On CUDA torch.multinomial stops the host when drawing without replacement; the tree never does.
-MULTINOMIAL_UP_TO = {
-    ("cpu", "independent"): 100_000,
-    ("cpu", "without_replacement"): 20_000,
-}
+MULTINOMIAL_UP_TO = {("cpu", "independent"): 100_000, ("cpu", "without_replacement"): 20_000}
 COMPILED_UP_TO = {("cpu", "without_replacement"): 20_000}
 
 

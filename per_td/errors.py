@@ -1,18 +1,5 @@
 """Every error that per_td raises on purpose, all derived from `PerTdError`; and its warning."""
 
-__all__ = [
-    "AllocationError",
-    "CheckpointError",
-    "ConfigurationError",
-    "DiskAllocationError",
-    "EmptyBufferError",
-    "IndexRangeError",
-    "KernelWarning",
-    "PerTdError",
-    "PriorityError",
-    "SchemaError",
-]
-
 
 class PerTdError(Exception):
     """Root of all errors raised by per_td."""

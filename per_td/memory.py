@@ -19,17 +19,6 @@ from torch import Tensor
 
 from per_td.errors import AllocationError, ConfigurationError, DiskAllocationError, PerTdError
 
-__all__ = [
-    "STORAGES",
-    "Memory",
-    "Zeros",
-    "allocating",
-    "has_memory",
-    "mapped_zeros",
-    "shared_zeros",
-    "zeros",
-]
-
 Zeros = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
 """Makes memory filled with 0: shape, dtype and device."""
 

@@ -24,29 +24,6 @@ from per_td.errors import (
 )
 from per_td.memory import has_memory
 
-__all__ = [
-    "as_generator",
-    "as_index",
-    "as_reals",
-    "as_tensor",
-    "as_values",
-    "can_raise",
-    "fixed",
-    "integer",
-    "one_of",
-    "plain_rows",
-    "positive_int",
-    "real",
-    "require_finite",
-    "require_memory",
-    "require_plain",
-    "require_same_shape",
-    "require_slots",
-    "resolve_device",
-    "to_device",
-]
-
-
 _REFUSALS = (TypeError, ValueError, RuntimeError, OverflowError, AssertionError)
 """What torch, numpy and objects of all kinds raise when asked for what they are not."""
 
@@ -178,9 +155,7 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
 
 
 def fixed(
-    name: str,
-    read: Callable[[Any], Any] | None = None,
-    instead: str = "the constructor takes it",
+    name: str, read: Callable[[Any], Any] | None = None, instead: str = "the constructor takes it"
 ) -> Any:
     """A property that cannot be set: a ConfigurationError says what to do `instead`.
 
@@ -370,10 +345,7 @@ def require_finite(
 
 
 def require_slots(
-    slot: Tensor,
-    size: Tensor | int,
-    wanted: Tensor | None = None,
-    what: str = "the filled slots",
+    slot: Tensor, size: Tensor | int, wanted: Tensor | None = None, what: str = "the filled slots"
 ) -> Tensor:
     """Find which of the slots [S, B] lie in [0, size), bool [S, B].
 

@@ -6,8 +6,6 @@ References are to Schaul et al. 2015, "Prioritized Experience Replay", arXiv 151
 import torch
 from torch import Tensor
 
-__all__ = ["NORMALIZATIONS", "importance_weights", "mass_of", "priority_of"]
-
 NORMALIZATIONS = ("batch", "buffer", "none")
 
 _SMALLEST = torch.finfo(torch.float32).tiny

@@ -13,8 +13,6 @@ try:
 except ImportError:  # Windows, where a file that is open cannot be removed: no lock is needed
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["replacing"]
-
 _SUFFIX = ".partial"
 
 

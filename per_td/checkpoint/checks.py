@@ -12,8 +12,6 @@ from per_td.errors import CheckpointError, ConfigurationError
 from per_td.priorities.distributions import PRIORITIZATIONS
 from per_td.storage.leaves import flattened, named
 
-__all__ = ["check_values"]
-
 
 def check_values(state: Mapping[str, Any]) -> None:
     """Refuse a state whose parts have wrong types, shapes or values.

@@ -29,8 +29,6 @@ from torch import Tensor
 from per_td.checkpoint.atomic import replacing
 from per_td.errors import CheckpointError
 
-__all__ = ["VERSION", "read", "require", "write"]
-
 VERSION = 2
 _MAGIC = b"per_td\r\n"
 _ZIP = b"PK\x03\x04"  # what torch.save writes, version 1

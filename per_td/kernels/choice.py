@@ -4,8 +4,6 @@ import os
 
 from per_td.errors import ConfigurationError
 
-__all__ = ["CHOICES", "VARIABLE", "allowed", "checked"]
-
 VARIABLE = "PER_TD_KERNELS"
 CHOICES = ("auto", "off")
 _FOR_TESTS = "checked"

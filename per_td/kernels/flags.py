@@ -1,23 +1,5 @@
 """Small numbers that kernels and their callers agree on."""
 
-__all__ = [
-    "ADD_EPS",
-    "ALPHA",
-    "ALPHA_EXPONENT",
-    "BY_BUFFER",
-    "BY_SIZE",
-    "EPS",
-    "EVER_MAX",
-    "GENERATION",
-    "MASK",
-    "MINIMA",
-    "NEW",
-    "SQUARED",
-    "STAMPS",
-    "STRATIFIED",
-    "VALUE",
-]
-
 ALPHA, EPS, ALPHA_EXPONENT, MINIMA = range(4)
 """Places in a table's settings, float64 [4]: alpha, eps, the exponent of whatever masses are powers
 of, and 1 if the smallest masses are kept up to date."""

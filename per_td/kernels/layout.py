@@ -20,8 +20,6 @@ from torch import Tensor
 from per_td.errors import PerTdError
 from per_td.memory import Zeros
 
-__all__ = ["FANOUT", "Block", "Layout"]
-
 FANOUT = 16
 
 _ALIGNMENT = 64  # 16 leaves of a tree lie in one cache line

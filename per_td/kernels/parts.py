@@ -8,8 +8,6 @@ from torch import Tensor
 
 from per_td.kernels.layout import Block, Layout
 
-__all__ = ["Distribution", "Rows", "Trees"]
-
 
 class Trees(Protocol):
     """S trees in a block of memory; see `per_td.tree.Trees`."""

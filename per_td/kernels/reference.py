@@ -398,12 +398,7 @@ def mark_replayed(trees: Trees, index: Tensor) -> None:
 
 
 def weigh(
-    trees: Trees,
-    mass: Tensor,
-    *,
-    beta: Tensor | float,
-    normalization: str,
-    written: Tensor | int,
+    trees: Trees, mass: Tensor, *, beta: Tensor | float, normalization: str, written: Tensor | int
 ) -> Tensor:
     """Importance-sampling weights of what was drawn.
 
@@ -564,12 +559,7 @@ def draw_rows(
         The rows, slots, weights and generations of all draws; None if a tree has only masses of 0.
     """
     drawn = draw(
-        trees,
-        point,
-        stratified=stratified,
-        beta=beta,
-        normalization=normalization,
-        written=written,
+        trees, point, stratified=stratified, beta=beta, normalization=normalization, written=written
     )
     if drawn is None:
         return None

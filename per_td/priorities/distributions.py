@@ -18,8 +18,6 @@ from per_td.kernels.flags import ALPHA_EXPONENT
 from per_td.tree.trees import Trees
 from per_td.weights import mass_of
 
-__all__ = ["PRIORITIZATIONS", "Distribution", "Proportional", "Rank", "make", "order_of"]
-
 _SMALLEST_INTERVAL = 256
 """Changes between two sorts, at least, by default: fewer are not worth a sort of a young buffer."""
 

@@ -8,8 +8,6 @@ from per_td.errors import EmptyBufferError
 from per_td.priorities.table import PriorityTable
 from per_td.storage.ring import RingStorage
 
-__all__ = ["sample_rows", "sample_weighted"]
-
 
 def sample_weighted(
     table: PriorityTable,

@@ -15,8 +15,6 @@ from per_td.priorities import distributions
 from per_td.tree.trees import Trees
 from per_td.weights import NORMALIZATIONS
 
-__all__ = ["NEW_PRIORITIES", "PriorityTable"]
-
 NEW_PRIORITIES = ("buffer_max", "ever_max")
 
 

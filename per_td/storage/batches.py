@@ -5,8 +5,6 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 
-__all__ = ["make"]
-
 
 def make(tree: dict[str, Any], batch_size: torch.Size, device: torch.device | None) -> TensorDict:
     """A TensorDict of tensors [*batch_size, ...] on `device`, nested in any way.

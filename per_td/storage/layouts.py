@@ -10,16 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = [
-    "LAYOUTS",
-    "RECORDS_UP_TO",
-    "SHARED_FROM",
-    "Field",
-    "bytes_of",
-    "resolve_layout",
-    "views_of",
-]
-
 LAYOUTS = ("auto", "columns", "records")
 
 # layout="auto" takes records, on the CPU with compiled kernels, up to this many bytes each: beyond

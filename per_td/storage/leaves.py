@@ -16,19 +16,6 @@ from torch import Tensor
 from per_td import validation
 from per_td.errors import SchemaError
 
-__all__ = [
-    "Key",
-    "Leaves",
-    "count",
-    "entries_of",
-    "flattened",
-    "leaves_of",
-    "named",
-    "nested",
-    "require_keys",
-    "require_tensors",
-]
-
 Key = tuple[str, ...]
 Leaves = dict[Key, Tensor]
 

@@ -5,8 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Move"]
-
 
 class Move(NamedTuple):
     """Where the transitions of one ring go: the newest that fit stay, the oldest of them first.

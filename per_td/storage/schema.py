@@ -7,16 +7,7 @@ import torch
 from per_td import validation
 from per_td.errors import SchemaError
 from per_td.storage.layouts import Field
-from per_td.storage.leaves import (
-    Key,
-    Leaves,
-    leaves_of,
-    named,
-    require_keys,
-    require_tensors,
-)
-
-__all__ = ["RESERVED", "Schema"]
+from per_td.storage.leaves import Key, Leaves, leaves_of, named, require_keys, require_tensors
 
 RESERVED = ("index", "priority_weight", "generation")
 """Keys that sampling adds; transitions may not bring their own."""

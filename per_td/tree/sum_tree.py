@@ -11,8 +11,6 @@ from per_td.errors import EmptyBufferError, IndexRangeError, PriorityError
 from per_td.kernels.layout import Layout
 from per_td.tree.trees import Trees
 
-__all__ = ["SumTree"]
-
 
 class SumTree(Copied):
     """A fixed number of non-negative masses from which one draws in proportion to mass.
@@ -179,11 +177,7 @@ class SumTree(Copied):
         return found
 
     def sample(
-        self,
-        n: int,
-        generator: torch.Generator | None = None,
-        *,
-        draw: str = "independent",
+        self, n: int, generator: torch.Generator | None = None, *, draw: str = "independent"
     ) -> Tensor:
         """Draw slots in proportion to their masses.
 

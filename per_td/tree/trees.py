@@ -13,8 +13,6 @@ from per_td.kernels.flags import MINIMA
 from per_td.kernels.layout import Block, Layout
 from per_td.memory import Zeros, zeros
 
-__all__ = ["Trees"]
-
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 _NO_EXTREMES: Shapes = {

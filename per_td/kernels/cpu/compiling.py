@@ -18,8 +18,6 @@ from numba import njit
 
 from per_td.kernels.choice import checked
 
-__all__ = ["CHECKED", "kernel", "part"]
-
 CHECKED = checked()
 """Compile with bounds checks, for tests; several times slower."""
 

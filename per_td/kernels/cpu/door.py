@@ -383,14 +383,7 @@ def draw_rows(
     ever, _kept = _numbers(written, groups)
     options = _NORMALIZATIONS[normalization] | (stratified and STRATIFIED)
     empty = draws.draw_rows(
-        _trees_record(trees),
-        record.address,
-        at,
-        n,
-        float(beta),
-        ever,
-        to.buffer_info()[0],
-        options,
+        _trees_record(trees), record.address, at, n, float(beta), ever, to.buffer_info()[0], options
     )
     if empty:
         return None

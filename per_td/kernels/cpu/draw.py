@@ -15,8 +15,6 @@ from per_td.kernels.cpu.rows import gather
 from per_td.kernels.cpu.vector import count_f32, count_f64
 from per_td.kernels.flags import BY_BUFFER, BY_SIZE, GENERATION, STRATIFIED
 
-__all__ = ["draw", "draw_rows", "find"]
-
 
 @part()
 def _search(children: Any, target: float) -> tuple[int, float]:
@@ -205,14 +203,7 @@ def draw(
 
 @kernel("int64(int64, int64, int64, int64, float64, int64, int64, int64)")
 def draw_rows(
-    record: int,
-    rows: int,
-    point: int,
-    n: int,
-    beta: float,
-    written: int,
-    to: int,
-    options: int,
+    record: int, rows: int, point: int, n: int, beta: float, written: int, to: int, options: int
 ) -> int:
     """`draw` slots, and copy their rows.
 

@@ -16,19 +16,6 @@ from numba.extending import intrinsic
 
 from per_td.kernels.cpu.compiling import CHECKED, part
 
-__all__ = [
-    "copy",
-    "doubles",
-    "flags",
-    "floats",
-    "group",
-    "integers",
-    "pick",
-    "pointer",
-    "prefetch",
-    "spread",
-]
-
 _BYTE_POINTER = ir.IntType(8).as_pointer()
 
 

@@ -15,8 +15,6 @@ from numba.extending import intrinsic
 
 from per_td.kernels.cpu.compiling import part
 
-__all__ = ["power"]
-
 _ROOT = int(np.float64(math.sqrt(0.5)).view(np.int64))
 _ROUND = 1.5 * 2**52  # added to a float64, it rounds to whole numbers, found in the lowest bits
 _ROUND_BITS = int(np.float64(_ROUND).view(np.int64))

@@ -11,8 +11,6 @@ from numba import carray
 from per_td.kernels.cpu.compiling import part
 from per_td.kernels.cpu.memory import pointer
 
-__all__ = ["ROWS", "TREES", "fields_of", "levels_of", "rows_at", "trees_at"]
-
 
 def _numbers(*names: str) -> "np.dtype[Any]":
     return np.dtype([(name, np.int64) for name in names])

@@ -13,8 +13,6 @@ from per_td.kernels.cpu.memory import copy, flags, integers, pick, prefetch, spr
 from per_td.kernels.cpu.records import fields_of, rows_at
 from per_td.kernels.flags import GENERATION, MASK, STAMPS
 
-__all__ = ["gather", "write"]
-
 _AHEAD = 256
 
 
@@ -81,14 +79,7 @@ def _write_run(fields: Any, source: Any, origin: int, base: int, run: Any, slots
 
 @kernel("boolean(int64, int64, int64, int64, int64, int64, int64, int64)")
 def write(
-    record: int,
-    source: int,
-    n: int,
-    runs: int,
-    mask: int,
-    stamps: int,
-    index: int,
-    options: int,
+    record: int, source: int, n: int, runs: int, mask: int, stamps: int, index: int, options: int
 ) -> bool:
     """Copy `n` rows for each group into the ring: the last of them that fit into its run of slots.
 

@@ -9,14 +9,7 @@ from typing import Any
 import numpy as np
 
 from per_td.kernels.cpu.compiling import kernel, part
-from per_td.kernels.cpu.memory import (
-    doubles,
-    flags,
-    floats,
-    group,
-    integers,
-    prefetch,
-)
+from per_td.kernels.cpu.memory import doubles, flags, floats, group, integers, prefetch
 from per_td.kernels.cpu.power import power
 from per_td.kernels.cpu.records import levels_of, trees_at
 from per_td.kernels.cpu.vector import max_f32, min_positive_f32, sum_f32, sum_f64
@@ -33,8 +26,6 @@ from per_td.kernels.flags import (
     STAMPS,
     VALUE,
 )
-
-__all__ = ["assign", "assign_new", "refill", "set_masses"]
 
 _TINY = float(np.finfo(np.float32).tiny)
 _HUGE = float(np.finfo(np.float32).max)

@@ -11,8 +11,6 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["count_f32", "count_f64", "max_f32", "min_positive_f32", "sum_f32", "sum_f64"]
-
 _WIDTH = 16
 _INT = ir.IntType(32)
 _DOUBLE, _FLOAT = ir.DoubleType(), ir.FloatType()

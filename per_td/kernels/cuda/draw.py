@@ -9,8 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["draw", "find", "weigh"]
-
 POINTS = 32  # that one program walks down together: 512 children at a time
 FLAT = 256  # elements that one program works on where they are independent
 

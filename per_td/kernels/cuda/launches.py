@@ -226,12 +226,7 @@ def draw_rows(
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor] | None:
     """As `reference.draw_rows`."""
     drawn = draw(
-        trees,
-        point,
-        stratified=stratified,
-        beta=beta,
-        normalization=normalization,
-        written=written,
+        trees, point, stratified=stratified, beta=beta, normalization=normalization, written=written
     )
     if drawn is None:
         return None
@@ -240,12 +235,7 @@ def draw_rows(
 
 
 def weigh(
-    trees: Trees,
-    mass: Tensor,
-    *,
-    beta: Tensor | float,
-    normalization: str,
-    written: Tensor | int,
+    trees: Trees, mass: Tensor, *, beta: Tensor | float, normalization: str, written: Tensor | int
 ) -> Tensor:
     """As `reference.weigh`."""
     if trees.layout.groups > 1 or not isinstance(beta, Tensor):

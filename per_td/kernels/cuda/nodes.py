@@ -13,8 +13,6 @@ from torch import Tensor
 
 from per_td.kernels.layout import FANOUT, Layout
 
-__all__ = ["Kinds", "refresh"]
-
 NODES = 32  # nodes of one program, of 16 children each
 TOP = FANOUT**2  # nodes of the widest level that one program recomputes together with those above
 
@@ -106,16 +104,7 @@ def _refresh_top(children, start, nodes, offset, width, KIND: tl.constexpr, LEVE
 
 @triton.jit(do_not_specialize=["start", "offset", "width"])
 def _top(
-    masses,
-    sums,
-    values,
-    maxima,
-    positive,
-    minima,
-    start,
-    offset,
-    width,
-    LEVELS: tl.constexpr,
+    masses, sums, values, maxima, positive, minima, start, offset, width, LEVELS: tl.constexpr
 ):
     """Recompute the last levels of each tree, in one program; see `_level`."""
     _refresh_top(masses, start, sums, offset, width, _SUM, LEVELS)

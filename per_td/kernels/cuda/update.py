@@ -16,8 +16,6 @@ from torch import Tensor
 
 from per_td.kernels.cuda.nodes import Kinds, refresh
 
-__all__ = ["assign", "put"]
-
 FLAT = 256  # updates of one program where they are independent
 
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
