@@ -1,4 +1,4 @@
-"""Whether a saved state is consistent: looked at before any of it is taken over."""
+"""Checks of a saved state, before any of it is loaded."""
 
 import math
 from collections.abc import Mapping
@@ -14,13 +14,10 @@ from per_td.storage.leaves import flattened, named
 
 
 def check_values(state: Mapping[str, Any]) -> None:
-    """Refuse a state whose parts have wrong types, shapes or values.
-
-    Args:
-        state: with the keys that `states.check` asks for.
+    """Check types, shapes and values of a state that has all keys.
 
     Raises:
-        CheckpointError: a part is not as `state_dict` makes it; it says which.
+        CheckpointError: a part is wrong; the error names it.
     """
     settings = _settings(state["settings"])
     capacity, many = settings["capacity"], settings.get("num_buffers")
@@ -39,7 +36,7 @@ def check_values(state: Mapping[str, Any]) -> None:
         _count(name, state.get(name, 0), ())
     _transitions(state["transitions"], (*each, filled))
     if "replayed" in state:
-        kept = (filled,) if many is None else None  # of many buffers, it means nothing
+        kept = (filled,) if many is None else None  # unused with many buffers
         _tensor("replayed", state["replayed"], kept, (torch.bool,))
     if state.get("ranks") is not None:
         _ranks(state["ranks"], filled)
