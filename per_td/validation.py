@@ -35,6 +35,10 @@ def can_raise(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def _probe(device: torch.device | str | int | None, dtype: torch.dtype) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=device)
+
+
 def resolve_device(device: torch.device | str | int | None, *, sums: bool = True) -> torch.device:
     """Find a device as tensors report it: `cuda` becomes `cuda:0`; None is torch's default device.
 
@@ -46,7 +50,7 @@ def resolve_device(device: torch.device | str | int | None, *, sums: bool = True
         ConfigurationError: there is no such device, it is "meta", or it lacks float64.
     """
     try:
-        found = torch.empty(0, dtype=torch.uint8, device=device).device
+        found = _probe(device, torch.uint8).device
     except _REFUSALS as error:
         reason = str(error).partition("\n")[0]
         if str(device).startswith("cuda"):
@@ -61,7 +65,7 @@ def resolve_device(device: torch.device | str | int | None, *, sums: bool = True
         raise ConfigurationError("device: expected one that holds values, got meta")
     if sums:
         try:
-            torch.empty(0, dtype=torch.float64, device=found)
+            _probe(found, torch.float64)
         except _REFUSALS as error:
             raise ConfigurationError(
                 f"device: expected one with float64, in which masses are summed, got '{found}':"
@@ -236,10 +240,8 @@ def as_index(
     Raises:
         IndexRangeError: the dtype or shape is wrong; it names the argument `name`.
     """
-    if (
-        _is_plain(index, torch.int64, device)
-        and index.ndim == 1 + len(lead)
-        and (not lead or index.shape[:1] == lead)
+    if _is_plain(index, torch.int64, device) and (
+        index.ndim == 1 + len(lead) and (not lead or index.shape[:1] == lead)
     ):
         return index
     index = as_tensor(name, index, IndexRangeError)
@@ -247,13 +249,11 @@ def as_index(
         if index.numel():
             raise IndexRangeError(f"{name}: expected an integer dtype, got {index.dtype}")
         index = index.long()
-    if lead:
-        if index.ndim != 2 or index.shape[:1] != lead:
-            raise IndexRangeError(f"{name}: expected shape [{lead[0]}, B], got {[*index.shape]}")
-        return to_device(index, device).long()
-    if index.ndim > 1:
-        raise IndexRangeError(f"{name}: expected shape [B], got {list(index.shape)}")
-    return to_device(index.reshape(-1), device).long()
+    index = index if lead or index.ndim else index.reshape(1)
+    if index.ndim != 1 + len(lead) or index.shape[:-1] != lead:
+        expected = shaped(*lead, "B")
+        raise IndexRangeError(f"{name}: expected shape {expected}, got {[*index.shape]}")
+    return to_device(index, device).long()
 
 
 def as_reals(name: str, values: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -273,6 +273,11 @@ def require_valid(holds: Tensor | bool, invariant: str) -> None:
     """Raise PerTdError with the `invariant` unless it holds; for `check_valid`."""
     if not holds:
         raise PerTdError(f"broken invariant: {invariant}")
+
+
+def shaped(*sizes: object) -> str:
+    """Format a shape with names for open sizes, such as [3, B]."""
+    return f"[{', '.join(map(str, sizes))}]"
 
 
 def require_same_shape(name: str, values: Tensor, index: Tensor) -> None:

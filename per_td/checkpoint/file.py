@@ -334,22 +334,20 @@ def read(path: str | os.PathLike[str], expected: str | None = None) -> Any:
             has another format.
         FileNotFoundError: there is no such file.
     """
-    state = _read(path)
-    if expected is not None:
-        require(expected, state, path)
-    return state
-
-
-def _read(path: str | os.PathLike[str]) -> Any:
     with open(path, "rb") as file:
-        if file.read(len(_ZIP)) == _ZIP:
-            return _read_first_version(path)
+        first = file.read(len(_ZIP)) == _ZIP
         if not os.fstat(file.fileno()).st_size:
             raise CheckpointError(
                 f"{os.fspath(path)}: expected a saved buffer, got a truncated file of 0 bytes"
             )
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    with suppress(AttributeError):  # not on every system
-        data.madvise(mmap.MADV_SEQUENTIAL)
-    found = _File(os.fspath(path), data)
-    return found.restored(found.described)
+        data = None if first else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if data is None:
+        state = _read_first_version(path)
+    else:
+        with suppress(AttributeError):  # not on every system
+            data.madvise(mmap.MADV_SEQUENTIAL)
+        found = _File(os.fspath(path), data)
+        state = found.restored(found.described)
+    if expected is not None:
+        require(expected, state, path)
+    return state

@@ -16,6 +16,19 @@ from per_td.tree.trees import Trees
 from per_td.weights import NORMALIZATIONS
 
 NEW_PRIORITIES = ("buffer_max", "ever_max")
+_CHOICES = {
+    "draw": draws.DRAWS,
+    "method": draws.METHODS,
+    "new_priority": NEW_PRIORITIES,
+    "weight_normalization": NORMALIZATIONS,
+}
+
+
+def _checked(capacity: int, settings: dict[str, Any]) -> dict[str, str]:
+    """Check and return the settings of `_CHOICES`."""
+    chosen = {key: validation.one_of(key, settings[key], _CHOICES[key]) for key in _CHOICES}
+    draws.check_method(chosen["method"], chosen["draw"], capacity)
+    return chosen
 
 
 class PriorityTable:
@@ -55,11 +68,8 @@ class PriorityTable:
         self.distribution = distributions.make(prioritization, capacity, sort_interval)
         alpha = self.distribution.alpha if alpha is None else validation.real("alpha", alpha)
         eps = validation.real("eps", eps, high=torch.finfo(torch.float32).max)
-        self.draw, self.method = self._way(draw, method, capacity)
-        self.new_priority = validation.one_of("new_priority", new_priority, NEW_PRIORITIES)
-        normalization = validation.one_of(
-            "weight_normalization", weight_normalization, NORMALIZATIONS
-        )
+        chosen = {"draw": draw, "method": method, "new_priority": new_priority}
+        chosen = _checked(capacity, chosen | {"weight_normalization": weight_normalization})
         self.lead = () if groups is None else (groups,)
         self.trees = Trees(
             Layout.of(capacity, groups or 1),
@@ -74,10 +84,7 @@ class PriorityTable:
         self.trees.set(EPS, eps)
         self.points = torch.empty((*self.lead, 0), dtype=torch.float64, device=device)
         """Template of random numbers, for `per_td.priorities.sampling`."""
-        self.way = self._faster()
-        """The method that draws, never "auto"."""
-        self._weight_normalization = normalization
-        self.trees.keep_minima(normalization == "buffer")
+        self._choose(chosen)
 
     # --- settings ---------------------------------------------------------------------------------
 
@@ -135,26 +142,6 @@ class PriorityTable:
     def weight_normalization(self, value: str) -> None:
         self.choose(weight_normalization=value)
 
-    @staticmethod
-    def _way(draw: str, method: str, capacity: int) -> tuple[str, str]:
-        """Check and return `draw` and `method`."""
-        draw = validation.one_of("draw", draw, draws.DRAWS)
-        method = validation.one_of("method", method, draws.METHODS)
-        draws.check_method(method, draw, capacity)
-        return draw, method
-
-    def _faster(self) -> str:
-        """Method that draws, chosen if `method` is "auto"."""
-        trees = self.trees
-        return draws.resolve_method(
-            self.method,
-            self.draw,
-            self.capacity,
-            self.device,
-            compiled=trees.compiled,
-            many=bool(self.lead),
-        )
-
     def choose(self, **changes: str) -> None:
         """Change settings, all or none.
 
@@ -164,16 +151,20 @@ class PriorityTable:
         Raises:
             ConfigurationError: a value is not one of those accepted, or two exclude each other.
         """
-        wanted = self.arguments | changes
-        draw, method = self._way(wanted["draw"], wanted["method"], self.capacity)
-        new = validation.one_of("new_priority", wanted["new_priority"], NEW_PRIORITIES)
-        normalization = validation.one_of(
-            "weight_normalization", wanted["weight_normalization"], NORMALIZATIONS
+        self._choose(_checked(self.capacity, self.arguments | changes))
+
+    def _choose(self, chosen: dict[str, str]) -> None:
+        self.draw, self.method, self.new_priority, self._weight_normalization = chosen.values()
+        self.way = draws.resolve_method(
+            self.method,
+            self.draw,
+            self.capacity,
+            self.device,
+            compiled=self.trees.compiled,
+            many=bool(self.lead),
         )
-        self.draw, self.method, self.new_priority = draw, method, new
-        self.way = self._faster()
-        self.trees.keep_minima(normalization == "buffer")
-        self._weight_normalization = normalization
+        """Method that draws, never "auto"."""
+        self.trees.keep_minima(self._weight_normalization == "buffer")
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -78,8 +78,8 @@ class Schema:
                 hint = f": give batch_size={[*common]}"
         if not hint and batched and size == lead:
             hint = ": use add() for one transition"
-        wanted = ", ".join([*map(str, lead), *["n"] * batched])
-        return SchemaError(f"expected a TensorDict of batch size [{wanted}], got {[*size]}{hint}")
+        wanted = validation.shaped(*lead, *["n"] * batched)
+        return SchemaError(f"expected a TensorDict of batch size {wanted}, got {[*size]}{hint}")
 
     def check_leaves(
         self, leaves: Leaves, lead: tuple[int, ...] = (), n: int | None = None
@@ -89,8 +89,8 @@ class Schema:
         for key, leaf in leaves.items():
             validation.require_plain(named(key), leaf, SchemaError)
             if leaf.ndim <= len(lead):
-                expected = ", ".join([*map(str, lead), "n", "..."])
-                raise SchemaError(f"{named(key)}: expected shape [{expected}], got {[*leaf.shape]}")
+                expected = validation.shaped(*lead, "n", "...")
+                raise SchemaError(f"{named(key)}: expected shape {expected}, got {[*leaf.shape]}")
         if n is None:
             n = next(iter(leaves.values())).shape[len(lead)]
         if lead:
@@ -153,6 +153,6 @@ def _common(leaves: Leaves) -> tuple[int, ...]:
 def _led(key: Key, leaf: Any, size: tuple[int, ...]) -> Any:
     """Return a leaf if its first dimensions are `size`; raise SchemaError otherwise."""
     if leaf.shape[: len(size)] != size:
-        expected = ", ".join([*map(str, size), "..."])
-        raise SchemaError(f"{named(key)}: expected shape [{expected}], got {[*leaf.shape]}")
+        expected = validation.shaped(*size, "...")
+        raise SchemaError(f"{named(key)}: expected shape {expected}, got {[*leaf.shape]}")
     return leaf

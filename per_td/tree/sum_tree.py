@@ -168,8 +168,8 @@ class SumTree(Copied):
         """
         target = validation.as_reals("target", target, self.device, torch.float64)
         if target.ndim != len(self._lead) + 1 or target.shape[:-1] != self._lead:
-            expected = ", ".join([*map(str, self._lead), "B"])
-            raise PriorityError(f"target: expected shape [{expected}], got {list(target.shape)}")
+            expected = validation.shaped(*self._lead, "B")
+            raise PriorityError(f"target: expected shape {expected}, got {list(target.shape)}")
         target = torch.where(target > 0, target, 0.0).contiguous()  # NaN is not
         found: Tensor = self._trees.ops.find(self._trees, target)[0]
         return found

@@ -23,28 +23,17 @@ pointer = unary(types.voidptr(types.int64), lambda b, address: b.inttoptr(addres
 """Convert an address to a pointer."""
 
 
-@part()
-def floats(address: int, n: int) -> Any:
-    """The float32 array [n] at an address."""
-    return carray(pointer(address), n, np.float32)
+def _view(dtype: Any) -> Any:
+    """Make a function that views the array [n] of this dtype at an address."""
+
+    @part()
+    def view(address: int, n: int) -> Any:
+        return carray(pointer(address), n, dtype)
+
+    return view
 
 
-@part()
-def doubles(address: int, n: int) -> Any:
-    """The float64 array [n] at an address."""
-    return carray(pointer(address), n, np.float64)
-
-
-@part()
-def integers(address: int, n: int) -> Any:
-    """The int64 array [n] at an address."""
-    return carray(pointer(address), n, np.int64)
-
-
-@part()
-def flags(address: int, n: int) -> Any:
-    """The bool array [n] at an address."""
-    return carray(pointer(address), n, np.bool_)
+floats, doubles, integers, flags = map(_view, (np.float32, np.float64, np.int64, np.bool_))
 
 
 @part(inline="always")

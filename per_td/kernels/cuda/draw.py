@@ -92,9 +92,28 @@ def _weigh(mass, unit, size, beta, weight, n, FLAT: tl.constexpr):
     tl.store(weight + lane, power.to(tl.float32), mask=inside)
 
 
-def _walked(
-    leaves: Tensor, nodes: Tensor, offsets: Tensor, point: Tensor, *, scaled: bool, stratified: bool
+def find(
+    leaves: Tensor,
+    nodes: Tensor,
+    offsets: Tensor,
+    point: Tensor,
+    *,
+    scaled: bool = False,
+    stratified: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """Find the leaves in which the cumulative masses reach the points, in one launch.
+
+    Args:
+        leaves: masses, float32 [leaf_slots].
+        nodes: their sums, float64 [node_slots].
+        offsets: first node of each level, int64 [levels], on the same device.
+        point: points in [0, total), float64 [B].
+        scaled: the points are in [0, 1), and are scaled by the total.
+        stratified: move each point into its own of B equal parts of that range.
+
+    Returns:
+        Leaves int64 [B] and their masses float32 [B].
+    """
     n = len(point)
     index = torch.empty(n, dtype=torch.int64, device=point.device)
     mass = torch.empty(n, dtype=torch.float32, device=point.device)
@@ -113,34 +132,6 @@ def _walked(
             BLOCK=POINTS,
         )
     return index, mass
-
-
-def find(leaves: Tensor, nodes: Tensor, offsets: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the leaves in which the cumulative masses reach `target`, and their masses.
-
-    Args:
-        leaves: masses, float32 [leaf_slots].
-        nodes: their sums, float64 [node_slots].
-        offsets: first node of each level, int64 [levels], on the same device.
-        target: points in [0, total), float64 [B].
-
-    Returns:
-        Leaves int64 [B] and their masses float32 [B].
-    """
-    return _walked(leaves, nodes, offsets, target, scaled=False, stratified=False)
-
-
-def draw(
-    leaves: Tensor, nodes: Tensor, offsets: Tensor, point: Tensor, *, stratified: bool
-) -> tuple[Tensor, Tensor]:
-    """Run `find` for random points in [0, 1), scaled by the total, in one launch.
-
-    Args:
-        leaves, nodes, offsets: see `find`.
-        point: float64 [B].
-        stratified: move each point into its own of B equal parts of the total.
-    """
-    return _walked(leaves, nodes, offsets, point, scaled=True, stratified=stratified)
 
 
 def weigh(mass: Tensor, beta: Tensor, unit: Tensor, size: Tensor | None = None) -> Tensor:

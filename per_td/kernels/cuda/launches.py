@@ -198,7 +198,7 @@ def draw(
             written=written,
         )
     tree = trees.leaves, trees.sums, _offsets(trees)
-    index, mass = draws.draw(*tree, point.reshape(-1), stratified=stratified)
+    index, mass = draws.find(*tree, point.reshape(-1), scaled=True, stratified=stratified)
     index, mass = index.view(point.shape), mass.view(point.shape)
     mark_replayed(trees, index)
     return index, weigh(trees, mass, beta=beta, normalization=normalization, written=written)
