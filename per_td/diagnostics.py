@@ -1,7 +1,7 @@
-"""What the priorities look like, in figures for a logger; docs/diagnostics.md tells how to read it.
+"""Figures of the priorities for a logger; docs/diagnostics.md explains them.
 
-Pure functions on tensors. None of them reads a value back to the host: counts that depend on the
-data, such as how many priorities are positive, stay on the device.
+Pure functions on tensors. The host never waits for a value: counts that depend on the data, such as
+that of positive priorities, stay on the device.
 """
 
 import math
@@ -12,33 +12,31 @@ from torch import Tensor
 
 from per_td.weights import importance_weights
 
-__all__ = ["QUANTILES", "ages", "masses", "measure", "priorities", "weights"]
-
 QUANTILES = {"min": 0.0, "q01": 0.01, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q99": 0.99, "max": 1.0}
-"""The last parts of the keys, and which quantiles they name."""
+"""Quantiles by the last part of their key."""
 
 
 def _levels(device: torch.device) -> Tensor:
-    """The `QUANTILES`, float64 [7]; a tensor made from a list would be copied to CUDA, and wait."""
+    """The `QUANTILES`, float64 [7]; a tensor made from a list would make the host wait."""
     levels = [torch.full((), q, dtype=torch.float64, device=device) for q in QUANTILES.values()]
     return torch.stack(levels)
 
 
 def _ascending(values: Tensor) -> Tensor:
-    """`values` [n] sorted; numpy takes a 20th of the time of torch, which sorts indices."""
+    """Sort `values` [n]; numpy takes a 20th of the time of torch, which sorts indices."""
     if values.device.type == "cpu":
         return torch.from_numpy(np.sort(values.numpy()))
     return values.sort().values
 
 
 def _named(name: str, values: Tensor) -> dict[str, Tensor]:
-    """One 0-dim float32 tensor per quantile [7]."""
+    """Split quantiles [7] into 0-dim float32 tensors by key."""
     parts = values.float().unbind()
     return {f"{name}/{key}": value for key, value in zip(QUANTILES, parts, strict=True)}
 
 
 def _places(count: Tensor | int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the quantiles of `count` sorted values are: two neighbours [7], and a share [7]."""
+    """Places of the quantiles in `count` sorted values: two neighbours [7] and a share [7]."""
     place = _levels(device) * (count - 1)
     low = place.floor()
     return low.long().clamp(min=0), place.ceil().long().clamp(min=0), place - low
@@ -52,17 +50,17 @@ def priorities(priority: Tensor) -> dict[str, Tensor]:
 
 
 def masses(ordered: Tensor) -> dict[str, Tensor]:
-    """How unequal the probabilities are.
+    """Measures of how unequal the probabilities are.
 
     Args:
         ordered: masses, descending, float32 [n], n at least 1.
 
     Returns:
-        "effective_sample_size": (sum m)^2 / sum m^2, n where all are equal and 1 where one
-        transition has everything; "effective_share": that over n; "top_1_percent_share": share of
-        all draws that falls on the ceil(n / 100) slots of the largest masses.
+        "effective_sample_size": (sum m)^2 / sum m^2, n if all are equal and 1 if one transition has
+        everything; "effective_share": that over n; "top_1_percent_share": probability of the
+        ceil(n / 100) slots of the largest masses.
     """
-    mass = ordered.double() / ordered[0].double()  # their squares are to be finite
+    mass = ordered.double() / ordered[0].double()  # keeps their squares finite
     total = mass.sum()
     size = total.square() / mass.square().sum()
     top = mass[: math.ceil(len(mass) / 100)].sum() / total
@@ -79,8 +77,8 @@ def weights(ordered: Tensor, beta: Tensor, normalization: str) -> dict[str, Tens
     Args:
         ordered: masses, descending, float32 [n], n at least 1.
         beta: exponent of the weights, 0-dim.
-        normalization: "none", or else relative to the largest weight in the buffer: of "batch" too,
-            since how large the largest of a batch is depends on the draw.
+        normalization: "none"; any other divides by the largest weight in the buffer, since that
+            of a batch depends on the draw.
     """
     count = ordered.count_nonzero()  # those of mass 0 come last: they have no weight
     low, high, share = _places(count, ordered.device)
@@ -103,14 +101,13 @@ def weights(ordered: Tensor, beta: Tensor, normalization: str) -> dict[str, Tens
 
 
 def ages(mass: Tensor, written: int) -> dict[str, Tensor]:
-    """Quantiles of the age of what is drawn: how many transitions have been written since.
+    """Quantiles of the age of draws: the number of transitions written since.
 
-    Those of what is stored would say nothing: in a ring the ages are 0 to n - 1. A quantile is the
-    smallest age that a draw exceeds with no more than the probability left over.
+    A quantile q is the smallest age that a draw exceeds with a probability of at most 1 - q.
 
     Args:
         mass: masses of the filled slots, float32 [n], n at least 1.
-        written: how many transitions were ever written.
+        written: number of transitions ever written.
     """
     n = len(mass)
     head = written % n if written > n else 0  # the slot of the oldest
@@ -131,17 +128,14 @@ def measure(
     beta: Tensor,
     normalization: str,
 ) -> dict[str, Tensor]:
-    """All figures of this module; NaN for what does not exist, as in an empty buffer.
+    """All figures of this module, 0-dim float32; NaN for those that an empty buffer lacks.
 
     Args:
-        priority, mass: of the filled slots, float32 [n].
-        replayed: whether they have been drawn, bool [n].
-        written: how many transitions were ever written.
+        priority, mass: priorities and masses of the filled slots, float32 [n].
+        replayed: True for slots that have been drawn, bool [n].
+        written: number of transitions ever written.
         beta: exponent of the weights, 0-dim.
-        normalization: of the weights.
-
-    Returns:
-        0-dim float32 tensors.
+        normalization: normalization of the weights.
     """
     n = len(priority)
     if not n:  # the same keys as for one transition of mass 0, and no figures

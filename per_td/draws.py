@@ -1,19 +1,9 @@
-"""How indices are drawn in proportion to masses."""
+"""Ways to draw indices in proportion to masses."""
 
 import torch
 from torch import Tensor
 
 from per_td.errors import ConfigurationError, EmptyBufferError
-
-__all__ = [
-    "DRAWS",
-    "METHODS",
-    "MULTINOMIAL_LIMIT",
-    "check_method",
-    "multinomial",
-    "resolve_method",
-    "uniform_like",
-]
 
 DRAWS = ("independent", "stratified", "without_replacement")
 METHODS = ("auto", "multinomial", "tree")
@@ -21,8 +11,8 @@ METHODS = ("auto", "multinomial", "tree")
 MULTINOMIAL_LIMIT = 2**24
 """torch.multinomial refuses more categories than this."""
 
-# method="auto" takes torch.multinomial up to this capacity, and the tree above it and wherever
-# there is no entry; in plain torch, and on the CPU with compiled kernels. Medians on one core of
+# method="auto" takes torch.multinomial up to this capacity, and the tree above it or if there is no
+# entry; in plain torch, and on the CPU with compiled kernels. Medians on one core of
 # an AMD EPYC (torch 2.13), batches of 256, microseconds, with weights in the second table:
 #   slots                         1,000   10,000   30,000   100,000   1,000,000
 #   independent: tree               109      213      142       183         182
@@ -35,19 +25,16 @@ MULTINOMIAL_LIMIT = 2**24
 #   independent: multinomial         36       51       64        76       155       1,449
 #   without replacement: tree       334      554      611       607       952       2,176
 #   without replacement: multin.     75      312      511       693     2,142      51,184
-# On CUDA torch.multinomial stops the host when drawing without replacement; the tree never does.
-MULTINOMIAL_UP_TO = {
-    ("cpu", "independent"): 100_000,
-    ("cpu", "without_replacement"): 20_000,
-}
+# On CUDA torch.multinomial makes the host wait without replacement; the tree never does.
+MULTINOMIAL_UP_TO = {("cpu", "independent"): 100_000, ("cpu", "without_replacement"): 20_000}
 COMPILED_UP_TO = {("cpu", "without_replacement"): 20_000}
 
 
 def check_method(method: str, draw: str, capacity: int) -> None:
-    """Refuse what torch.multinomial cannot do.
+    """Check that torch.multinomial can draw so, if it is the method.
 
     Raises:
-        ConfigurationError: `method` is "multinomial" and the draw or the capacity is beyond it.
+        ConfigurationError: it cannot.
     """
     if method != "multinomial":
         return
@@ -83,10 +70,10 @@ def resolve_method(
     compiled: bool = False,
     many: bool = False,
 ) -> str:
-    """The method that "auto" stands for; any other `method` is returned as it is.
+    """Choose the method for "auto"; return any other `method` as it is.
 
     Args:
-        method, draw, capacity, device: as for the buffer.
+        method, draw, capacity, device: see `PrioritizedReplayBuffer`.
         compiled: compiled kernels draw from the tree.
         many: there are many buffers of this capacity.
     """
@@ -102,7 +89,7 @@ def resolve_method(
 
 def uniform_like(template: Tensor, generator: torch.Generator | None) -> Tensor:
     """Random numbers in [0, 1), of the shape, dtype and device of `template`."""
-    if generator is None:  # half of what torch.rand takes where its code has left the caches
+    if generator is None:  # twice as fast as torch.rand if its code has left the caches
         return torch.rand_like(template)
     return torch.rand(
         template.shape, dtype=template.dtype, device=template.device, generator=generator
@@ -116,7 +103,7 @@ def multinomial(
 
     Args:
         mass: [N] or [S, N], N at most 2^24, not all 0 in a row; enough of them positive.
-        n: how many of each row.
+        n: draws from each row.
         draw: "independent" or "without_replacement".
         generator: source of the random numbers, on the device of `mass`.
 
@@ -128,7 +115,7 @@ def multinomial(
 
 
 def require_enough(drawable: int, n: int) -> None:
-    """Refuse to draw more than there is without replacement."""
+    """Raise EmptyBufferError if fewer than `n` transitions are drawable without replacement."""
     if drawable < n:
         raise EmptyBufferError(
             f"expected at least {n} transitions of positive priority to draw {n} without"

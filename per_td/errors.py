@@ -1,17 +1,4 @@
-"""Every error that per_td raises on purpose, all derived from `PerTdError`; and its warning."""
-
-__all__ = [
-    "AllocationError",
-    "CheckpointError",
-    "ConfigurationError",
-    "DiskAllocationError",
-    "EmptyBufferError",
-    "IndexRangeError",
-    "KernelWarning",
-    "PerTdError",
-    "PriorityError",
-    "SchemaError",
-]
+"""Errors that per_td raises, all derived from `PerTdError`, and its warning."""
 
 
 class PerTdError(Exception):
@@ -19,36 +6,36 @@ class PerTdError(Exception):
 
 
 class ConfigurationError(PerTdError, ValueError):
-    """A constructor argument or a setting is not one of those accepted."""
+    """A constructor argument or a setting is not accepted."""
 
 
 class SchemaError(PerTdError, ValueError):
-    """Transitions whose keys, shapes or dtypes are not those of the storage."""
+    """Transitions have other keys, shapes or dtypes than the storage."""
 
 
 class PriorityError(PerTdError, ValueError):
-    """Priorities or TD errors of the wrong shape or dtype, or NaN, infinite or negative ones."""
+    """Priorities or TD errors have the wrong shape or dtype, or are NaN, infinite or negative."""
 
 
 class IndexRangeError(PerTdError, IndexError):
-    """An index of the wrong dtype, or one that names no filled slot."""
+    """An index has the wrong dtype, or names no filled slot."""
 
 
 class EmptyBufferError(PerTdError, RuntimeError):
-    """There is nothing, or not enough, to draw from."""
+    """Too few transitions can be drawn, or none."""
 
 
 class CheckpointError(PerTdError, RuntimeError):
-    """A saved state that cannot be loaded into this buffer."""
+    """A saved state cannot be loaded into this buffer."""
 
 
 class AllocationError(PerTdError, MemoryError):
-    """There is not enough memory. Whatever asked for it is as it was before."""
+    """There is not enough memory; nothing has changed."""
 
 
 class DiskAllocationError(PerTdError, OSError):
-    """There is not enough space on a disk. Whatever asked for it is as it was before."""
+    """There is not enough space on a disk; nothing has changed."""
 
 
 class KernelWarning(UserWarning):
-    """Compiled kernels cannot be used; plain torch takes over, with the same results."""
+    """Compiled kernels cannot run; plain torch takes over, with the same results."""

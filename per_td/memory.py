@@ -1,6 +1,6 @@
-"""Memory that lasts: ordinary, in files, and where a CUDA device can read from the host.
+"""Lasting memory: ordinary, in files, shared, and pinned for a CUDA device.
 
-It is never made in the caller's inference mode, beyond which nobody could write to it.
+It is made outside the caller's inference mode, after which nobody could write to it.
 """
 
 import errno
@@ -19,19 +19,8 @@ from torch import Tensor
 
 from per_td.errors import AllocationError, ConfigurationError, DiskAllocationError, PerTdError
 
-__all__ = [
-    "STORAGES",
-    "Memory",
-    "Zeros",
-    "allocating",
-    "has_memory",
-    "mapped_zeros",
-    "shared_zeros",
-    "zeros",
-]
-
 Zeros = Callable[[tuple[int, ...], torch.dtype, torch.device], Tensor]
-"""Makes memory filled with 0: shape, dtype and device."""
+"""Function that makes memory filled with 0, from shape, dtype and device."""
 
 STORAGES = ("memory", "memmap", "pinned")
 
@@ -41,26 +30,26 @@ _LARGEST_FILE = 2**63 - 1
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """True unless reading the tensor's memory on the CPU would end the process: it has none.
+    """True unless CPU kernels would crash on the tensor, which has no memory of its own.
 
-    Such are distributed and functionalized tensors, and those whose storage has been freed.
+    Distributed and functionalized tensors have none, nor do those whose storage has been freed.
     """
     if not tensor.is_cpu:  # only the CPU's kernels read addresses
         return True
     try:
         return tensor.data_ptr() != 0 or not tensor.numel()
-    except RuntimeError:  # torch refuses to tell, for those of vmap
+    except RuntimeError:  # tensors of vmap
         return False
 
 
 @contextmanager
 def allocating(what: str, size: int, advice: str) -> Iterator[None]:
-    """Say what was to be allocated, where torch, numpy or the system refuse.
+    """Turn errors of torch, numpy or the system into one that names the allocation.
 
     Args:
-        what: it is for.
-        size: in bytes.
-        advice: what else to do.
+        what: purpose of the memory.
+        size: bytes.
+        advice: advice at the end of the message.
 
     Raises:
         AllocationError: there is not enough memory.
@@ -74,7 +63,7 @@ def allocating(what: str, size: int, advice: str) -> Iterator[None]:
             raise
         cause = error.__cause__ if known and error.__cause__ is not None else error
         if isinstance(cause, torch.AcceleratorError) and "out of memory" not in str(cause):
-            raise  # something else went wrong on the device, maybe long before
+            raise  # another fault of the device, maybe long before
         text = (
             f"{what}: expected {size / 2**30:.3g} GiB ({size} bytes) in all, got"
             f" {str(cause).partition(chr(10))[0]!r}; nothing was written. {advice}"
@@ -86,12 +75,11 @@ def allocating(what: str, size: int, advice: str) -> Iterator[None]:
 
 @torch.inference_mode(False)
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.zeros`, on the CPU in huge pages where the system has them.
+    """Make zeros; on the CPU in huge pages if the system has them.
 
-    Reading here and there in many small pages, the processor mostly looks up where they are: with
-    10^8 slots, a sample and an update took 1.5 times as long. numpy asks Linux for pages of 2 MiB,
-    which torch does only if an environment variable tells it to. It also leaves memory that
-    nobody has written to unused.
+    With 10^8 slots in small pages, a sample and an update took 1.5 times as long, most of it to
+    look up pages. numpy asks Linux for pages of 2 MiB, torch only if an environment variable says
+    so. Memory that nobody has written to stays unused.
 
     Raises:
         AllocationError: there is not enough memory.
@@ -101,7 +89,7 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
         if device.type != "cpu" or size < _LARGE:
             return torch.zeros(tuple(shape), dtype=dtype, device=device)
         memory = torch.from_numpy(np.zeros(size + _CACHE_LINE, np.uint8))
-    start = -memory.data_ptr() % _CACHE_LINE  # 16 leaves of a tree are to be in one cache line
+    start = -memory.data_ptr() % _CACHE_LINE  # 16 leaves of a tree share one cache line
     return memory[start : start + size].view(dtype).view(tuple(shape))
 
 
@@ -109,15 +97,10 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 def mapped_zeros(
     shape: Sequence[int], dtype: torch.dtype, folder: str | os.PathLike[str] | None = None
 ) -> Tensor:
-    """`torch.zeros` on the CPU in a file without a name: the system keeps in memory what it can.
+    """Make zeros on the CPU in a file without a name, which goes with the tensor or the process.
 
-    The file is gone when the tensor is, whatever ends the process. Its space is taken at once: on
-    a full disk, this fails, instead of a write to the tensor later, which would end the process.
-
-    Args:
-        shape: of the tensor.
-        dtype: of its elements.
-        folder: on which disk; None takes the system's folder for temporary files.
+    Its space is reserved at once: a full disk fails here, and not at a later write, which would end
+    the process. `folder` names the disk; None is the system's folder for temporary files.
 
     Raises:
         DiskAllocationError: there is no such folder, or not enough space.
@@ -140,7 +123,7 @@ def mapped_zeros(
 
 @torch.inference_mode(False)
 def shared_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.zeros` on the CPU in shared memory: a process that is handed the tensor sees the same.
+    """Make zeros on the CPU in memory that processes share when they get the tensor.
 
     Raises:
         AllocationError: there is not enough memory.
@@ -152,17 +135,17 @@ def shared_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device)
 
 @dataclass(frozen=True)
 class Memory:
-    """Which memory transitions live in.
+    """A kind of memory for transitions.
 
     Args:
         storage: "memory": that of the device; "memmap": files, for more than fits in memory;
-            "pinned": the host's memory, pinned, for more than fits in that of a CUDA device;
-            "shared": shared memory, for processes that are handed it.
-        folder: for the files.
+            "pinned": pinned host memory, for more than fits on a CUDA device; "shared": memory
+            that processes share.
+        folder: folder for the files.
 
     Raises:
-        ConfigurationError: `storage` is none of these, or has no use for a folder; or that is not a
-            folder that can be written to.
+        ConfigurationError: `storage` is none of these, or has no use for a folder, or the folder
+            cannot be written to.
     """
 
     storage: str = "memory"
@@ -183,10 +166,10 @@ class Memory:
             )
 
     def home(self, device: torch.device) -> torch.device:
-        """Where the memory is, for batches on `device`.
+        """Device of the memory, for batches on `device`.
 
         Raises:
-            ConfigurationError: "pinned", and the device is not CUDA.
+            ConfigurationError: the memory is "pinned", and the device is not CUDA.
         """
         if self.storage == "pinned" and device.type != "cuda":
             raise ConfigurationError(
@@ -196,7 +179,7 @@ class Memory:
         return device if self.storage in ("memory", "shared") else torch.device("cpu")
 
     def zeros(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory of this kind, filled with 0; `device` is `home`."""
+        """Make memory of this kind, filled with 0; `device` is `home`."""
         if self.storage == "memmap":
             return mapped_zeros(shape, dtype, self.folder)
         if self.storage == "shared":
@@ -208,12 +191,12 @@ class Memory:
 
     @property
     def beside(self) -> Zeros:
-        """What makes the memory for the numbers beside the transitions."""
+        """Maker of memory for the numbers beside the transitions."""
         return shared_zeros if self.storage == "shared" else zeros
 
     @property
     def advice(self) -> str:
-        """What to do where there is not enough of it."""
+        """Advice for the error if there is not enough."""
         if self.storage == "shared":
             return "Take a smaller capacity"  # files are not shared
         if self.storage == "memmap":
@@ -224,6 +207,6 @@ class Memory:
 
 
 def _writable(folder: Any) -> bool:
-    """Whether files can be made in it."""
+    """Return True if files can be made in `folder`."""
     named = isinstance(folder, str | os.PathLike)
     return named and os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)

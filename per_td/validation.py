@@ -1,9 +1,8 @@
-"""The checks at the boundary: what comes in is right, or an error says what was expected.
+"""Checks of arguments; their errors say what was expected and what came.
 
-On the CPU a wrong value raises before anything is written. On CUDA, looking at a value would stop
-the host until the device has caught up; there, and in what torch.compile makes, a wrong value is
-refused on the device: it is sent to a slot that nobody reads (`route`), the old one stays, and a
-counter tells.
+On the CPU a wrong value raises before anything is written. On CUDA, reading a value would make the
+host wait. There, and in code compiled by torch.compile, a wrong value is refused on the device: it
+is sent to the spare leaf, the old value stays, and a counter goes up.
 """
 
 import math
@@ -25,60 +24,32 @@ from per_td.errors import (
 )
 from per_td.memory import has_memory
 
-__all__ = [
-    "as_generator",
-    "as_index",
-    "as_reals",
-    "as_tensor",
-    "as_values",
-    "can_raise",
-    "fixed",
-    "integer",
-    "one_of",
-    "plain_rows",
-    "positive_int",
-    "real",
-    "require_finite",
-    "require_memory",
-    "require_plain",
-    "require_same_shape",
-    "require_slots",
-    "resolve_device",
-    "to_device",
-]
-
-
 _REFUSALS = (TypeError, ValueError, RuntimeError, OverflowError, AssertionError)
-"""What torch, numpy and objects of all kinds raise when asked for what they are not."""
+"""Errors of conversions by torch, numpy and other objects."""
 
 _ROUNDING = 64 * 2.0**-52
 _MOST = 2**48
-"""More transitions than any machine holds; their bytes can still be counted in 64 bits."""
+"""Most transitions; no machine holds more, and 64 bits can count their bytes."""
 
 
 def can_raise(tensor: Tensor) -> bool:
-    """Whether a value of `tensor` can be looked at.
-
-    Not on CUDA, where that would stop the host, and not while torch.compile traces: there is none.
-    """
+    """True if a check of values may raise: not on CUDA (the host would wait), nor while tracing."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _probe(device: torch.device | str | int | None, dtype: torch.dtype) -> Tensor:
-    """An empty tensor there."""
     return torch.empty(0, dtype=dtype, device=device)
 
 
 def resolve_device(device: torch.device | str | int | None, *, sums: bool = True) -> torch.device:
-    """The device as tensors report it: `cuda` becomes `cuda:0`; None is torch's default device.
+    """Find a device as tensors report it: `cuda` becomes `cuda:0`; None is torch's default device.
 
     Args:
-        device: to be looked for.
-        sums: whether sums of masses are to live there, which are float64.
+        device: device, or its name or number.
+        sums: require float64, for sums of masses.
 
     Raises:
-        ConfigurationError: there is no such device, it is "meta", which holds no values, or it has
-            no float64.
+        ConfigurationError: there is no such device, it is "meta", or it lacks float64.
     """
     try:
         found = _probe(device, torch.uint8).device
@@ -106,7 +77,7 @@ def resolve_device(device: torch.device | str | int | None, *, sums: bool = True
 
 
 def as_generator(generator: torch.Generator | None, device: torch.device) -> torch.Generator | None:
-    """`generator` if it is one for draws on `device`, or None, which stands for torch's own.
+    """Check and return a generator for draws on `device`; None is torch's own.
 
     Raises:
         ConfigurationError: it is something else, or on another kind of device.
@@ -123,10 +94,10 @@ def as_generator(generator: torch.Generator | None, device: torch.device) -> tor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`, without a host sync where that is safe.
+    """Bring `tensor` to `device`, without a host sync if that is safe.
 
-    From ordinary host memory an asynchronous copy has read its source when it returns. From pinned
-    memory, or to the host, it has not, and whoever wrote or read there next would race with it.
+    An asynchronous copy from ordinary host memory has read its source when it returns. From pinned
+    memory, or to the host, it has not, and the next write or read would race with it.
     """
     if tensor.device == device:
         return tensor
@@ -134,19 +105,19 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def positive_int(name: str, value: object) -> int:
-    """`value` as an int of at least 1, or a ConfigurationError that names the argument."""
+    """Convert `value` to an int of at least 1, or raise ConfigurationError."""
     if type(value) is int and 0 < value <= _MOST:
         return value
     return integer(name, value, 1)
 
 
 def integer(name: str, value: object, low: int) -> int:
-    """`value` as Python's int of at least `low`, or a ConfigurationError that names the argument.
+    """Convert an integer of Python, numpy or a tensor to an int, or raise ConfigurationError.
 
     Args:
-        name: of the argument.
-        value: an integer of any kind: Python's, numpy's, or a tensor that holds one.
-        low: the smallest accepted, at least 0.
+        name: name of the argument, for the error.
+        value: integer of at least `low`.
+        low: smallest value accepted, at least 0.
     """
     try:
         number = -1 if isinstance(value, bool) else int(operator.index(value))  # type: ignore[arg-type]
@@ -160,7 +131,7 @@ def integer(name: str, value: object, low: int) -> int:
 
 
 def real(name: str, value: float | Tensor, low: float = 0.0, high: float = math.inf) -> float:
-    """`value` as a finite float in [low, high], or a ConfigurationError that names the argument."""
+    """Convert `value` to a finite float in [low, high], or raise ConfigurationError."""
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)
     except _REFUSALS:
@@ -177,23 +148,21 @@ def real(name: str, value: float | Tensor, low: float = 0.0, high: float = math.
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
-    """The one of `choices` that `value` equals, else a ConfigurationError that lists them."""
+    """Return the one of `choices` that equals `value`, or raise ConfigurationError."""
     if not isinstance(value, str) or value not in choices:
         raise ConfigurationError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
     return choices[choices.index(value)]
 
 
 def fixed(
-    name: str,
-    read: Callable[[Any], Any] | None = None,
-    instead: str = "the constructor takes it",
+    name: str, read: Callable[[Any], Any] | None = None, instead: str = "the constructor takes it"
 ) -> Any:
-    """A property that cannot be set: a ConfigurationError says what to do `instead`.
+    """Make a property whose setter raises ConfigurationError.
 
     Args:
-        name: of the property.
-        read: gets its value; None: it has none.
-        instead: follows the colon.
+        name: name of the property.
+        read: getter, or None.
+        instead: advice at the end of the message.
     """
 
     def refuse(self: Any, value: object) -> None:
@@ -206,9 +175,9 @@ def fixed(
 
 
 def _is_plain(value: Any, dtype: torch.dtype, device: torch.device) -> TypeGuard[Tensor]:
-    """Whether nothing has to be converted: the usual case, seen at little cost.
+    """Return True if `value` needs no conversion: a quick check for the usual case.
 
-    Kernels read memory, in which a lazily negated tensor has the wrong signs.
+    The memory of a lazily negated tensor has the wrong signs for kernels.
     """
     return (
         type(value) is Tensor
@@ -221,17 +190,12 @@ def _is_plain(value: Any, dtype: torch.dtype, device: torch.device) -> TypeGuard
 
 
 def require_plain(name: str, tensor: Tensor, error: type[PerTdError]) -> None:
-    """Refuse with an `error` what has no values, or not one after the other in memory."""
+    """Raise an `error` if `tensor` is not dense, or has no values or no memory of its own."""
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
         kind = "nested" if tensor.is_nested else str(tensor.layout)
         raise error(f"{name}: expected a dense tensor, got a {kind} one of {tensor.dtype}")
     if tensor.is_meta:
         raise error(f"{name}: expected values, got a tensor on the device meta, which has none")
-    require_memory(name, tensor, error)
-
-
-def require_memory(name: str, tensor: Tensor, error: type[PerTdError]) -> None:
-    """Refuse with an `error` what has no memory of its own; see `has_memory`."""
     if not (torch.compiler.is_compiling() or has_memory(tensor)):
         raise error(
             f"{name}: expected a tensor with memory of its own, got a {type(tensor).__name__}"
@@ -240,10 +204,10 @@ def require_memory(name: str, tensor: Tensor, error: type[PerTdError]) -> None:
 
 
 def plain_rows(leaf: Tensor, device: torch.device) -> Tensor:
-    """Bring `leaf` to `device`, with its numbers as they are, one after the other in memory.
+    """Bring `leaf` to `device` as a contiguous tensor.
 
     Raises:
-        SchemaError: it has no values, or not in memory of its own.
+        SchemaError: it has no values, or no memory of its own.
     """
     usual = leaf.layout is torch.strided and leaf.is_contiguous() and leaf.device == device
     if usual and not (leaf.is_neg() or leaf.is_conj()):
@@ -256,10 +220,10 @@ def plain_rows(leaf: Tensor, device: torch.device) -> Tensor:
 
 
 def as_tensor(name: str, value: Any, error: type[PerTdError]) -> Tensor:
-    """`value` (tensor, array, sequence or number) as a dense tensor, detached.
+    """Convert `value` (tensor, array, sequence or number) to a dense, detached tensor.
 
     Raises:
-        PerTdError: it is none of these, or has no values; an `error` that names the argument.
+        PerTdError: it is none of these, or has no values; of the class `error`.
     """
     try:
         if isinstance(value, np.ndarray) and not (value.flags.carray and value.dtype.isnative):
@@ -277,15 +241,13 @@ def as_tensor(name: str, value: Any, error: type[PerTdError]) -> Tensor:
 def as_index(
     index: Any, device: torch.device, name: str = "index", *, lead: tuple[int, ...] = ()
 ) -> Tensor:
-    """`index` (tensor, array, sequence or int) as int64 [*lead, B] on `device`; errors say `name`.
+    """Convert `index` (tensor, array, sequence or int) to int64 [*lead, B] on `device`.
 
     Raises:
-        IndexRangeError: it is not of an integer dtype, or of another shape.
+        IndexRangeError: the dtype or shape is wrong; it names the argument `name`.
     """
-    if (
-        _is_plain(index, torch.int64, device)
-        and index.ndim == 1 + len(lead)
-        and (not lead or index.shape[:1] == lead)
+    if _is_plain(index, torch.int64, device) and (
+        index.ndim == 1 + len(lead) and (not lead or index.shape[:1] == lead)
     ):
         return index
     index = as_tensor(name, index, IndexRangeError)
@@ -293,20 +255,18 @@ def as_index(
         if index.numel():
             raise IndexRangeError(f"{name}: expected an integer dtype, got {index.dtype}")
         index = index.long()
-    if lead:
-        if index.ndim != 2 or index.shape[:1] != lead:
-            raise IndexRangeError(f"{name}: expected shape [{lead[0]}, B], got {[*index.shape]}")
-        return to_device(index, device).long()
-    if index.ndim > 1:
-        raise IndexRangeError(f"{name}: expected shape [B], got {list(index.shape)}")
-    return to_device(index.reshape(-1), device).long()
+    index = index if lead or index.ndim else index.reshape(1)
+    if index.ndim != 1 + len(lead) or index.shape[:-1] != lead:
+        expected = shaped(*lead, "B")
+        raise IndexRangeError(f"{name}: expected shape {expected}, got {[*index.shape]}")
+    return to_device(index, device).long()
 
 
 def as_reals(name: str, values: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """`values` (tensor, array, sequence or number), detached, in this dtype on `device`.
+    """Convert `values` (tensor, array, sequence or number) to a detached tensor on `device`.
 
     Raises:
-        PriorityError: they are no real numbers.
+        PriorityError: they are not real numbers.
     """
     values = as_tensor(name, values, PriorityError)
     if values.dtype.is_complex or values.dtype == torch.bool:
@@ -316,13 +276,18 @@ def as_reals(name: str, values: Any, device: torch.device, dtype: torch.dtype) -
 
 
 def require_valid(holds: Tensor | bool, invariant: str) -> None:
-    """Raise a PerTdError that names the `invariant` where it does not hold; for `check_valid`."""
+    """Raise PerTdError with the `invariant` unless it holds; for `check_valid`."""
     if not holds:
         raise PerTdError(f"broken invariant: {invariant}")
 
 
+def shaped(*sizes: object) -> str:
+    """Format a shape with names for open sizes, such as [3, B]."""
+    return f"[{', '.join(map(str, sizes))}]"
+
+
 def require_same_shape(name: str, values: Tensor, index: Tensor) -> None:
-    """Refuse with a PriorityError `values` that are not one per index."""
+    """Raise PriorityError unless there is one value per index."""
     if values.shape != index.shape:
         raise PriorityError(
             f"{name}: expected shape {list(index.shape)}, one per index, got {list(values.shape)}"
@@ -330,12 +295,12 @@ def require_same_shape(name: str, values: Tensor, index: Tensor) -> None:
 
 
 def as_values(name: str, values: Any, index: Tensor) -> Tensor:
-    """`values`, one for each of `index`, detached, as float32 in its shape, on its device.
+    """Convert `values`, one per index, to float32 in the shape and on the device of `index`.
 
-    A trailing dimension of size 1, as losses and critics produce it, is dropped.
+    A trailing dimension of size 1, common in losses and critics, is dropped.
 
     Raises:
-        PriorityError: the shape or the dtype is not that of one real number per index.
+        PriorityError: they are not one real number per index.
     """
     if _is_plain(values, torch.float32, index.device) and values.shape == index.shape:
         return values.detach()
@@ -353,12 +318,10 @@ def as_values(name: str, values: Any, index: Tensor) -> Tensor:
 def require_finite(
     name: str, values: Tensor, *, low: float = -math.inf, wanted: Tensor | None = None
 ) -> Tensor:
-    """Find which of `values` are finite in float32 and at least `low`, bool in their shape.
-
-    Where `wanted` is False, anything may stand.
+    """Mark the `values` that are finite in float32 and at least `low`, bool in their shape.
 
     Raises:
-        PriorityError: one is not, and it can be looked at without a host sync.
+        PriorityError: a value is not, though `wanted`, and `can_raise`.
     """
     valid = values.isfinite() if low == -math.inf else values.isfinite() & (values >= low)
     if can_raise(values):
@@ -376,21 +339,18 @@ def require_finite(
 
 
 def require_slots(
-    slot: Tensor,
-    size: Tensor | int,
-    wanted: Tensor | None = None,
-    what: str = "the filled slots",
+    slot: Tensor, size: Tensor | int, wanted: Tensor | None = None, what: str = "the filled slots"
 ) -> Tensor:
-    """Find which of the slots [S, B] lie in [0, size), bool [S, B].
+    """Mark the slots that lie in [0, size), bool [S, B].
 
     Args:
         slot: int64 [S, B].
-        size: number of slots that may be named, int64 [S, 1], or one number for all.
-        wanted: bool [S, B]; where it is False, anything may stand.
-        what: the slots that may be named, for the error.
+        size: number of valid slots, int64 [S, 1], or one number for all.
+        wanted: bool [S, B]; False allows any slot.
+        what: name of the valid slots, for the error.
 
     Raises:
-        IndexRangeError: one does not, and it can be looked at without a host sync.
+        IndexRangeError: a wanted slot does not, and `can_raise`.
     """
     valid = (slot >= 0) & (slot < size)
     if can_raise(slot):

@@ -1,12 +1,10 @@
-"""Priorities, masses and importance-sampling weights: the formulas, as pure functions on tensors.
+"""Formulas of priorities, masses and importance-sampling weights, as pure functions on tensors.
 
 References are to Schaul et al. 2015, "Prioritized Experience Replay", arXiv 1511.05952.
 """
 
 import torch
 from torch import Tensor
-
-__all__ = ["NORMALIZATIONS", "importance_weights", "mass_of", "priority_of"]
 
 NORMALIZATIONS = ("batch", "buffer", "none")
 
@@ -19,7 +17,7 @@ def priority_of(td_error: Tensor, eps: float) -> Tensor:
 
     Args:
         td_error: TD errors delta, any real dtype, [B].
-        eps: keeps transitions with a TD error of 0 from never being drawn again.
+        eps: keeps transitions with a TD error of 0 drawable.
 
     Returns:
         [B], in the dtype of `td_error`.
@@ -30,12 +28,12 @@ def priority_of(td_error: Tensor, eps: float) -> Tensor:
 def mass_of(priority: Tensor, alpha: float) -> Tensor:
     """Masses p^alpha (equation 1, unnormalised), float32.
 
-    A priority of 0 means "never drawn" and has mass 0 at any alpha, also 0. A positive priority
-    keeps a positive finite mass: what float32 cannot hold is moved to its limits.
+    A priority of 0 has mass 0 at any alpha, also 0, and is never drawn. A positive priority has a
+    positive, finite mass: values beyond the limits of float32 are moved to them.
 
     Args:
         priority: raw priorities p, finite and not negative, [B].
-        alpha: how much prioritization is used; 0 is uniform.
+        alpha: degree of prioritization; 0 is uniform.
     """
     mass = priority.double().pow(alpha).clamp(_SMALLEST, _LARGEST).float()
     return torch.where(priority > 0, mass, 0.0)

@@ -20,7 +20,7 @@ def broken(thing, invariant):
 def used_table(capacity, **settings):
     made = table(capacity, weight_normalization="buffer", **settings)
     made.write_new(torch.arange(capacity), torch.arange(1.0, capacity + 1))
-    made.sort()
+    made.rebuild()
     made.check_valid()
     return made
 
@@ -67,7 +67,7 @@ def test_masses_that_do_not_follow_from_priorities_are_named(prioritization, sou
 def test_of_equal_priorities_each_may_have_the_rank_of_any():
     made = table(6, prioritization="rank", sort_interval=100)
     made.write_new(torch.arange(6), torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0, 5.0]))
-    made.sort()
+    made.rebuild()
     made.check_valid()
     made.update(torch.tensor([0, 3]), torch.tensor([1.99, 1.0]), written=6)
     made.check_valid()

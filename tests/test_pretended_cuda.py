@@ -273,7 +273,8 @@ class _Launch:
         return self
 
     def __call__(self, *args, **constants):
-        for tensor in filter(torch.is_tensor, args):
+        flat = [part for each in args for part in (each if isinstance(each, tuple) else (each,))]
+        for tensor in filter(torch.is_tensor, flat):
             assert (tensor.device.type, tensor.is_contiguous()) == ("cuda", True)
         _Launch.count += 1
 

@@ -1,4 +1,4 @@
-"""Files that are replaced whole or not at all, whatever ends the process."""
+"""Files replaced whole or not at all, even if the process is killed."""
 
 import errno
 import os
@@ -11,10 +11,8 @@ from typing import IO
 
 try:
     import fcntl
-except ImportError:  # Windows, where a file that is open cannot be removed: no lock is needed
+except ImportError:  # Windows, which does not remove open files: no lock is needed
     fcntl = None  # type: ignore[assignment]
-
-__all__ = ["replacing"]
 
 _SUFFIX = ".partial"
 
@@ -25,7 +23,7 @@ def _lock(file: IO[bytes], *, wait: bool) -> None:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what processes left that were killed while they wrote; others hold a lock."""
+    """Remove partial files of killed processes; those of live ones are locked."""
     for leftover in path.parent.glob(f"*{_SUFFIX}"):
         if leftover.name.startswith(f".{path.name}."):
             with suppress(OSError), leftover.open("rb") as file:
@@ -34,10 +32,10 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _create(path: Path) -> tuple[Path, IO[bytes]]:
-    """A new file beside `path`, locked, and of a name that no other writer has.
+    """Create a locked file beside `path`, with a name of its own.
 
     Raises:
-        OSError: there cannot be one; it names `path`, or its folder.
+        OSError: that fails; the error names `path`, or its folder.
     """
     if path.is_dir():
         raise IsADirectoryError(
@@ -49,19 +47,19 @@ def _create(path: Path) -> tuple[Path, IO[bytes]]:
         partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{_SUFFIX}")
         try:
             file = partial.open("xb")
-        except OSError as error:  # which names a file that nobody has heard of
+        except OSError as error:  # it names the partial file, which no user knows
             expected = f"expected a folder that {path.name!r} can be written to"
             raise OSError(
                 error.errno, f"{expected}, got: {error.strerror}", str(path.parent)
             ) from error
         _lock(file, wait=True)
-        if partial.exists():  # else somebody took it for a leftover before it was locked
+        if partial.exists():  # else another process removed it before it was locked
             return partial, file
         file.close()
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a change of names in `folder` survive a power failure, where that can be asked for."""
+    """Make a rename in `folder` survive a power failure, where the system can."""
     if fcntl is None:
         return
     opened = os.open(folder, os.O_RDONLY)
@@ -73,14 +71,14 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which becomes `path` at the end; after an error, `path` is as it was.
+    """Open a file that becomes `path` at the end; after an error, `path` is unchanged.
 
-    It is written under another name in the same folder, brought to the disk, and renamed. Several
-    processes may do so at the same time: the last one to end wins. The new file has the permissions
-    of the old one. A symbolic link stays, and the file that it leads to is replaced.
+    It is written under another name in the same folder, synced to the disk, and renamed. Of several
+    processes that do so at the same time, the last one to end wins. The new file has the
+    permissions of the old one. A symbolic link stays: the file that it leads to is replaced.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     path = Path(os.path.realpath(path))
     _remove_leftovers(path)
@@ -94,7 +92,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
             if fcntl is None:
                 file.close()
-            partial.replace(path)  # before it is closed, which gives up the lock
+            partial.replace(path)  # before closing, which gives up the lock
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -1,4 +1,4 @@
-"""Whether a saved state is consistent: looked at before any of it is taken over."""
+"""Checks of a saved state, before any of it is loaded."""
 
 import math
 from collections.abc import Mapping
@@ -13,17 +13,12 @@ from per_td.priorities.distributions import PRIORITIZATIONS
 from per_td.storage.leaves import flattened, named
 from per_td.storage.structure import Structure
 
-__all__ = ["check_values"]
-
 
 def check_values(state: Mapping[str, Any]) -> None:
-    """Refuse a state whose parts have wrong types, shapes or values.
-
-    Args:
-        state: with the keys that `states.check` asks for.
+    """Check types, shapes and values of a state that has all keys.
 
     Raises:
-        CheckpointError: a part is not as `state_dict` makes it; it says which.
+        CheckpointError: a part is wrong; the error names it.
     """
     settings = _settings(state["settings"])
     capacity, many = settings["capacity"], settings.get("num_buffers")
@@ -43,7 +38,7 @@ def check_values(state: Mapping[str, Any]) -> None:
     _transitions(state["transitions"], (*each, filled))
     _structure(state.get("structure", "[]"), state["transitions"])
     if "replayed" in state:
-        kept = (filled,) if many is None else None  # of many buffers, it means nothing
+        kept = (filled,) if many is None else None  # unused with many buffers
         _tensor("replayed", state["replayed"], kept, (torch.bool,))
     if state.get("ranks") is not None:
         _ranks(state["ranks"], filled)

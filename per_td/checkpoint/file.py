@@ -1,14 +1,13 @@
 """Saved states: tensors and plain values in one file, written whole or not at all.
 
-A file is a prefix (`_PREFIX`), a header in JSON, and the bytes of the tensors, as they are in
-memory on a little-endian machine. Everything is covered by a CRC-32, which takes 27 ms for 100 MB
-where writing them takes 98 (zlib's; adler32 33, sha256 60, blake2b 127), so that damage is named.
-Versions of files, and of the states in them:
+A file is a prefix (`_PREFIX`), a header in JSON, and the bytes of the tensors in little-endian
+order. A CRC-32 covers everything, so that damage is found; it takes 27 ms for 100 MB that take 98
+to write (zlib's; adler32 33, sha256 60, blake2b 127). Versions of files and states:
 
 1. `torch.save` of the state; still read.
-2. This format; states also hold masses, and what follows from a change of capacity.
+2. This format; states also hold masses, and counts for changes of capacity.
 
-Later versions will keep the prefix, so that this one can say that a file is of a later version.
+Later versions keep the prefix, so that this one can name the version of a later file.
 """
 
 import json
@@ -29,18 +28,16 @@ from torch import Tensor
 from per_td.checkpoint.atomic import replacing
 from per_td.errors import CheckpointError
 
-__all__ = ["VERSION", "read", "require", "write"]
-
 VERSION = 3
 _MAGIC = b"per_td\r\n"
-_ZIP = b"PK\x03\x04"  # what torch.save writes, version 1
+_ZIP = b"PK\x03\x04"  # begins a file of torch.save, version 1
 _PREFIX = struct.Struct("<8sIQII")
-"""Magic, version, length and CRC of the header, CRC of the prefix up to here."""
+"""Magic, version, length and CRC of the header, CRC of the prefix before it."""
 
 _ALIGNMENT = 64
 _CHUNK = 2**20
 _MOST_GAPS = 1.5
-"""How many times their own bytes views may span, and still be written with what is between."""
+"""Most bytes that views of one memory may span to be written as one block, in their own bytes."""
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -50,11 +47,11 @@ _DTYPES = {
 
 
 class _Block:
-    """Bytes that lie together in the file, and where: behind the header.
+    """Adjacent bytes of the file.
 
     Args:
-        source: the tensor whose bytes they are, contiguous unless it is read in pieces.
-        at: where they begin.
+        source: tensor that holds the bytes.
+        at: offset of the first byte after the header.
     """
 
     def __init__(self, source: Tensor, at: int) -> None:
@@ -64,11 +61,11 @@ class _Block:
         self.crc = 0
 
     def entry(self) -> dict[str, Any]:
-        """For the header; always of the same length."""
+        """Entry in the header, whose length does not depend on the checksum."""
         return {"at": self.at, "bytes": self.bytes, "crc32": f"{self.crc:08x}"}
 
     def write(self, put: Callable[[int, Any], Any]) -> None:
-        """Write the bytes, which stay in the processor's cache from copy to checksum to file."""
+        """Write the bytes in pieces, which stay in the cache from copy to checksum to file."""
         at = self.at
         for piece in _pieces(self.source):
             data = _raw(piece)
@@ -85,7 +82,7 @@ def _padded(length: int) -> int:
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """Parts of about `_CHUNK` bytes."""
+    """Split a tensor into parts of about `_CHUNK` bytes."""
     length = len(tensor) if tensor.ndim else 0
     if not length:
         return iter([tensor])
@@ -94,14 +91,14 @@ def _pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _raw(tensor: Tensor) -> Any:
-    """The bytes of a tensor, on the CPU, without a copy where that can be."""
+    """Bytes of a tensor on the CPU, without a copy if possible."""
     tensor = tensor.detach().cpu().resolve_neg().resolve_conj().contiguous()
     flat = tensor.as_strided((tensor.numel(),), (1,))  # of one number, the stride may be any
     return flat.view(torch.uint8).numpy().data
 
 
 class _Writer:
-    """What a state consists of, as it will be in the file."""
+    """A state as blocks and a header."""
 
     def __init__(self, state: Any) -> None:
         self.blocks: list[_Block] = []
@@ -114,9 +111,9 @@ class _Writer:
         return len(self.blocks) - 1
 
     def _find_shared(self, tensors: list[Tensor]) -> None:
-        """Make a block of every memory that tensors are views of and together nearly fill.
+        """Make one block of each memory that several tensors nearly fill.
 
-        The fields of records are: to take them apart would cost more than to write the gaps.
+        Fields of records do: writing the gaps costs less than taking the records apart.
         """
         views: dict[int, list[Tensor]] = {}
         for tensor in tensors:
@@ -132,7 +129,7 @@ class _Writer:
                 self._shared[base] = self._add(memory)
 
     def _described(self, value: Any) -> Any:
-        """`value` for the header."""
+        """Describe a value for the header."""
         if isinstance(value, Tensor):
             entry = {
                 "dtype": str(value.dtype).removeprefix("torch."),
@@ -164,7 +161,7 @@ class _Writer:
         return text.ljust(_padded(_PREFIX.size + len(text)) - _PREFIX.size)
 
     def write(self, file: IO[bytes]) -> None:
-        """Write the blocks, and then, in front of them, the header with their checksums."""
+        """Write the blocks, then the header with their checksums in front of them."""
         start = _PREFIX.size + len(self._header())
 
         def put(at: int, data: Any) -> None:
@@ -188,12 +185,12 @@ def _tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 def _begin(tensor: Tensor) -> int:
-    """Where a tensor begins in its storage, in bytes."""
+    """Offset of a tensor in its storage, in bytes."""
     return int(tensor.storage_offset()) * tensor.itemsize
 
 
 def _span(tensor: Tensor) -> int:
-    """From its first byte to its last."""
+    """Bytes from the first to the last of a tensor."""
     if not tensor.numel():
         return 0
     steps = zip(tensor.shape, tensor.stride(), strict=True)
@@ -201,14 +198,13 @@ def _span(tensor: Tensor) -> int:
 
 
 def write(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write `state`, tensors and plain values in dicts, to `path`.
+    """Write `state`, dicts of tensors and plain values, to `path`.
 
-    Whatever ends the process, the old file is there or the new one. Tensors are read in pieces,
-    and not copied as a whole.
+    If the process ends meanwhile, the old file stays. Tensors are copied piece by piece.
 
     Raises:
-        CheckpointError: there is something else in `state`.
-        OSError: it cannot be written, such as on a full disk; the old file is as it was.
+        CheckpointError: `state` holds anything else.
+        OSError: the file cannot be written, as on a full disk; the old file stays.
     """
     writer = _Writer(state)
     with replacing(Path(path)) as file:
@@ -217,7 +213,7 @@ def write(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
 
 @contextmanager
 def _read_only() -> Iterator[None]:
-    """Torch warns of memory that may not be written to, which nobody does here."""
+    """Silence torch's warning about memory that may not be written to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         yield
@@ -263,7 +259,7 @@ class _File:
             raise self.error(f"a damaged file: the checksum of its {what} differs")
 
     def _block(self, number: int, entry: dict[str, Any]) -> Tensor:
-        """The bytes of a block, a view of the file."""
+        """Check a block; return its bytes, a view of the file."""
         begin = self.start + entry["at"]
         with memoryview(self.data) as whole, whole[begin : self.start + _end(entry)] as extent:
             self._verify(f"block {number}", extent, int(entry["crc32"], 16))
@@ -275,7 +271,7 @@ class _File:
             )
 
     def restored(self, value: Any) -> Any:
-        """The inverse of `_described`."""
+        """Invert `_described`."""
         if not isinstance(value, dict):
             return value
         if "dict" in value:
@@ -304,10 +300,10 @@ def _read_first_version(path: str | os.PathLike[str]) -> Any:
 
 
 def require(expected: str, state: Any, path: str | os.PathLike[str] | None = None) -> None:
-    """Refuse a state whose "format" is not `expected`, such as that of a network.
+    """Check that the "format" of a state, read from `path`, is `expected`.
 
     Raises:
-        CheckpointError: it says what came instead, and the `path` that it is from.
+        CheckpointError: it is another, or `state` is something else, such as that of a network.
     """
     known = state.get("format") if isinstance(state, dict) else None
     if isinstance(known, str) and known == expected:
@@ -325,36 +321,33 @@ def require(expected: str, state: Any, path: str | os.PathLike[str] | None = Non
 
 
 def read(path: str | os.PathLike[str], expected: str | None = None) -> Any:
-    """What is in the file `path`, on the CPU; no code in the file is run.
+    """Read a file to the CPU and check all checksums; no code in the file is run.
 
-    All checksums have been looked at then. Tensors are views of the file: they may not be written
-    to, and take no memory that the system could not take back.
+    Tensors are views of the file, not to be written to. The system can take back their memory.
 
     Args:
-        path: of the file.
-        expected: the format of the state in it; None takes any.
+        path: path of the file.
+        expected: format of the state in it; None takes any.
 
     Raises:
-        CheckpointError: the file is truncated, damaged, foreign, of a later version, or does not
-            hold what is `expected`: it says which.
-        FileNotFoundError: there is none.
+        CheckpointError: the file is truncated, damaged, foreign or of a later version, or its state
+            has another format.
+        FileNotFoundError: there is no such file.
     """
-    state = _read(path)
-    if expected is not None:
-        require(expected, state, path)
-    return state
-
-
-def _read(path: str | os.PathLike[str]) -> Any:
     with open(path, "rb") as file:
-        if file.read(len(_ZIP)) == _ZIP:
-            return _read_first_version(path)
+        first = file.read(len(_ZIP)) == _ZIP
         if not os.fstat(file.fileno()).st_size:
             raise CheckpointError(
                 f"{os.fspath(path)}: expected a saved buffer, got a truncated file of 0 bytes"
             )
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    with suppress(AttributeError):  # not on every system
-        data.madvise(mmap.MADV_SEQUENTIAL)
-    found = _File(os.fspath(path), data)
-    return found.restored(found.described)
+        data = None if first else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if data is None:
+        state = _read_first_version(path)
+    else:
+        with suppress(AttributeError):  # not on every system
+            data.madvise(mmap.MADV_SEQUENTIAL)
+        found = _File(os.fspath(path), data)
+        state = found.restored(found.described)
+    if expected is not None:
+        require(expected, state, path)
+    return state

@@ -1,22 +1,20 @@
-"""One list of operations, in three implementations; this decides which one runs.
+"""Choice between three implementations of the same operations.
 
-`reference` is plain torch, on any device: the truth. `cpu` is compiled by numba, `cuda` by Triton.
-The kernels are an optimisation of the reference, never a second truth: the same tests hold for all.
-Each part asks once, when it is made. While torch.compile traces, it finds the reference, to make
-kernels of its own.
+`reference` is plain torch, on any device. `cpu` is compiled by numba, `cuda` by Triton; both must
+give the results of the reference. Each part chooses once, when it is made. torch.compile traces the
+reference, and makes kernels of its own.
 
 numba is imported when the first buffer or tree on the CPU is made, not with `per_td`. Compiling
 takes some seconds, once per machine: numba keeps the result in a folder (`__pycache__` beside its
 source, or in the user's cache folder, or in `NUMBA_CACHE_DIR`), until a kernel is edited. Without
-numba, or where no such folder can be written and every process would have to compile again, plain
-torch takes over, and a `KernelWarning` says so.
+numba, or without such a folder, plain torch takes over after a `KernelWarning`.
 
 Triton comes with torch's CUDA builds for Linux. It is imported with the first buffer or tree on
-CUDA, compiles a kernel when it is first launched, and keeps it in a folder too. Without Triton,
-plain torch takes over in the same way.
+CUDA, compiles a kernel at its first launch, and keeps it in a folder too. Without Triton, plain
+torch takes over after a `KernelWarning`.
 
-The environment variable `PER_TD_KERNELS` chooses: "auto", as above; "off": plain torch; "checked":
-kernels for the CPU with bounds checks, for tests.
+The environment variable `PER_TD_KERNELS` chooses: "auto": kernels where they work; "off": plain
+torch; "checked": CPU kernels with bounds checks, for tests.
 """
 
 import gc
@@ -36,11 +34,7 @@ __all__ = ["CHOICES", "VARIABLE", "operations"]
 
 
 def operations(device: torch.device, *, launches: bool = True) -> ModuleType:
-    """Choose the operations for tensors on `device`.
-
-    Args:
-        device: where they are.
-        launches: use kernels on CUDA, if there are any.
+    """Choose the operations for tensors on `device`; on CUDA, kernels only with `launches`.
 
     Raises:
         ConfigurationError: the environment variable is not one of `CHOICES`.
@@ -56,7 +50,7 @@ def operations(device: torch.device, *, launches: bool = True) -> ModuleType:
 
 @cache
 def _cpu() -> ModuleType | None:
-    """Import the kernels for the CPU; None, after a warning, where they cannot be had."""
+    """Import the kernels for the CPU, or warn and return None."""
     try:
         with _no_collection():
             from per_td.kernels.cpu import door
@@ -72,7 +66,7 @@ def _cpu() -> ModuleType | None:
 
 @cache
 def _cuda() -> ModuleType | None:
-    """Import the kernels for CUDA; None, after a warning, where they cannot be had."""
+    """Import the kernels for CUDA, or warn and return None."""
     try:
         from per_td.kernels.cuda import launches
     except ImportError as error:
@@ -92,7 +86,7 @@ def _warn(device: str, reason: str) -> None:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Importing numba makes many objects that stay; to search them for garbage took 0.2 s."""
+    """Stop garbage collection, which takes 0.2 s while numba is imported, and frees nothing."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -4,8 +4,6 @@ import os
 
 from per_td.errors import ConfigurationError
 
-__all__ = ["CHOICES", "VARIABLE", "allowed", "checked"]
-
 VARIABLE = "PER_TD_KERNELS"
 CHOICES = ("auto", "off")
 _FOR_TESTS = "checked"
@@ -21,7 +19,7 @@ def _choice() -> str:
 
 
 def allowed() -> bool:
-    """True unless plain torch is asked for.
+    """True unless the environment variable asks for plain torch.
 
     Raises:
         ConfigurationError: the environment variable is not one of `CHOICES`.
@@ -30,5 +28,5 @@ def allowed() -> bool:
 
 
 def checked() -> bool:
-    """True if kernels are to be compiled with bounds checks; raises as `allowed`."""
+    """True if kernels shall check bounds; raises like `allowed`."""
     return _choice() == _FOR_TESTS

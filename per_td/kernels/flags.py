@@ -1,29 +1,11 @@
-"""Small numbers that kernels and their callers agree on."""
-
-__all__ = [
-    "ADD_EPS",
-    "ALPHA",
-    "ALPHA_EXPONENT",
-    "BY_BUFFER",
-    "BY_SIZE",
-    "EPS",
-    "EVER_MAX",
-    "GENERATION",
-    "MASK",
-    "MINIMA",
-    "NEW",
-    "SQUARED",
-    "STAMPS",
-    "STRATIFIED",
-    "VALUE",
-]
+"""Numbers that kernels and their callers agree on."""
 
 ALPHA, EPS, ALPHA_EXPONENT, MINIMA = range(4)
-"""Places in a table's settings, float64 [4]: alpha, eps, the exponent of whatever masses are powers
-of, and 1 if the smallest masses are kept up to date."""
+"""Places in a table's settings, float64 [4]: alpha, eps, the exponent that gives the masses, and 1
+if the smallest masses are kept up to date."""
 
 VALUE, GENERATION, MASK, STAMPS, ADD_EPS, SQUARED, NEW, EVER_MAX = (1 << k for k in range(8))
-"""Options of `assign`: a bit each. An absent argument is a flag that is not set."""
+"""Options of `assign`, a bit each; one is unset where its argument is absent."""
 
 STRATIFIED, BY_SIZE, BY_BUFFER = (1 << k for k in range(3))
 """Options of `draw`."""

@@ -1,13 +1,13 @@
-"""The layout of S wide trees, and the block of memory that they and their table share.
+"""Layout of S wide trees, and the block of memory that they and their table share.
 
-A tree of fan-out 16. Level 0 is the leaves; node j of level k + 1 has the children 16 j to
-16 j + 15 of level k, so parents are found by a division and children lie side by side in one or two
-cache lines. The levels above the leaves lie one after the other in a single tensor, each padded to
-whole groups of 16 (the root excepted).
+The fan-out is 16. Level 0 is the leaves. Node j of level k + 1 has the children 16 j to 16 j + 15
+of level k, so a division finds the parent, and children lie side by side in one or two cache lines.
+The levels above the leaves lie one after the other in a single tensor, each padded to whole groups
+of 16 (the root excepted).
 
-Many trees of one size share these levels. Each tree owns `stride` leaves: those below `width` whole
-nodes of the level `height`, its tops. A change in one tree never touches a node of another up to
-that level, and nothing is drawn from the levels above. A single tree has one top: the root.
+All trees share these levels. Each tree owns `stride` leaves: those below `width` whole nodes, its
+tops, of the level `height`. A change in one tree never touches another's nodes up to that level,
+and draws never read the levels above. A single tree has one top: the root.
 """
 
 from collections.abc import Mapping
@@ -20,13 +20,11 @@ from torch import Tensor
 from per_td.errors import PerTdError
 from per_td.memory import Zeros
 
-__all__ = ["FANOUT", "Block", "Layout"]
-
 FANOUT = 16
 
 _ALIGNMENT = 64  # 16 leaves of a tree lie in one cache line
 _GUARD = 0xA5
-"""Fills the bytes between the views of a block; a write past the end of one changes them."""
+"""Value of the guard bytes between the views of a block."""
 
 
 def _padded(width: int) -> int:
@@ -35,7 +33,7 @@ def _padded(width: int) -> int:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the nodes of S trees over `capacity` slots each lie.
+    """Places of the nodes of S trees over `capacity` slots each.
 
     Attributes:
         capacity: slots of each tree, at least 1.
@@ -43,10 +41,10 @@ class Layout:
         stride: leaves from the first of a tree to the first of the next.
         width: tops of each tree.
         height: level of the tops, at least 1.
-        leaf_slots: leaves allocated. There is always at least one more than belong to the trees:
-            the leaf `spare`, which takes refused updates, so that no branch depends on data.
+        leaf_slots: leaves allocated, at least one more than belong to the trees: the leaf `spare`
+            takes refused updates, so that no branch depends on data.
         widths: nodes in each level above the leaves, from the leaves up; the last is 1, the root.
-        offsets: where each of these levels begins in the tensor of nodes.
+        offsets: first node of each of these levels in the tensor of nodes.
         node_slots: length of that tensor.
     """
 
@@ -62,7 +60,7 @@ class Layout:
 
     @classmethod
     def of(cls, capacity: int, groups: int = 1) -> "Layout":
-        """The layout for `groups` trees of `capacity` slots."""
+        """Make the layout for `groups` trees of `capacity` slots."""
         height, width, stride = 0, 1, capacity
         if groups > 1:  # the fewest leaves below at most 16 whole nodes
             height = 1
@@ -90,7 +88,7 @@ class Layout:
 
     @property
     def spare(self) -> int:
-        """The leaf that refused updates write; it stays empty."""
+        """Leaf that takes refused updates; its mass stays 0."""
         return self.groups * self.stride
 
     def levels(self, nodes: Tensor) -> list[Tensor]:
@@ -99,34 +97,37 @@ class Layout:
         return [nodes[start:end] for start, end in zip(self.offsets, ends, strict=True)]
 
     def tops(self, nodes: Tensor) -> Tensor:
-        """The highest nodes of each tree in `nodes` [node_slots], a view [S, width]."""
+        """Tops of each tree in `nodes` [node_slots], a view [S, width]."""
         start = self.offsets[self.height - 1]
         return nodes[start : start + self.groups * self.width].view(self.groups, self.width)
 
     def slots(self, column: Tensor) -> Tensor:
-        """The slots of each tree in a column over all leaves [leaf_slots], a view [S, capacity]."""
+        """Slots of each tree in a column over all leaves [leaf_slots], a view [S, capacity]."""
         own = column[: self.groups * self.stride].view(self.groups, self.stride)
         return own[:, : self.capacity]
 
     def starts(self, device: torch.device) -> Tensor:
-        """The first leaf of each tree, int64 [S, 1]."""
+        """First leaf of each tree, int64 [S, 1]."""
         return torch.arange(0, self.spare, self.stride, device=device).unsqueeze(-1)
 
 
 class Block:
-    """Named tensors with guard bytes before and after each.
+    """Named tensors, filled with 0, with guard bytes before and after each.
 
-    Each has memory of its own: torch.compile refuses to change views of several dtypes in one.
+    Each has memory of its own: torch.compile cannot change views of several dtypes in one.
 
     Args:
-        views: shape and dtype of each, by name. All start as 0.
-        device: where the memory is.
+        views: shape and dtype of each tensor, by name.
+        device: device of the memory.
         zeros: makes the memory.
 
     Attributes:
-        memory: that of each, uint8, by name. torch moves it when it sends a block to a process.
-        record: for the compiled kernels: addresses and lengths, kept by the code that made it.
+        memory: memory of each tensor, uint8, by name; torch moves it to send a block to a process.
+        record: addresses and lengths for the compiled kernels, kept by the code that made it.
     """
+
+    record: Any
+    _retired: Any
 
     def __init__(
         self,
@@ -134,57 +135,36 @@ class Block:
         device: torch.device,
         zeros: Zeros,
     ) -> None:
-        self._shapes = dict(views)
-        self.memory: dict[str, Tensor] = {}
-        for name in views:
-            start, end = self._place(name)
-            length = start + -(-(end - start + 1) // _ALIGNMENT) * _ALIGNMENT
-            self.memory[name] = zeros((length,), torch.uint8, device)
-        self.record: Any = None
-        self._retired: Any = None
-        self._views = self._made()
-        for _, gap in self._gaps():
+        memory = {}
+        for name, (shape, dtype) in views.items():
+            length = torch.Size(shape).numel() * dtype.itemsize
+            room = -(-(length + 1) // _ALIGNMENT) * _ALIGNMENT
+            memory[name] = zeros((_ALIGNMENT + room,), torch.uint8, device)
+        self.__setstate__({"_shapes": dict(views), "memory": memory})
+        for _, gap in self._gaps:
             gap.fill_(_GUARD)
 
     def __getstate__(self) -> dict[str, Any]:
         # the memory may be about to move, and a kernel may still be reading the old record
-        self.record, self._retired = None, self.record
+        self._retired, self.record = self.record, None
         return {"_shapes": self._shapes, "memory": self.memory}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.record, self._retired, self._views = None, None, self._made()
-
-    @property
-    def names(self) -> list[str]:
-        """The names of the views."""
-        return list(self._shapes)
+        self._shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = state["_shapes"]
+        self.memory: dict[str, Tensor] = state["memory"]
+        self.record = self._retired = None
+        self.views: dict[str, Tensor] = {}
+        self._gaps: list[tuple[str, Tensor]] = []
+        for name, (shape, dtype) in self._shapes.items():
+            memory, end = self.memory[name], _ALIGNMENT + torch.Size(shape).numel() * dtype.itemsize
+            self.views[name] = memory[_ALIGNMENT:end].view(dtype).view(shape)
+            self._gaps += [(f"before {name}", memory[:_ALIGNMENT]), (f"after {name}", memory[end:])]
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._views[name]
-
-    def _place(self, name: str) -> tuple[int, int]:
-        """Where a view begins and ends in its memory, in bytes."""
-        shape, dtype = self._shapes[name]
-        return _ALIGNMENT, _ALIGNMENT + torch.Size(shape).numel() * dtype.itemsize
-
-    def _made(self) -> dict[str, Tensor]:
-        made = {}
-        for name, (shape, dtype) in self._shapes.items():
-            start, end = self._place(name)
-            made[name] = self.memory[name][start:end].view(dtype).view(shape)
-        return made
-
-    def _gaps(self) -> list[tuple[str, Tensor]]:
-        """The bytes that belong to no view, and where they are."""
-        gaps = []
-        for name, memory in self.memory.items():
-            start, end = self._place(name)
-            gaps += [(f"before {name}", memory[:start]), (f"after {name}", memory[end:])]
-        return gaps
+        return self.views[name]
 
     def check_valid(self) -> None:
         """Raise PerTdError if something has written past the end of a view."""
-        for where, gap in self._gaps():
+        for where, gap in self._gaps:
             if (gap != _GUARD).any():
                 raise PerTdError(f"memory: the guard bytes {where} have been overwritten")

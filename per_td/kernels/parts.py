@@ -1,4 +1,4 @@
-"""What the operations need of the parts that they work on."""
+"""Interfaces of the parts that the operations work on."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -7,8 +7,6 @@ import torch
 from torch import Tensor
 
 from per_td.kernels.layout import Block, Layout
-
-__all__ = ["Distribution", "Rows", "Trees"]
 
 
 class Trees(Protocol):
@@ -27,18 +25,15 @@ class Trees(Protocol):
     ever_max: Tensor
     replayed: Tensor
     refused: Tensor
+    keeps_minima: bool
 
     @property
     def total(self) -> Tensor:
         """Sum of the masses of each tree, float64 [S]."""
 
-    @property
-    def keeps_minima(self) -> bool:
-        """True if the smallest positive masses are kept up to date."""
-
 
 class Distribution(Protocol):
-    """How masses follow from priorities; see `per_td.priorities.distributions`."""
+    """The map from priorities to masses; see `per_td.priorities.distributions`."""
 
     def masses(self, trees: Any, priority: Tensor) -> Tensor:
         """Masses of changed or new priorities, float32 [B]."""

@@ -1,8 +1,8 @@
-"""The list of operations in plain torch, on any device: the truth that kernels must match.
+"""The operations in plain torch, on any device: kernels must give the same results.
 
-`per_td.kernels.cpu` and `per_td.kernels.cuda` have the same operations, with the same arguments. An
-index is that of a slot in its own tree; S trees take and give tensors of S rows, flattened or not.
-Nothing here reads a value back to the host where that would wait.
+`per_td.kernels.cpu.door` and `per_td.kernels.cuda.launches` have these operations, with these
+arguments. An index names a slot in its own tree. S trees take and return tensors of S rows,
+flattened or not. Nothing here makes the host wait for a value.
 """
 
 from array import array
@@ -25,7 +25,6 @@ __all__ = [
     "check_nodes",
     "draw",
     "draw_distinct",
-    "draw_rows",
     "find",
     "for_new",
     "gather",
@@ -40,7 +39,7 @@ __all__ = [
 
 Reduce = Callable[[Tensor], Tensor]
 Runs: TypeAlias = "array[int]"
-"""Of int64: first slot and length of a run of slots, for each group."""
+"""First slot and length of a run of slots for each group, int64."""
 
 
 # --- nodes ----------------------------------------------------------------------------------------
@@ -59,7 +58,7 @@ def _min_positive(children: Tensor) -> Tensor:
 
 
 def _columns(trees: Trees) -> list[tuple[Tensor, Tensor, Reduce]]:
-    """Leaves, nodes, and how a node follows from its children, for each kind that is kept."""
+    """Leaves, nodes and the reduction of 16 children to a node, for each kind of node kept."""
     kinds: list[tuple[Tensor, Tensor, Reduce]] = [(trees.leaves, trees.sums, _sum)]
     if len(trees.raw):
         kinds.append((trees.raw, trees.maxima, _max))
@@ -68,13 +67,13 @@ def _columns(trees: Trees) -> list[tuple[Tensor, Tensor, Reduce]]:
     return kinds
 
 
-def _refresh(trees: Trees, index: Tensor) -> None:
-    """Recompute all ancestors of the leaves `index` [B] from their children."""
+def _refresh(trees: Trees, index: Tensor | None) -> None:
+    """Recompute the ancestors of the leaves `index` [B] from their children; None: all nodes."""
     for children, nodes, reduce in _columns(trees):
         at = index
         for level in trees.layout.levels(nodes):
             groups = children.view(-1, FANOUT)
-            if at.numel() < groups.shape[0]:
+            if at is not None and at.numel() < groups.shape[0]:
                 at = at // FANOUT
                 level[at] = reduce(groups.index_select(0, at))
             else:  # as many updates as nodes: the whole level is cheaper, and so are those above
@@ -84,22 +83,18 @@ def _refresh(trees: Trees, index: Tensor) -> None:
 
 def refill(trees: Trees) -> None:
     """Recompute every node from the leaves and the priorities, in O(N)."""
-    for children, nodes, reduce in _columns(trees):
-        for level in trees.layout.levels(nodes):
-            groups = children.view(-1, FANOUT)
-            level[: groups.shape[0]] = reduce(groups)
-            children = level
+    _refresh(trees, None)
 
 
 def check_nodes(trees: Trees) -> None:
-    """Compare every node with what its children give, in O(N); the host waits for the device.
+    """Recompute every node and compare, in O(N); the host waits for the device.
 
     Raises:
         PerTdError: a node does not follow from its children.
     """
     kinds = [("sums", 0.0, 1e-12), ("maxima", 0.0, 0.0), ("minima", torch.inf, 0.0)]
-    for (name, padding, rtol), (leaves, nodes, reduce) in zip(kinds, _columns(trees), strict=False):
-        children = leaves
+    columns = zip(kinds, _columns(trees), strict=False)
+    for (name, padding, rtol), (children, nodes, reduce) in columns:
         for height, level in enumerate(trees.layout.levels(nodes), 1):
             groups = children.view(-1, FANOUT)
             expected = torch.full_like(level, padding)
@@ -114,7 +109,7 @@ def check_nodes(trees: Trees) -> None:
 def keep_last(index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Give every occurrence of an index the value of its last one.
 
-    Writing the result in any order, or in parallel, leaves what a sequential loop would leave.
+    The result may then be written in any order, or in parallel.
 
     Args:
         index: int64 [B].
@@ -132,7 +127,7 @@ def keep_last(index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def set_masses(trees: Trees, index: Tensor, value: Tensor) -> None:
-    """Set the masses of slots; where one occurs twice, its last value holds.
+    """Set the masses of slots; where a slot occurs twice, its last value holds.
 
     Args:
         trees: the trees.
@@ -154,13 +149,13 @@ def set_masses(trees: Trees, index: Tensor, value: Tensor) -> None:
 
 
 def for_new(trees: Trees, *, ever_max: bool) -> Tensor:
-    """Priority of new transitions in each tree, [S]: the largest, or the largest ever; 1 for 0."""
+    """Priority of new transitions, [S]: the largest, or the largest ever; 1 if that is 0."""
     known = trees.ever_max if ever_max else trees.layout.tops(trees.maxima).amax(-1)
     return torch.where(known > 0, known, 1.0)
 
 
 def _write(trees: Trees, distribution: Distribution, leaf: Tensor, priority: Tensor) -> None:
-    """Write valid priorities of leaves [n], and all that follows from them."""
+    """Write valid priorities of leaves [n], their masses and their nodes."""
     trees.raw[leaf] = priority
     trees.leaves[leaf] = distribution.masses(trees, priority)
     _refresh(trees, leaf)
@@ -169,10 +164,10 @@ def _write(trees: Trees, distribution: Distribution, leaf: Tensor, priority: Ten
 
 
 def _require_runs(runs: Runs, groups: int, capacity: int, least: int, most: int) -> None:
-    """Refuse runs that are not of `least` to `most` slots that there are, one for each group.
+    """Check that each group has a run of `least` to `most` slots that exist.
 
     Raises:
-        IndexRangeError: they are not.
+        IndexRangeError: a run is missing, too short or too long, or starts outside the ring.
     """
     if torch.compiler.is_compiling():  # the storage made them
         return
@@ -191,15 +186,20 @@ def assign_new(trees: Trees, distribution: Distribution, runs: Runs, *, ever_max
 
     Args:
         trees: the trees.
-        distribution: how masses follow from priorities.
-        runs: first slot and length, around the end of the ring, of each tree.
+        distribution: turns priorities into masses.
+        runs: first slot and length of each tree's run, which may pass the end of the ring.
         ever_max: see `for_new`.
 
     Raises:
-        IndexRangeError: a run has slots that there are not.
+        IndexRangeError: a run names slots that do not exist.
     """
     capacity = trees.layout.capacity
     _require_runs(runs, trees.layout.groups, capacity, 0, capacity)
+    _write(trees, distribution, *begin_runs(trees, runs, ever_max=ever_max))
+
+
+def begin_runs(trees: Trees, runs: Runs, *, ever_max: bool) -> tuple[Tensor, Tensor]:
+    """Mark runs of slots as not replayed; return their leaves [n] and their new priorities [n]."""
     layout, new, leaves, priorities = trees.layout, for_new(trees, ever_max=ever_max), [], []
     for s in range(layout.groups):
         start, n = runs[2 * s : 2 * s + 2]
@@ -207,13 +207,8 @@ def assign_new(trees: Trees, distribution: Distribution, runs: Runs, *, ever_max
         leaves.append(slot + s * layout.stride)
         priorities.append(new[s].expand(n))
     leaf = torch.cat(leaves)
-    _forget_draws(trees, leaf)
-    _write(trees, distribution, leaf, torch.cat(priorities))
-
-
-def _forget_draws(trees: Trees, leaf: Tensor) -> None:
-    if len(trees.replayed):
-        trees.replayed.index_fill_(0, leaf, False)
+    mark_replayed(trees, leaf, drawn=False)
+    return leaf, torch.cat(priorities)
 
 
 def assign(
@@ -232,29 +227,30 @@ def assign(
     new: bool = False,
     ever_max: bool = False,
 ) -> Tensor | int:
-    """Set the priorities of slots; where one occurs twice, its last value holds.
+    """Set the priorities of slots; where a slot occurs twice, its last value holds.
 
     Args:
         trees: the trees.
-        distribution: how masses follow from priorities.
+        distribution: turns priorities into masses.
         index: int64 [S, B].
-        value: float32 [S, B]; None gives the priority of new transitions.
-        written: how many transitions were ever written, int64 [S], or one number for all.
-        limit: slots below min(written, limit) may be named.
-        generation: those of the transitions meant, int64 [S, B]: updates of what has been
-            overwritten since are dropped. None drops none.
-        stamps: generations of the slots, int64 [limit], for one tree; None: see `written`.
-        mask: bool [S, B]; False leaves a slot alone. None leaves none alone.
+        value: float32 [S, B]; None: the priority of new transitions.
+        written: number of transitions ever written, int64 [S], or one number for all.
+        limit: an index must be below min(written, limit).
+        generation: generations of the transitions meant, int64 [S, B]; updates of stale ones are
+            dropped. None drops none.
+        stamps: current generations of the slots, int64 [limit], for one tree; None computes them
+            from `written`.
+        mask: bool [S, B]; False leaves a slot alone. None: all True.
         add_eps: add eps to |value|.
         squared: take the root of |value| first.
-        new: the slots have not been replayed.
+        new: mark the slots as not replayed.
         ever_max: see `for_new`.
 
     Returns:
-        How many updates were dropped.
+        The number of updates dropped.
 
     Raises:
-        IndexRangeError: an index is not that of a filled slot.
+        IndexRangeError: an index names no filled slot.
         PriorityError: a priority is NaN or infinite. On CUDA such updates are refused and counted.
         PerTdError: there are not `limit` stamps.
     """
@@ -290,19 +286,19 @@ def assign(
     leaf = torch.where(kept, slot + trees.starts, layout.spare).flatten()
     leaf, priority = keep_last(leaf, torch.where(kept, priority, 0.0).flatten())
     if new:
-        _forget_draws(trees, leaf)
+        mark_replayed(trees, leaf, drawn=False)
     _write(trees, distribution, leaf, priority)
     return dropped
 
 
 def generations(slot: Tensor, written: Tensor | int, capacity: int) -> Tensor:
-    """How often each ring had wrapped when its slots [S, B] were written; -1 if they never were.
+    """Generations of the slots [S, B]: how often each was overwritten; -1 if never written.
 
-    Transition number k (from 0, for ever) lives in slot k mod capacity.
+    Transition number k, counted from 0, lives in slot k mod capacity.
 
     Args:
         slot: int64 [S, B].
-        written: how many transitions were ever written, int64 [S, 1], or one number for all.
+        written: number of transitions ever written, int64 [S, 1], or one number for all.
         capacity: number of slots of each ring.
     """
     return (written - 1 - slot).div(capacity, rounding_mode="floor")
@@ -312,18 +308,18 @@ def generations(slot: Tensor, written: Tensor | int, capacity: int) -> Tensor:
 
 
 def _child_at(prefix: Tensor, target: Tensor) -> Tensor:
-    """Which of 16 children holds the point `target` [n], given their prefix sums [n, 16].
+    """Find the child that holds the point `target` [n] by the prefix sums of 16 children [n, 16].
 
-    The first child whose prefix sum lies above the point. Such a child has a positive mass, which
-    is why a mass of 0 is never drawn; a point at or past the end (rounding) is moved inside first.
-    Where all 16 masses are 0, child 0.
+    It is the first child whose prefix sum lies above the point. Such a child has a positive mass,
+    so a mass of 0 is never drawn. A point at or past the end (rounding) is moved inside first. If
+    all 16 masses are 0, it is child 0.
     """
     inside = torch.minimum(target, torch.nextafter(prefix[:, -1], torch.zeros_like(target)))
     return (prefix <= inside.unsqueeze(-1)).sum(-1).remainder_(FANOUT)
 
 
 def find(trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Walk down the sum trees to the slots in which the cumulative masses reach `target`.
+    """Find the slots in which the cumulative masses reach `target`.
 
     Args:
         trees: the trees.
@@ -352,7 +348,7 @@ def find(trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _first_tops(trees: Trees) -> Tensor:
-    """The first of the highest nodes of each tree, int64 [S, 1]."""
+    """First top of each tree, int64 [S, 1]; see `Layout`."""
     groups, width = trees.layout.groups, trees.layout.width
     return torch.arange(0, groups * width, width, device=trees.device).unsqueeze(-1)
 
@@ -366,17 +362,17 @@ def draw(
     normalization: str,
     written: Tensor | int,
 ) -> tuple[Tensor, Tensor] | None:
-    """Draw slots for random points, and weigh them; they count as replayed.
+    """Draw slots for random points, mark them as replayed, and compute their weights.
 
     Args:
         trees: the trees.
-        point: random numbers in [0, 1), float64 [S, B]; they may be overwritten.
-        stratified: move each into its own of B equal parts of the total.
+        point: random numbers in [0, 1), float64 [S, B]; may be overwritten.
+        stratified: move each point into its own of B equal parts of the total.
         beta, normalization, written: see `weigh`.
 
     Returns:
-        Slots int64 and weights float32, in the shape of `point`; None if a tree has only masses of
-        0, where that can be seen.
+        Slots int64 and weights float32, in the shape of `point`. None if a tree has only masses of
+        0 (not on CUDA, where the host would wait).
     """
     total = trees.total
     if validation.can_raise(total) and not (total > 0).all():
@@ -391,28 +387,23 @@ def draw(
     return index, weight
 
 
-def mark_replayed(trees: Trees, index: Tensor) -> None:
-    """Count the slots `index` [S, B] as replayed."""
+def mark_replayed(trees: Trees, index: Tensor, *, drawn: bool = True) -> None:
+    """Mark the slots `index` [S, B] as replayed, or as not yet `drawn`."""
     if len(trees.replayed):
-        trees.replayed.index_fill_(0, index.view(-1), True)
+        trees.replayed.index_fill_(0, index.view(-1), drawn)
 
 
 def weigh(
-    trees: Trees,
-    mass: Tensor,
-    *,
-    beta: Tensor | float,
-    normalization: str,
-    written: Tensor | int,
+    trees: Trees, mass: Tensor, *, beta: Tensor | float, normalization: str, written: Tensor | int
 ) -> Tensor:
-    """Importance-sampling weights of what was drawn.
+    """Importance-sampling weights of the slots drawn.
 
     Args:
-        trees: what it was drawn from.
-        mass: masses of what was drawn, float32 [S, B].
+        trees: the trees drawn from.
+        mass: masses of the slots drawn, float32 [S, B].
         beta: exponent of the weights.
-        normalization: as for `importance_weights`; "batch" is each row of S.
-        written: how many transitions were ever written, int64 [S], or one number for all.
+        normalization: see `importance_weights`; "batch" is each row of S.
+        written: number of transitions ever written, int64 [S], or one number for all.
 
     Returns:
         float32, in the shape of `mass`.
@@ -438,14 +429,14 @@ def weigh(
 
 
 def sizes(written: Tensor | int, capacity: int) -> Tensor | int:
-    """How many slots are filled, int64 [S], or one number for all."""
+    """Number of filled slots, int64 [S], or one number for all."""
     return written.clamp(max=capacity) if isinstance(written, Tensor) else min(written, capacity)
 
 
 def _exponential(
     shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None
 ) -> Tensor:
-    """Times ~ Exp(1), float64."""
+    """Random times ~ Exp(1), float64."""
     out = torch.empty(shape, dtype=torch.float64, device=device)
     return out.exponential_(generator=generator)
 
@@ -453,7 +444,7 @@ def _exponential(
 def _arrivals(
     children: Tensor, node: Tensor, arrival: Tensor, generator: torch.Generator | None
 ) -> Tensor:
-    """When the 16 children of each `node` [n] arrive, the first of them at `arrival` [n]: [n, 16].
+    """Draw arrival times [n, 16] for the children of each `node` [n], the first at `arrival` [n].
 
     See `draw_distinct`.
     """
@@ -471,23 +462,23 @@ def _arrivals(
 def draw_distinct(
     trees: Trees, n: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw `n` different slots from each tree, exactly as one-by-one draws would.
+    """Draw `n` different slots from each tree, distributed as draws one by one.
 
     Let every slot arrive at a time ~ Exp(mass): the order of arrival is the order of sequential
-    draws without replacement. A node's first arrival is ~ Exp(sum), is that of one child drawn in
-    proportion to mass, and the other children arrive later by independent Exp(mass) (exponentials
-    have no memory). So the first n arrivals are found level by level, keeping n nodes on each:
-    O(n log N) without touching the tree. (Kool et al. 2019, arXiv 1903.06059, section 4.1, do the
-    same with Gumbel variables.)
+    draws without replacement. A node's first arrival is ~ Exp(sum), it is that of one child drawn
+    in proportion to mass, and the other children arrive later by independent Exp(mass)
+    (exponentials have no memory). So the first n arrivals are found level by level, keeping n nodes
+    on each: O(n log N) without touching the tree. (Kool et al. 2019, arXiv 1903.06059, section 4.1,
+    do the same with Gumbel variables.)
 
     Args:
         trees: the trees.
-        n: how many of each, at most the leaves of a tree.
+        n: slots of each tree, at most its leaves.
         generator: source of the random numbers, on the same device.
 
     Returns:
-        Slots int64 [S, n] in the order drawn, their masses float32, and bool: False where fewer
-        than n slots have a positive mass, and the first one drawn stands in.
+        Slots int64 [S, n] in the order drawn, their masses float32, and bool: False if fewer than n
+        slots have a positive mass, and the first one drawn stands in.
     """
     layout = trees.layout
     tops = layout.tops(trees.sums)
@@ -517,15 +508,15 @@ def gather(rows: Rows, index: Tensor, *, written: Tensor | int | None) -> tuple[
     Args:
         rows: the rings of rows.
         index: int64 [S, B].
-        written: how many transitions were ever written, int64 [S], or one number for all; None
-            asks for no generations.
+        written: number of transitions ever written, int64 [S], or one number for all; None asks
+            for no generations.
 
     Returns:
         Contiguous tensors [S, B, ...], in the order of the columns, and the `generations`, int64
         [S, B].
 
     Raises:
-        IndexRangeError: an index is not in [0, capacity), and it can be looked at.
+        IndexRangeError: an index is not in [0, capacity) (unchecked on CUDA).
     """
     slot = index.view(rows.groups, -1)
     if validation.can_raise(slot):
@@ -545,46 +536,17 @@ _AS = {
     torch.float8_e4m3fn: torch.uint8,
     torch.float8_e5m2: torch.uint8,
 }
-"""What torch stores and copies, but does not index: numbers of the same size that it does."""
-
-
-def draw_rows(
-    trees: Trees,
-    rows: Rows,
-    point: Tensor,
-    *,
-    stratified: bool,
-    beta: Tensor | float,
-    normalization: str,
-    written: Tensor | int,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor] | None:
-    """`draw` slots, and `gather` their rows.
-
-    Returns:
-        The rows, slots, weights and generations of all draws; None if a tree has only masses of 0.
-    """
-    drawn = draw(
-        trees,
-        point,
-        stratified=stratified,
-        beta=beta,
-        normalization=normalization,
-        written=written,
-    )
-    if drawn is None:
-        return None
-    found, generation = gather(rows, drawn[0], written=written)
-    return found, *drawn, generation
+"""Dtypes that torch cannot index, each with one of the same size that it can."""
 
 
 def indexable(column: Tensor) -> Tensor:
-    """The same memory in a dtype whose rows torch can gather and scatter."""
+    """View a column in a dtype whose rows torch can gather and scatter."""
     dtype = _AS.get(column.dtype)
     return column if dtype is None else column.view(dtype)
 
 
 def select(column: Tensor, index: Tensor) -> Tensor:
-    """Copies of the rows `index` [B] of a column."""
+    """Copy the rows `index` [B] of a column."""
     found = indexable(column).index_select(0, index)
     return found if found.dtype is column.dtype else found.view(column.dtype)
 
@@ -599,24 +561,25 @@ def write_rows(
     stamps: Tensor | None = None,
     index: Tensor | None = None,
 ) -> None:
-    """Copy `n` rows for each group into its run of slots: the last of them that fit.
+    """Copy `n` rows for each group into its run of slots; a shorter run takes the last of them.
 
     Args:
         rows: the rings of rows.
-        new: rows for each column, [S * n, ...], or [...] for a single one.
+        new: rows for each column, [S * n, ...], or [...] for a single row.
         n: rows for each group.
-        runs: first slot and length, around the end of the ring, of each group.
+        runs: first slot and length of each group's run, which may pass the end of the ring.
         mask: bool [S, n]; False leaves a row out.
-        stamps: how often each slot was written, int64 [S * capacity], counted up, with an `index`.
-        index: for the slots, int64 [S, n]; runs of `n` then. It may be among the new rows.
+        stamps: generations of the slots, int64 [S * capacity], counted up here; needs `index`.
+        index: takes the slots written, int64 [S, n]; each run has length n. It may be one of the
+            new rows.
 
     Raises:
-        IndexRangeError: a run has slots that there are not, or more than `n`.
+        IndexRangeError: a run names slots that do not exist, or more than `n`.
     """
     least, most = 0 if stamps is None else n, min(n, rows.capacity)
     _require_runs(runs, rows.groups, rows.capacity, least, most)
     held = {column.untyped_storage()._cdata for column in rows.columns}
-    # rows of its own are overwritten meanwhile
+    # rows that lie in the ring itself would be overwritten while they are copied
     new = [validation.plain_rows(leaf, rows.columns[0].device) for leaf in new]
     new = [leaf.clone() if leaf.untyped_storage()._cdata in held else leaf for leaf in new]
     for s in range(rows.groups):

@@ -1,10 +1,10 @@
-"""Distributions: how masses follow from priorities. One class each, with the same methods.
+"""Distributions: masses computed from priorities, by one class each with the same methods.
 
 `Proportional` is priority^alpha (Schaul et al. 2015, equation 1). `Rank` is rank^-alpha (section
-3.3), where rank 1 has the largest priority. Its order is kept approximately, as the paper does with
-its heap: it is taken by sorting from time to time, and what changes in between gets the rank that
-it would have had at the last sort. docs/rank_based.md says how far off that is, and what it costs:
-a sort of 10^6 priorities takes 41 ms of a CPU core, some 10 us per 256 changes.
+3.3), where rank 1 has the largest priority. The ranks are approximate, like those of the paper's
+heap: they are sorted from time to time, and a priority that changes in between gets the rank that
+it would have had at the last sort. docs/rank_based.md gives the error and the cost: a sort of 10^6
+priorities takes 41 ms of a CPU core, some 10 us per 256 changes.
 """
 
 from typing import Any
@@ -18,25 +18,23 @@ from per_td.kernels.flags import ALPHA_EXPONENT
 from per_td.tree.trees import Trees
 from per_td.weights import mass_of
 
-__all__ = ["PRIORITIZATIONS", "Distribution", "Proportional", "Rank", "make", "order_of"]
-
 _SMALLEST_INTERVAL = 256
-"""Changes between two sorts, at least, by default: fewer are not worth a sort of a young buffer."""
+"""Least number of changes between two sorts by default: fewer are not worth a sort."""
 
 
 class Proportional:
-    """Masses priority^alpha; they follow from each priority alone."""
+    """Masses priority^alpha, each of its priority alone."""
 
     name = "proportional"
     alpha = 0.6
-    """The paper's choice (table 3)."""
+    """Default, from the paper (table 3)."""
     snapshot = 0
     sort_interval: int | None = None
     launches = True
-    """The kernels for CUDA know this distribution."""
+    """True: the CUDA kernels can compute these masses."""
 
     def exponent(self, alpha: float) -> float:
-        """Turn alpha into the exponent of whatever masses are powers of."""
+        """Exponent of the priorities for this alpha."""
         return alpha
 
     def masses(self, trees: Any, priority: Tensor) -> Tensor:
@@ -48,23 +46,23 @@ class Proportional:
         return mass_of(trees.raw, trees.number(ALPHA_EXPONENT))
 
     def range_of(self, trees: Trees, priority: Tensor) -> tuple[Tensor, Tensor, str]:
-        """The least and the largest mass that each may have, float32 [B], and what says so."""
+        """Least and largest mass allowed for each priority, float32 [B], and the rule's name."""
         mass = self.masses(trees, priority)
         return mass, mass, "priority^alpha"
 
     def changed(self, n: int, *, new: bool = False) -> bool:
-        """Count changed or new priorities; True if it is time to compute all masses anew."""
+        """Count changed or new priorities; return True if all masses are due to be recomputed."""
         return False
 
     def filled(self, n: int) -> None:
-        """Take note that the first `n` slots are filled, and no others."""
+        """Note that the first `n` slots are filled, and no others."""
 
     def state(self, trees: Trees, n: int) -> dict[str, Any] | None:
-        """Return what a state needs beside the priorities and masses of the first `n` slots."""
+        """State of the first `n` slots that priorities and masses do not give, or None."""
         return None
 
     def load(self, trees: Trees, state: dict[str, Any]) -> Tensor | None:
-        """Take over a `state`; returns its masses, or None: they follow from the priorities."""
+        """Load a `state`; return its masses, or None if they follow from the priorities."""
         return None
 
 
@@ -72,16 +70,16 @@ class Rank:
     """Masses rank^-alpha, by the order at the last sort.
 
     At a sort the ranks are a permutation of 1..n: of equal priorities the one in the lower slot
-    comes first. Between sorts a priority gets the rank that the first one equal to it had, or that
-    it would have had: 1 + how many were larger. A priority of 0 has mass 0, and no rank.
+    comes first. Between sorts, the rank of a priority is 1 + the number of larger ones at the last
+    sort. A priority of 0 has mass 0, and no rank.
 
     The host counts changes to decide when to sort, so it costs no sync. A CUDA graph does not
-    count: what it replays is sorted in by the next sort outside of it.
+    count: the next sort outside of it includes its changes.
 
     Args:
         capacity: number of slots; they are filled from the first on.
-        sort_interval: changed or new priorities from one sort to the next; None takes as many as
-            there are filled slots, and at least 256: sorts then cost O(log n) per change.
+        sort_interval: changed or new priorities from one sort to the next; None: as many as there
+            are filled slots, and at least 256: sorts then cost O(log n) per change.
 
     Raises:
         ConfigurationError: `sort_interval` is neither None nor a positive integer.
@@ -98,20 +96,20 @@ class Rank:
         self._filled = self._changes = 0
 
     def exponent(self, alpha: float) -> float:
-        """Turn alpha into the exponent of ranks."""
+        """Exponent of the ranks for this alpha."""
         return -alpha
 
     def masses(self, trees: Any, priority: Tensor) -> Tensor:
-        """Masses of changed or new priorities, float32 [B]: by the order at the last sort."""
+        """Masses of changed or new priorities by the last sort, float32 [B]."""
         # from the right: equal priorities lie before the place that is found
         below = torch.searchsorted(trees.snapshot, priority.contiguous(), right=True)
         mass = mass_of(self.snapshot + 1 - below, trees.number(ALPHA_EXPONENT))
         return torch.where(priority > 0, mass, 0.0)
 
     def range_of(self, trees: Trees, priority: Tensor) -> tuple[Tensor, Tensor, str]:
-        """The least and the largest mass that each may have, float32 [B], and what says so.
+        """Least and largest mass allowed for each priority, float32 [B], and the rule's name.
 
-        They differ where several were equal at the last sort: each of those has its own rank.
+        They differ where priorities were equal at the last sort: each of those has its own rank.
         """
         last = self.snapshot - torch.searchsorted(trees.snapshot, priority.contiguous())
         most = self.masses(trees, priority)
@@ -120,18 +118,18 @@ class Rank:
         return least, most, "the ranks at the last sort"
 
     def changed(self, n: int, *, new: bool = False) -> bool:
-        """Count changed or new priorities; True if it is time to sort."""
+        """Count changed or new priorities; return True if it is time to sort."""
         if new:
             self._filled = min(self._filled + n, self.snapshot)
         self._changes += n
         return self._changes >= (self.sort_interval or max(self._filled, _SMALLEST_INTERVAL))
 
     def filled(self, n: int) -> None:
-        """Take note that the first `n` slots are filled, and no others."""
+        """Note that the first `n` slots are filled, and no others."""
         self._filled = n
 
     def all_masses(self, trees: Trees) -> Tensor:
-        """Take the order anew; masses of all leaves, float32 [leaf_slots], in O(n log n)."""
+        """Sort; return the masses of all leaves, float32 [leaf_slots], in O(n log n)."""
         self._changes = 0
         priority = trees.raw[: self._filled]
         order = order_of(priority)
@@ -144,7 +142,7 @@ class Rank:
         return torch.zeros_like(trees.leaves).index_copy_(0, order, mass)
 
     def state(self, trees: Trees, n: int) -> dict[str, Any] | None:
-        """Return masses, snapshot and changes, which do not follow from the priorities."""
+        """State of the first `n` slots that priorities do not give: masses, snapshot, changes."""
         return {
             "mass": trees.leaves[:n].clone(),
             "snapshot": trees.snapshot[self.snapshot - n :].clone(),
@@ -152,7 +150,7 @@ class Rank:
         }
 
     def load(self, trees: Trees, state: dict[str, Any]) -> Tensor | None:
-        """Take over a `state`; returns its masses, float32 [n]."""
+        """Load a `state`; return its masses, float32 [n]."""
         n = self._filled = len(state["mass"])
         self._changes = state["changes"]
         trees.snapshot.zero_()[self.snapshot - n :] = state["snapshot"].to(trees.device)
@@ -168,7 +166,7 @@ def make(prioritization: str, capacity: int, sort_interval: int | None) -> Distr
     """Make the distribution of this name.
 
     Raises:
-        ConfigurationError: there is none, or there is a `sort_interval` but nothing to sort.
+        ConfigurationError: the name is unknown, or has no use for a `sort_interval`.
     """
     if validation.one_of("prioritization", prioritization, PRIORITIZATIONS) == Rank.name:
         return Rank(capacity, sort_interval)
@@ -181,13 +179,10 @@ def make(prioritization: str, capacity: int, sort_interval: int | None) -> Distr
 
 
 def order_of(priority: Tensor) -> Tensor:
-    """Positions of `priority` from the largest to the smallest; of equal ones the first is first.
+    """Positions of the priorities from the largest to the smallest, int64 [n]; ties keep order.
 
     Args:
         priority: float32 [n], not negative, n below 2^32.
-
-    Returns:
-        int64 [n].
     """
     if not validation.can_raise(priority):
         return priority.sort(descending=True, stable=True).indices

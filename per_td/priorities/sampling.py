@@ -1,4 +1,6 @@
-"""Draws from a `PriorityTable`, and the importance-sampling weights of what is drawn."""
+"""Draws from a `PriorityTable`, with importance-sampling weights."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -7,8 +9,6 @@ from per_td import draws, validation
 from per_td.errors import EmptyBufferError
 from per_td.priorities.table import PriorityTable
 from per_td.storage.ring import RingStorage
-
-__all__ = ["sample_rows", "sample_weighted"]
 
 
 def sample_weighted(
@@ -20,21 +20,21 @@ def sample_weighted(
     written: Tensor | int,
     size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw slots in proportion to mass, and weigh them; they count as replayed.
+    """Draw slots in proportion to mass, mark them as replayed, and compute their weights.
 
     Args:
         table: the priorities.
-        n: how many, of each group.
+        n: slots to draw from each group.
         generator: source of the random numbers, on the table's device.
         beta: exponent of the weights: 0 for no correction, 1 for the full one.
-        written: how many transitions were ever written, int64 [S], or one number for all.
+        written: number of transitions ever written, int64 [S], or one number for all.
         size: number of filled slots of a single table, if the host knows it.
 
     Returns:
         Slots int64 and weights float32, [n] or [S, n].
 
     Raises:
-        EmptyBufferError: nothing, or not enough, can be drawn.
+        EmptyBufferError: too few slots can be drawn, or none.
     """
     trees, shape = table.trees, (*table.lead, n)
     if _by_points(table):
@@ -72,21 +72,21 @@ def sample_rows(
     beta: Tensor | float,
     size: int | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """`sample_weighted`, and copies of what is in the slots: in one go, where that can be.
+    """Draw by `sample_weighted`, and copy the transitions; one call of a kernel if there is one.
 
     Args:
-        table, n, generator, beta, size: as for `sample_weighted`.
+        table, n, generator, beta, size: see `sample_weighted`.
         ring: the transitions.
 
     Returns:
-        The transitions, a tensor per key; slots, weights, and generations as the ring counts them.
+        Transitions, a tensor per key; slots, weights, and generations as the ring counts them.
 
     Raises:
-        EmptyBufferError: nothing, or not enough, can be drawn.
+        EmptyBufferError: too few slots can be drawn, or none.
     """
     trees = table.trees
-    ops = ring.operations(n)
-    if ops is None or ops is not trees.ops or not _by_points(table):
+    ops: Any = ring.operations(n)
+    if not (ops is trees.ops and hasattr(ops, "draw_rows") and _by_points(table)):
         drawn = sample_weighted(table, n, generator, beta=beta, written=ring.written, size=size)
         rows, generation = ring.gather(drawn[0])
         return rows, *drawn, generation
@@ -105,7 +105,7 @@ def sample_rows(
 
 
 def _by_points(table: PriorityTable) -> bool:
-    """True if draws find random points in the tree."""
+    """True if draws look up random points in the tree."""
     return table.way == "tree" and table.draw != "without_replacement"
 
 
@@ -120,7 +120,7 @@ def _points(table: PriorityTable, n: int, generator: torch.Generator | None) -> 
 def _multinomial(
     table: PriorityTable, n: int, generator: torch.Generator | None, size: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Draw by `torch.multinomial`: slots and their masses, [n] or [S, n]."""
+    """Draw slots by `torch.multinomial`; return them and their masses, [n] or [S, n]."""
     mass = table.mass[..., :size]
     if validation.can_raise(mass) and not (table.total > 0).all():
         raise EmptyBufferError(table.trees.nothing_to_draw())

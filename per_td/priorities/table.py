@@ -1,4 +1,4 @@
-"""PriorityTable: the raw priority of every slot of S groups, and all that follows from them."""
+"""PriorityTable: raw priorities and masses of the slots of S groups, and settings of draws."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,24 +16,34 @@ from per_td.priorities import distributions
 from per_td.tree.trees import Trees
 from per_td.weights import NORMALIZATIONS
 
-__all__ = ["NEW_PRIORITIES", "PriorityTable"]
-
 NEW_PRIORITIES = ("buffer_max", "ever_max")
+_CHOICES = {
+    "draw": draws.DRAWS,
+    "method": draws.METHODS,
+    "new_priority": NEW_PRIORITIES,
+    "weight_normalization": NORMALIZATIONS,
+}
+
+
+def _checked(capacity: int, settings: dict[str, Any]) -> dict[str, str]:
+    """Check and return the settings of `_CHOICES`."""
+    chosen = {key: validation.one_of(key, settings[key], _CHOICES[key]) for key in _CHOICES}
+    draws.check_method(chosen["method"], chosen["draw"], capacity)
+    return chosen
 
 
 class PriorityTable:
-    """Raw priorities p, their masses, and the settings of draws in proportion to these.
+    """Raw priorities p, their masses, and the settings of draws in proportion to mass.
 
-    Raw priorities are the truth, and masses follow from them, so alpha may change at any time and
-    nothing is lost, not even at alpha = 0. Slots beyond those filled have priority 0.
-    `per_td.priorities.sampling` draws.
+    Masses are computed from the raw priorities, so alpha may change at any time and nothing is
+    lost, not even at alpha = 0. Empty slots have priority 0. `per_td.priorities.sampling` draws.
 
     Args:
         capacity: number of slots of each group.
         alpha, eps, draw, method, weight_normalization, new_priority, prioritization, sort_interval:
-            as for `PrioritizedReplayBuffer`.
-        device: where priorities live.
-        groups: S tables side by side, with results of shape [S, ...]; None: one, without.
+            see `PrioritizedReplayBuffer`.
+        device: device of the priorities.
+        groups: S tables side by side, with results [S, ...]; None: one, without that dimension.
         memory: makes the memory.
 
     Raises:
@@ -59,11 +69,8 @@ class PriorityTable:
         self.distribution = distributions.make(prioritization, capacity, sort_interval)
         alpha = self.distribution.alpha if alpha is None else validation.real("alpha", alpha)
         eps = validation.real("eps", eps, high=torch.finfo(torch.float32).max)
-        self.draw, self.method = self._way(draw, method, capacity)
-        self.new_priority = validation.one_of("new_priority", new_priority, NEW_PRIORITIES)
-        normalization = validation.one_of(
-            "weight_normalization", weight_normalization, NORMALIZATIONS
-        )
+        chosen = {"draw": draw, "method": method, "new_priority": new_priority}
+        chosen = _checked(capacity, chosen | {"weight_normalization": weight_normalization})
         self.lead = () if groups is None else (groups,)
         self.trees = Trees(
             Layout.of(capacity, groups or 1),
@@ -78,10 +85,7 @@ class PriorityTable:
         self.trees.set(EPS, eps)
         self.points = torch.empty((*self.lead, 0), dtype=torch.float64, device=device)
         """Template of random numbers, for `per_td.priorities.sampling`."""
-        self.way = self._faster()
-        """The method that draws."""
-        self._weight_normalization = normalization
-        self.trees.keep_minima(normalization == "buffer")
+        self._choose(chosen)
 
     # --- settings ---------------------------------------------------------------------------------
 
@@ -102,7 +106,7 @@ class PriorityTable:
 
     @property
     def sort_interval(self) -> int | None:
-        """Changes from one sort to the next; see `distributions.Rank`."""
+        """Number of changes from one sort to the next; see `distributions.Rank`."""
         return self.distribution.sort_interval
 
     @property
@@ -123,7 +127,7 @@ class PriorityTable:
 
     @property
     def eps(self) -> float:
-        """Added to |TD error| by the updates from now on."""
+        """Number that updates add to |TD error|."""
         return self.trees.setting(EPS)
 
     @eps.setter
@@ -132,56 +136,40 @@ class PriorityTable:
 
     @property
     def weight_normalization(self) -> str:
-        """What the weights are divided by; "buffer" keeps the smallest mass up to date."""
+        """Normalization of the weights; "buffer" keeps the smallest mass up to date."""
         return self._weight_normalization
 
     @weight_normalization.setter
     def weight_normalization(self, value: str) -> None:
         self.choose(weight_normalization=value)
 
-    @staticmethod
-    def _way(draw: str, method: str, capacity: int) -> tuple[str, str]:
-        """Check how to draw; returns `draw` and `method`."""
-        draw = validation.one_of("draw", draw, draws.DRAWS)
-        method = validation.one_of("method", method, draws.METHODS)
-        draws.check_method(method, draw, capacity)
-        return draw, method
-
-    def _faster(self) -> str:
-        """The method that draws, where "auto" leaves the choice."""
-        trees = self.trees
-        return draws.resolve_method(
-            self.method,
-            self.draw,
-            self.capacity,
-            self.device,
-            compiled=trees.compiled,
-            many=bool(self.lead),
-        )
-
     def choose(self, **changes: str) -> None:
-        """Change settings; where one is refused, none is changed.
+        """Change settings, all or none.
 
         Args:
             changes: draw, method, weight_normalization (O(N) for "buffer") or new_priority.
 
         Raises:
-            ConfigurationError: a value is not one of those accepted, or two do not go together.
+            ConfigurationError: a value is not one of those accepted, or two exclude each other.
         """
-        wanted = self.arguments | changes
-        draw, method = self._way(wanted["draw"], wanted["method"], self.capacity)
-        new = validation.one_of("new_priority", wanted["new_priority"], NEW_PRIORITIES)
-        normalization = validation.one_of(
-            "weight_normalization", wanted["weight_normalization"], NORMALIZATIONS
+        self._choose(_checked(self.capacity, self.arguments | changes))
+
+    def _choose(self, chosen: dict[str, str]) -> None:
+        self.draw, self.method, self.new_priority, self._weight_normalization = chosen.values()
+        self.way = draws.resolve_method(
+            self.method,
+            self.draw,
+            self.capacity,
+            self.device,
+            compiled=self.trees.compiled,
+            many=bool(self.lead),
         )
-        self.draw, self.method, self.new_priority = draw, method, new
-        self.way = self._faster()
-        self.trees.keep_minima(normalization == "buffer")
-        self._weight_normalization = normalization
+        """Method that draws, never "auto"."""
+        self.trees.keep_minima(self._weight_normalization == "buffer")
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments that make another table like this one, of any capacity, on any device."""
+        """Arguments that make a table with the same settings."""
         return {
             "alpha": self.alpha,
             "eps": self.eps,
@@ -217,33 +205,33 @@ class PriorityTable:
 
     @property
     def largest(self) -> Tensor:
-        """The largest priority, 0 for none, float32 [] or [S]."""
+        """Largest priority, 0 for none, float32 [] or [S]."""
         return self._shaped(self.trees.largest)
 
     @property
     def smallest(self) -> Tensor:
-        """The smallest positive mass, float32 [] or [S]; inf for none, or where nobody needs it."""
+        """Smallest positive mass, float32 [] or [S]; inf for none, or if it is not kept."""
         return self._shaped(self.trees.smallest)
 
     @property
     def ever_max(self) -> Tensor:
-        """The largest priority that there ever was, float32 [] or [S], a view."""
+        """Largest priority ever, float32 [] or [S], a view."""
         return self._shaped(self.trees.ever_max)
 
     @property
     def replayed(self) -> Tensor:
-        """True for slots drawn since they were written, bool [capacity], a view; of one table."""
+        """True for slots drawn since they were written, bool [capacity], a view; one table only."""
         return self.trees.replayed[: self.capacity]
 
     @property
     def refused(self) -> Tensor:
-        """How many invalid priorities were refused on the device, int64 []."""
+        """Number of invalid priorities refused on the device, int64 []."""
         return self.trees.refused
 
     def for_new(self) -> Tensor:
-        """Priority of transitions that nobody gave one, [] or [S] (algorithm 1, line 6).
+        """Default priority of new transitions, [] or [S] (algorithm 1, line 6).
 
-        The largest in the buffer, or 1 where there is none.
+        It is the largest in the buffer, or ever (`new_priority`); 1 if there is none.
         """
         return self._shaped(self.trees.ops.for_new(self.trees, ever_max=self._ever_max))
 
@@ -257,9 +245,9 @@ class PriorityTable:
         """Check priorities supplied for new transitions.
 
         Args:
-            priority: one for each of `index`.
+            priority: one per index.
             index: int64 [n] or [S, n].
-            mask: bool, like `index`; where it is False, anything may stand.
+            mask: bool, in the shape of `index`; False allows any value.
 
         Returns:
             float32, in the shape of `index`; -1 marks those refused on the device.
@@ -272,15 +260,15 @@ class PriorityTable:
         return given if validation.can_raise(given) else torch.where(valid, given, -1.0)
 
     def write_new(self, index: Tensor, priority: Tensor | None, mask: Tensor | None = None) -> None:
-        """Give newly written slots their priority; where a slot occurs twice, the last holds.
+        """Set the priorities of new transitions; where a slot occurs twice, its last one holds.
 
         Args:
             index: slots, int64 [n] or [S, n].
-            priority: from `check_initial`; None stands for that of `for_new`.
-            mask: bool, False for slots that were not written. Not for ranks, which count.
+            priority: result of `check_initial`; None: that of `for_new`.
+            mask: bool, False for slots that were not written; not for ranks, which count all.
 
         Raises:
-            IndexRangeError: an index is not that of a slot (on the CPU, where it can be looked at).
+            IndexRangeError: an index names no slot (unchecked on CUDA).
             PriorityError: there is not one priority per index.
         """
         trees = self.trees
@@ -307,7 +295,7 @@ class PriorityTable:
             self._refill()
 
     def write_runs(self, runs: Runs) -> None:
-        """`write_new` for runs of slots, first slot and length of each group, around the end."""
+        """Run `write_new` for a run of slots of each group; see `reference.assign_new`."""
         trees = self.trees
         trees.ops.assign_new(trees, self.distribution, runs, ever_max=self._ever_max)
         if self.distribution.changed(sum(runs[1::2]), new=True):
@@ -324,24 +312,25 @@ class PriorityTable:
         mask: Tensor | None = None,
         squared: bool = False,
     ) -> Tensor | int:
-        """Set priorities from TD errors; where an index occurs twice, its last one holds.
+        """Set priorities from TD errors; where a slot occurs twice, its last one holds.
 
         Args:
             index: slots, int64 [B] or [S, B].
-            td_error: one for each of `index`.
-            written: how many transitions were ever written, int64 [S], or one number for all: the
-                slots below it may be named.
-            generation: those of the transitions meant, int64, like `index`; what has been
-                overwritten since is dropped. None drops none.
-            stamps: generations of the slots, int64 [capacity]; None: they follow from `written`.
-            mask: bool, like `index`; False leaves a slot alone.
+            td_error: one per index.
+            written: number of transitions ever written, int64 [S], or one number for all; an index
+                must be below it.
+            generation: generations of the transitions meant, int64, in the shape of `index`;
+                updates of stale ones are dropped. None drops none.
+            stamps: current generations of the slots, int64 [capacity]; None computes them from
+                `written`.
+            mask: bool, in the shape of `index`; False leaves a slot alone.
             squared: the TD errors are delta^2.
 
         Returns:
-            How many were dropped.
+            The number of updates dropped.
 
         Raises:
-            IndexRangeError: an index is not that of a filled slot.
+            IndexRangeError: an index names no filled slot.
             PriorityError: a TD error is NaN or infinite, or the shape or dtype is wrong.
                 On CUDA such updates are refused and counted instead.
         """
@@ -370,7 +359,7 @@ class PriorityTable:
     # --- the whole --------------------------------------------------------------------------------
 
     def moved(self, capacity: int, device: torch.device) -> "PriorityTable":
-        """A table with the same settings and priorities, of this capacity, on this device."""
+        """Copy the table to another capacity and device."""
         table = PriorityTable(capacity, device=device, **self.arguments)
         kept = min(capacity, self.capacity)
         table.fill(self.raw[:kept].to(device))
@@ -385,13 +374,11 @@ class PriorityTable:
         self.fill(self.raw[..., :0])
 
     def fill(self, priority: Tensor, mass: Tensor | None = None) -> None:
-        """Set the priorities of the first slots, and 0 for the others, in O(N).
-
-        All count as new: none has been replayed.
+        """Set the priorities of the first slots, and 0 for the others, in O(N); none is replayed.
 
         Args:
             priority: float32 [n] or [S, n].
-            mass: their masses, in the same shape; None: those that follow from the priorities.
+            mass: their masses, in the same shape; None computes them.
         """
         n, trees = priority.shape[-1], self.trees
         if n > self.capacity:
@@ -403,20 +390,16 @@ class PriorityTable:
         self._refill(mass)
 
     def restore(self, priority: Tensor, ever_max: Tensor, mass: Tensor | None = None) -> None:
-        """`fill`, and take over the largest priority that there ever was, [] or [S].
+        """Run `fill`, and set the largest priority ever, [] or [S].
 
-        Masses are part of a state, since what computes p^alpha, a kernel or torch, on one device
-        or another, may round the last bit otherwise, and a draw would tell.
+        A state holds masses, since kernels and torch may round the last bit of p^alpha otherwise,
+        which could change a draw.
         """
         self.trees.ever_max.copy_(ever_max.reshape(-1))
         self.fill(priority, mass)
 
-    def sort(self) -> None:
-        """Compute all masses anew: for ranks, by the exact order."""
-        self._refill()
-
     def void(self, runs: Sequence[tuple[int, int]]) -> None:
-        """Take away the priorities of runs of slots, one of each group; then `rebuild`.
+        """Set the priorities of a run of slots of each group to 0; then `rebuild`.
 
         Args:
             runs: first slot and length, around the end.
@@ -428,11 +411,11 @@ class PriorityTable:
                 self.trees.replayed[index] = False
 
     def rebuild(self) -> None:
-        """Compute masses, sums and extremes anew from the raw priorities, in O(N)."""
+        """Recompute masses, ranks, sums and extremes from the raw priorities, in O(N)."""
         self._refill()
 
     def _refill(self, mass: Tensor | None = None) -> None:
-        """Set all masses, these or those that follow from the priorities, and all nodes."""
+        """Set all masses, given or computed from the priorities, and all nodes."""
         trees = self.trees
         if mass is None:
             trees.leaves.copy_(self.distribution.all_masses(trees))
@@ -443,10 +426,10 @@ class PriorityTable:
         torch.maximum(trees.ever_max, trees.largest, out=trees.ever_max)
 
     def check_valid(self) -> None:
-        """Look for damage, in O(N), rank-based in O(N log N); on CUDA the host waits.
+        """Look for damage, in O(N), for ranks in O(N log N); on CUDA the host waits.
 
         Raises:
-            PerTdError: it names the broken invariant: priorities explain all the rest.
+            PerTdError: an invariant is broken: the priorities give all masses and nodes.
         """
         trees, require = self.trees, validation.require_valid
         trees.check_valid()

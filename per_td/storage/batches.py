@@ -1,18 +1,15 @@
-"""TensorDicts made from what is known to fit, without the checks that the constructor makes."""
+"""TensorDicts made from checked tensors, without the checks of the constructor."""
 
 from typing import Any
 
 import torch
 from tensordict import TensorDict
 
-__all__ = ["make"]
-
 
 def make(tree: dict[str, Any], batch_size: torch.Size, device: torch.device | None) -> TensorDict:
-    """A TensorDict of tensors [*batch_size, ...] on `device`, nested in any way.
+    """Make a TensorDict of tensors [*batch_size, ...] on `device`, nested in any way.
 
-    The constructor takes three times as long; what replaces it is private to tensordict, which is
-    why there is a way without.
+    The constructor takes three times as long. It is the fallback, since the other is private.
     """
     fast = getattr(TensorDict, "_new_unsafe", None)
     if fast is None:

@@ -1,7 +1,7 @@
-"""How transitions lie in memory: a tensor per field, or records, one after the other, in a block.
+"""Memory layouts of transitions: a column per field, or one record per transition.
 
 Reading a transition from columns touches a place in memory per field, a record only one or two.
-Either way every field is a tensor [capacity, ...]: with records, a view into the block.
+Every field is a tensor [capacity, ...] either way, a view into one block.
 """
 
 import math
@@ -10,21 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = [
-    "LAYOUTS",
-    "RECORDS_UP_TO",
-    "SHARED_FROM",
-    "Field",
-    "bytes_of",
-    "resolve_layout",
-    "views_of",
-]
-
 LAYOUTS = ("auto", "columns", "records")
 
-# layout="auto" takes records, on the CPU with compiled kernels, up to this many bytes each: beyond
-# it, a row of a column is several cache lines anyway, and writing records costs more than reading
-# them gains. Medians on one core of an AMD EPYC, microseconds, columns / records:
+# layout="auto" takes records, on the CPU with compiled kernels, up to this many bytes each: larger
+# rows of columns are several cache lines anyway, and writing records costs more than reading them
+# gains. Medians on one core of an AMD EPYC, microseconds, columns / records:
 #   bytes of a transition             45        77       269     1,037     4,109    14,125
 #   read 256 at random           30 / 26   30 / 25   53 / 35   63 / 51  153 / 134  434 / 386
 #   write 1,000                  10 / 14   10 / 12   16 / 23   41 / 58  172 / 238  882 / 1,025
@@ -32,7 +22,7 @@ LAYOUTS = ("auto", "columns", "records")
 RECORDS_UP_TO = 1024
 
 SHARED_FROM = 2**20
-"""From this many bytes on, torch's several threads copy columns faster than one with a kernel."""
+"""Bytes from which torch's threads copy columns faster than one thread with a kernel."""
 
 _ALIGNMENT = 16
 _CACHE_LINE = 64
@@ -44,8 +34,8 @@ class Field:
 
     Args:
         key: its names in the TensorDict, from the outside in.
-        shape: without the batch dimension.
-        dtype: of its elements.
+        shape: shape without the batch dimension.
+        dtype: dtype of its elements.
     """
 
     key: tuple[str, ...]
@@ -54,16 +44,16 @@ class Field:
 
     @property
     def bytes(self) -> int:
-        """Length in memory."""
+        """Bytes per transition."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def resolve_layout(
     layout: str, fields: list[Field], *, compiled: bool, mapped: bool = False
 ) -> str:
-    """The layout that "auto" stands for; any other `layout` is returned as it is.
+    """Choose the layout for "auto"; return any other `layout` as it is.
 
-    In files that are `mapped`, a place that is touched is a page read from the disk.
+    In `mapped` files, each place touched costs a page read from the disk.
     """
     if layout != "auto":
         return layout
@@ -72,7 +62,7 @@ def resolve_layout(
 
 
 def _offsets(fields: list[Field]) -> tuple[list[int], int]:
-    """Where each field begins in a record, and the length of the record, in bytes.
+    """Offset of each field in a record, and the length of the record, in bytes.
 
     The largest elements come first, so that each is aligned without gaps.
     """
@@ -84,7 +74,7 @@ def _offsets(fields: list[Field]) -> tuple[list[int], int]:
 
 
 def _starts(fields: list[Field], rows: int) -> list[int]:
-    """Where each column of `rows` rows begins in the block, and the end, in bytes."""
+    """Offset of each column of `rows` rows in the block, and the end, in bytes."""
     starts = [0]
     for field in fields:
         starts.append(starts[-1] + -(-rows * field.bytes // _CACHE_LINE) * _CACHE_LINE)
@@ -92,18 +82,18 @@ def _starts(fields: list[Field], rows: int) -> list[int]:
 
 
 def bytes_of(layout: str, fields: list[Field], rows: int) -> int:
-    """Length of the block for `rows` transitions."""
+    """Length of the block for `rows` transitions, in bytes."""
     if layout == "records":
         return rows * _offsets(fields)[1]
     return max(_starts(fields, rows)[-1], 1)
 
 
 def views_of(layout: str, fields: list[Field], block: Tensor, rows: int) -> list[Tensor]:
-    """The fields of `rows` transitions in a block of bytes, views [rows, ...].
+    """View the fields of `rows` transitions, [rows, ...] each, in a block of bytes.
 
     Args:
         layout: "columns" or "records".
-        fields: of a transition.
+        fields: fields of a transition.
         block: uint8 [bytes_of(layout, fields, rows)].
         rows: number of transitions.
     """

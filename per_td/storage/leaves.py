@@ -1,4 +1,4 @@
-"""Transitions as plain tensors by key, where a TensorDict would only cost time."""
+"""Transitions as plain tensors by key, which costs less time than a TensorDict."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -16,30 +16,17 @@ from torch import Tensor
 from per_td import validation
 from per_td.errors import SchemaError
 
-__all__ = [
-    "Key",
-    "Leaves",
-    "count",
-    "entries_of",
-    "flattened",
-    "leaves_of",
-    "named",
-    "nested",
-    "require_keys",
-    "require_tensors",
-]
-
 Key = tuple[str, ...]
 Leaves = dict[Key, Tensor]
 
 
 def named(key: Key) -> str:
-    """A key as users write it, or what they have given for one."""
+    """Format a key as users write it; anything else by its repr."""
     return repr(key[0]) if isinstance(key, tuple) and len(key) == 1 else repr(key)
 
 
 def require_tensors(leaves: Any) -> None:
-    """Refuse with a SchemaError what is not a dict of tensors, at least one."""
+    """Raise SchemaError if `leaves` is not a dict of at least one tensor."""
     if not isinstance(leaves, dict):
         raise SchemaError(f"expected a dict of tensors by key, got {type(leaves).__name__}")
     if not leaves:
@@ -50,7 +37,7 @@ def require_tensors(leaves: Any) -> None:
 
 
 def require_keys(leaves: Leaves) -> None:
-    """Refuse with a SchemaError keys that are not tuples of names, or not all of one nest."""
+    """Raise SchemaError if a key is not a tuple of names, or a tensor and a nest share a key."""
     for key in leaves:
         if not (isinstance(key, tuple) and key and all(isinstance(name, str) for name in key)):
             raise SchemaError(f"keys: expected tuples of names, such as ('x',), got {key!r}")
@@ -68,7 +55,7 @@ def count(leaves: Leaves) -> int:
 
 
 def nested(leaves: Iterable[tuple[Key, Tensor]]) -> dict[str, Any]:
-    """[(("next", "reward"), x)] as {"next": {"reward": x}}."""
+    """Nest leaves: [(("next", "reward"), x)] becomes {"next": {"reward": x}}."""
     out: dict[str, Any] = {}
     for key, leaf in leaves:
         at = out
@@ -80,7 +67,7 @@ def nested(leaves: Iterable[tuple[Key, Tensor]]) -> dict[str, Any]:
 
 
 def flattened(tree: Mapping[str, Any], prefix: Key = ()) -> Leaves:
-    """The inverse of `nested`."""
+    """Invert `nested`."""
     out: Leaves = {}
     for name, value in tree.items():
         key = (*prefix, name)
@@ -89,10 +76,10 @@ def flattened(tree: Mapping[str, Any], prefix: Key = ()) -> Leaves:
 
 
 def entries_of(batch: Any, *keys: str) -> list[Any]:
-    """The entries of a TensorDict, of a tensorclass or of a dict under `keys`.
+    """Get the entries of a TensorDict, tensorclass or dict under `keys`.
 
     Raises:
-        SchemaError: it is none of these, or lacks one of the keys.
+        SchemaError: `batch` is none of these, or lacks one of the keys.
     """
     if is_tensorclass(batch):
         batch = batch._tensordict
@@ -106,12 +93,12 @@ def entries_of(batch: Any, *keys: str) -> list[Any]:
 
 
 def leaves_of(transitions: Any) -> Leaves:
-    """The tensors of a TensorDict, of a tensorclass, or of a dict of them, by key.
+    """Collect all tensors of a TensorDict, tensorclass or dict, by key.
 
-    In a plain dict, arrays and numbers become tensors. Nothing is left out.
+    In a plain dict, arrays and numbers become tensors.
 
     Raises:
-        SchemaError: it is none of these, or something in it is not a tensor; it says which key.
+        SchemaError: `transitions` is none of these, or an entry is not a tensor.
     """
     leaves: Leaves = {}
     _collect(transitions, (), leaves)
@@ -119,11 +106,11 @@ def leaves_of(transitions: Any) -> Leaves:
 
 
 def _collect(source: Any, prefix: Key, leaves: Leaves) -> None:
-    """Add the tensors of `source`, which lies under the key `prefix`, to `leaves`."""
+    """Add the tensors of `source`, whose key is `prefix`, to `leaves`."""
     usual = type(source) is TensorDict
     for name, value in source.items() if usual else _items(source, prefix):
         if isinstance(value, Tensor):
-            if value.is_nested:  # it has no shape that could be looked at
+            if value.is_nested:  # it has no plain shape
                 raise SchemaError(f"{named((*prefix, name))}: expected a dense tensor, got nested")
             leaves[*prefix, name] = value
         else:
@@ -131,7 +118,7 @@ def _collect(source: Any, prefix: Key, leaves: Leaves) -> None:
 
 
 def _items(source: Any, prefix: Key) -> Iterable[tuple[str, Any]]:
-    """The entries of all that is not a plain TensorDict."""
+    """Entries of a source that is not a plain TensorDict."""
     if not is_non_tensor(source):
         if is_tensorclass(source):
             source = source._tensordict  # its own items() leave out what lazy stacks cannot stack
@@ -148,9 +135,10 @@ def _items(source: Any, prefix: Key) -> Iterable[tuple[str, Any]]:
 
 
 def _stacked(source: LazyStackedTensorDict, prefix: Key) -> Iterable[tuple[str, Any]]:
-    """The entries of TensorDicts that are stacked when they are read.
+    """Entries of a lazy stack, which itself would leave out those that some parts lack.
 
-    Those that not all of them have would be left out, and others may not fit together.
+    Raises:
+        SchemaError: a part lacks an entry, or the entries do not stack.
     """
     parts = [set(part.keys()) for part in source.tensordicts]
     for name in sorted(set.union(set(), *parts)):
@@ -165,7 +153,7 @@ def _stacked(source: LazyStackedTensorDict, prefix: Key) -> Iterable[tuple[str, 
 
 
 def _entry(name: Any, value: Any, prefix: Key) -> tuple[str, Any]:
-    """An entry of a plain dict."""
+    """Check an entry of a plain dict; numbers and arrays become tensors."""
     if not isinstance(name, str):
         raise SchemaError(f"expected names (str) as keys of a dict, got {name!r}: nest dicts")
     if isinstance(value, Tensor | Mapping) or is_tensor_collection(value):

@@ -1,20 +1,18 @@
-"""How the transitions of a ring move into one of another capacity."""
+"""Moves of transitions from a ring into one of another capacity."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Move"]
-
 
 class Move(NamedTuple):
-    """Where the transitions of one ring go: the newest that fit stay, the oldest of them first.
+    """The move of a ring's transitions: the newest that fit stay, the oldest of them first.
 
     Attributes:
-        parts: slots they come from, in order; their new slots are 0, 1, 2, ...
-        written: the write count of the new ring, from which slots and generations follow.
-        moved: whether any slot holds another transition than before.
+        parts: old slots, in order; the new slots are 0, 1, 2, ...
+        written: number of transitions ever written, for the new ring.
+        moved: True if a slot holds another transition than before.
     """
 
     parts: list[slice]
@@ -23,7 +21,7 @@ class Move(NamedTuple):
 
     @classmethod
     def between(cls, written: int, old: int, new: int) -> "Move":
-        """From a ring of the capacity `old`, `written` to so often, to one of capacity `new`."""
+        """Plan the move from capacity `old`, after `written` transitions, to capacity `new`."""
         size = min(written, old)
         if old == new or written <= min(old, new):
             return cls([slice(0, size)], written, moved=False)
@@ -34,5 +32,5 @@ class Move(NamedTuple):
         return cls([part for part in parts if part.start < part.stop], kept, moved=True)
 
     def applied(self, values: Tensor) -> Tensor:
-        """What was kept for each slot, [n], in its new order."""
+        """Values of the slots that stay, [n], in their new order."""
         return torch.cat([values[part] for part in self.parts]) if self.parts else values[:0]

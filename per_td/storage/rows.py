@@ -1,4 +1,4 @@
-"""Rows of several tensors of one length."""
+"""Rows of several tensors of one length, as a ring."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Rows"]
-
 
 @dataclass
 class Rows:
-    """One ring of rows in tensors that others own; see `per_td.kernels.parts.Rows`.
+    """One ring of rows in tensors of other owners; see `per_td.kernels.parts.Rows`.
 
     Args:
         columns: [capacity, ...], on one device.
@@ -26,5 +24,5 @@ class Rows:
 
     @property
     def starts(self) -> Tensor:
-        """The first row of the ring, int64 [1, 1]."""
+        """First row of the ring, int64 [1, 1]."""
         return torch.zeros(1, 1, dtype=torch.int64, device=self.columns[0].device)

@@ -1,4 +1,4 @@
-"""Schema: which tensors a transition consists of, and whether what comes in is like that."""
+"""Schema: the tensors that a transition consists of, and checks of new data."""
 
 from typing import Any
 
@@ -7,24 +7,15 @@ import torch
 from per_td import validation
 from per_td.errors import SchemaError
 from per_td.storage.layouts import Field
-from per_td.storage.leaves import (
-    Key,
-    Leaves,
-    leaves_of,
-    named,
-    require_keys,
-    require_tensors,
-)
+from per_td.storage.leaves import Key, Leaves, leaves_of, named, require_keys, require_tensors
 from per_td.storage.structure import Structure
 
-__all__ = ["RESERVED", "Schema"]
-
 RESERVED = ("index", "priority_weight", "generation")
-"""Keys that sampling adds; transitions may not bring their own."""
+"""Keys that sampling adds, which transitions may not have."""
 
 
 class Schema:
-    """The fields of a transition. They are unknown at first, and fixed by the first data."""
+    """The fields of a transition: unknown at first, then fixed by the first data."""
 
     def __init__(self) -> None:
         self.fields: dict[Key, Field] = {}
@@ -39,21 +30,21 @@ class Schema:
     def check(
         self, transitions: Any, lead: tuple[int, ...] = (), *, batched: bool = True
     ) -> tuple[Leaves, int]:
-        """Check transitions; nothing is written.
+        """Check transitions.
 
         Args:
-            transitions: TensorDict or tensorclass of batch size [*lead, n], or of one transition
-                [*lead]; or a dict of tensors like that.
+            transitions: TensorDict, tensorclass or dict of tensors, of batch size [*lead, n]; of
+                one transition [*lead].
             lead: [S] with many buffers.
-            batched: [*lead, n] is expected.
+            batched: expect [*lead, n], not [*lead].
 
         Returns:
-            Leaves with one dimension for all transitions, by key, and n; of one transition without
-            a lead, that dimension may be missing.
+            Leaves by key with one dimension for all transitions, and n. That dimension may be
+            missing for one transition without a lead.
 
         Raises:
             SchemaError: keys, shapes or dtypes are not those of the fields, a key is reserved, a
-                leaf is not a tensor, or the batch size is another one.
+                leaf is not a tensor, or the batch size is wrong.
         """
         leaves = leaves_of(transitions)
         if not self.fields:
@@ -66,19 +57,16 @@ class Schema:
             if not lead and self._fits(leaves, size):
                 return leaves, n
         if not batched:
-            leaves = {key: _one(key, leaf, lead) for key, leaf in leaves.items()}
+            at = len(lead)
+            leaves = {key: _led(key, x, lead).unsqueeze(at) for key, x in leaves.items()}
         return self.check_leaves(leaves, lead, None if size is None else n)
 
     def wrong_batch_size(
         self, leaves: Leaves, size: torch.Size, lead: tuple[int, ...] = (), *, batched: bool
     ) -> SchemaError:
-        """The error for a TensorDict of the batch size `size`, with what to do about it.
+        """Make the error for a TensorDict of `leaves` with a wrong batch `size`, with advice.
 
-        Args:
-            leaves: what is in it.
-            size: other than [*lead, n], or [*lead] of one transition.
-            lead: [S] with many buffers.
-            batched: whether [*lead, n] was expected.
+        `lead` and `batched` say the size expected; see `check`.
         """
         dims, hint = len(lead) + batched, ""
         if len(size) == dims + 1 and not batched:
@@ -94,23 +82,23 @@ class Schema:
                 hint = f": give batch_size={[*common]}"
         if not hint and batched and size == lead:
             hint = ": use add() for one transition"
-        wanted = ", ".join([*map(str, lead), *["n"] * batched])
-        return SchemaError(f"expected a TensorDict of batch size [{wanted}], got {[*size]}{hint}")
+        wanted = validation.shaped(*lead, *["n"] * batched)
+        return SchemaError(f"expected a TensorDict of batch size {wanted}, got {[*size]}{hint}")
 
     def check_leaves(
         self, leaves: Leaves, lead: tuple[int, ...] = (), n: int | None = None
     ) -> tuple[Leaves, int]:
-        """`check` for leaves [*lead, n, ...] that are no TensorDict; None takes n of the first."""
+        """Run `check` for leaves [*lead, n, ...]; n is that of the first leaf if it is None."""
         require_tensors(leaves)
         for key, leaf in leaves.items():
             validation.require_plain(named(key), leaf, SchemaError)
             if leaf.ndim <= len(lead):
-                expected = ", ".join([*map(str, lead), "n", "..."])
-                raise SchemaError(f"{named(key)}: expected shape [{expected}], got {[*leaf.shape]}")
+                expected = validation.shaped(*lead, "n", "...")
+                raise SchemaError(f"{named(key)}: expected shape {expected}, got {[*leaf.shape]}")
         if n is None:
             n = next(iter(leaves.values())).shape[len(lead)]
         if lead:
-            leaves = {key: _flat(key, leaf, (*lead, n)) for key, leaf in leaves.items()}
+            leaves = {key: _led(key, x, (*lead, n)).flatten(0, 1) for key, x in leaves.items()}
         rows = n * lead[0] if lead else n
         if self._fits(leaves, (rows,)):
             return leaves, n
@@ -126,7 +114,7 @@ class Schema:
         return leaves, n
 
     def _fits(self, leaves: Leaves, rows: tuple[int, ...]) -> bool:
-        """Whether these are leaves [*rows, ...] as expected; the usual answer, at little cost."""
+        """Return True if all leaves are [*rows, ...] of the right dtype: a quick check."""
         if len(leaves) != len(self.fields) or not leaves:
             return False
         usual, shapes = self._usual
@@ -157,7 +145,7 @@ class Schema:
 
 
 def _common(leaves: Leaves) -> tuple[int, ...]:
-    """The first dimensions, as far as those of all leaves are equal."""
+    """Leading dimensions that all leaves share."""
     common = []
     for sizes in zip(*(leaf.shape for leaf in leaves.values()), strict=False):
         if len(set(sizes)) > 1:
@@ -166,17 +154,9 @@ def _common(leaves: Leaves) -> tuple[int, ...]:
     return tuple(common)
 
 
-def _one(key: Key, leaf: Any, lead: tuple[int, ...]) -> Any:
-    """A leaf [*lead, ...] of one transition as [*lead, 1, ...]."""
-    if leaf.shape[: len(lead)] != lead:
-        expected = ", ".join([*map(str, lead), "..."])
-        raise SchemaError(f"{named(key)}: expected shape [{expected}], got {[*leaf.shape]}")
-    return leaf.unsqueeze(len(lead))
-
-
-def _flat(key: Key, leaf: Any, size: tuple[int, ...]) -> Any:
-    """A leaf [S, n, ...] as [S * n, ...]."""
+def _led(key: Key, leaf: Any, size: tuple[int, ...]) -> Any:
+    """Return a leaf if its first dimensions are `size`; raise SchemaError otherwise."""
     if leaf.shape[: len(size)] != size:
-        expected = ", ".join([*map(str, size), "..."])
-        raise SchemaError(f"{named(key)}: expected shape [{expected}], got {[*leaf.shape]}")
-    return leaf.flatten(0, 1)
+        expected = validation.shaped(*size, "...")
+        raise SchemaError(f"{named(key)}: expected shape {expected}, got {[*leaf.shape]}")
+    return leaf

@@ -1,4 +1,4 @@
-"""Wide trees: sums, and for priorities the largest and smallest, over S groups of slots."""
+"""Wide trees over S groups of slots: sums of masses, and for priorities the extremes."""
 
 from per_td.tree.sum_tree import SumTree
 from per_td.tree.trees import Trees

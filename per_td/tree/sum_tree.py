@@ -1,4 +1,4 @@
-"""SumTree: the trees on their own, with every public call checked."""
+"""SumTree: the trees on their own; every public call checks its arguments."""
 
 from typing import Any
 
@@ -11,18 +11,16 @@ from per_td.errors import EmptyBufferError, IndexRangeError, PriorityError
 from per_td.kernels.layout import Layout
 from per_td.tree.trees import Trees
 
-__all__ = ["SumTree"]
-
 
 class SumTree(Copied):
-    """A fixed number of non-negative masses from which one draws in proportion to mass.
+    """A fixed number of slots with masses of at least 0, drawn in proportion to mass.
 
     A tree of fan-out 16 with float32 leaves and float64 sums. Every sum is recomputed from its
     children, so nothing drifts, and a mass of 0 is never drawn. It takes 4.5 bytes per slot.
 
     Args:
         capacity: number of slots, at least 1.
-        device: where the tree lives; None is torch's default device.
+        device: device of the tree; None is torch's default device.
         num_trees: S makes S trees of `capacity` slots each, at the cost of one. Their masses never
             mix, and every argument and result gets a leading dimension [S]. None: one tree.
 
@@ -78,22 +76,22 @@ class SumTree(Copied):
 
     @property
     def layout(self) -> Layout:
-        """Where the nodes lie."""
+        """Places of the nodes."""
         return self._trees.layout
 
     @property
     def leaves(self) -> Tensor:
-        """All leaves, float32 [leaf_slots], a view to be read."""
+        """All leaves, float32 [leaf_slots], a view; do not write to it."""
         return self._trees.leaves
 
     @property
     def nodes(self) -> Tensor:
-        """All nodes above the leaves, float64 [node_slots], a view to be read."""
+        """All nodes above the leaves, float64 [node_slots], a view; do not write to it."""
         return self._trees.sums
 
     @property
     def compiled(self) -> bool:
-        """True if kernels change and draw, not plain torch."""
+        """True if kernels run, not plain torch."""
         return self._trees.compiled
 
     @property
@@ -103,14 +101,13 @@ class SumTree(Copied):
 
     @property
     def _masses(self) -> Tensor:
-        masses = self._trees.masses
-        return masses if self._lead else masses[0]
+        return self._trees.masses if self._lead else self._trees.masses[0]
 
     def __getitem__(self, index: Any) -> Tensor:
         """Masses of the slots `index` (int, slice or integer tensor), float32, as torch indexes.
 
         Raises:
-            IndexRangeError: there are no such slots, or it is none of these.
+            IndexRangeError: there are no such slots, or `index` has another type.
         """
         masses = self._masses
         try:
@@ -121,7 +118,7 @@ class SumTree(Copied):
             ) from error
 
     def update(self, index: Any, value: Any) -> None:
-        """Set the masses of some slots; where an index occurs twice, its last value holds.
+        """Set the masses of some slots; where a slot occurs twice, its last value holds.
 
         Args:
             index: slots, integers [B] or [S, B].
@@ -130,7 +127,7 @@ class SumTree(Copied):
         Raises:
             IndexRangeError: an index is not an integer in [0, capacity), or the shape is wrong.
             PriorityError: a value is NaN, infinite or negative, or the shapes differ.
-                On CUDA such pairs are skipped instead: to look at them would stop the host.
+                On CUDA such pairs are skipped instead: a check would make the host wait.
         """
         index = validation.as_index(index, self.device, lead=self._lead)
         value = validation.as_values("value", value, index)
@@ -143,9 +140,8 @@ class SumTree(Copied):
             value: masses, finite and not negative, float32 [capacity] or [S, capacity].
 
         Raises:
-            PriorityError: a value is NaN, infinite or negative, or the shape or dtype is wrong.
-                Nothing has been written then. On CUDA such a value counts as 0 instead: to look at
-                it would stop the host.
+            PriorityError: a value is NaN, infinite or negative, or the shape or dtype is wrong;
+                nothing is written. On CUDA such a value counts as 0 instead.
         """
         value = validation.as_reals("value", value, self.device, torch.float32)
         expected = self._masses.shape
@@ -158,47 +154,43 @@ class SumTree(Copied):
         self._trees.ops.refill(self._trees)
 
     def find(self, target: Any) -> Tensor:
-        """Find the slots in which the cumulative mass passes the points `target`.
+        """Find the slots in which the cumulative masses reach the points `target`.
 
         Args:
             target: points in [0, total of their tree), [B] or [S, B]. Others are moved to the
-                nearest in there, and NaN to 0. Where the total is 0, some slot is found.
+                nearest end, and NaN to 0. If the total is 0, any slot is found.
 
         Returns:
             int64, in the shape of `target`.
 
         Raises:
-            PriorityError: the shape or dtype is not that of real numbers [B] or [S, B].
+            PriorityError: `target` does not hold real numbers [B] or [S, B].
         """
         target = validation.as_reals("target", target, self.device, torch.float64)
         if target.ndim != len(self._lead) + 1 or target.shape[:-1] != self._lead:
-            expected = ", ".join([*map(str, self._lead), "B"])
-            raise PriorityError(f"target: expected shape [{expected}], got {list(target.shape)}")
+            expected = validation.shaped(*self._lead, "B")
+            raise PriorityError(f"target: expected shape {expected}, got {list(target.shape)}")
         target = torch.where(target > 0, target, 0.0).contiguous()  # NaN is not
         found: Tensor = self._trees.ops.find(self._trees, target)[0]
         return found
 
     def sample(
-        self,
-        n: int,
-        generator: torch.Generator | None = None,
-        *,
-        draw: str = "independent",
+        self, n: int, generator: torch.Generator | None = None, *, draw: str = "independent"
     ) -> Tensor:
         """Draw slots in proportion to their masses.
 
         Args:
-            n: how many of each tree.
+            n: slots of each tree.
             generator: source of the random numbers, on the tree's device; None is torch's own.
             draw: "independent"; "stratified": one from each n-th of the total mass, in order;
-                "without_replacement": n different slots, as one-by-one draws would give them.
+                "without_replacement": n different slots, distributed as draws one by one.
 
         Returns:
             int64 [n] or [S, n].
 
         Raises:
             EmptyBufferError: all masses are 0, or fewer than n are positive without replacement.
-                On CUDA that goes unseen: the result is then an empty slot, or has repetitions.
+                On CUDA the result is an empty slot, or has repetitions, instead.
         """
         n = validation.positive_int("n", n)
         validation.one_of("draw", draw, draws.DRAWS)
@@ -222,5 +214,5 @@ class SumTree(Copied):
         return index
 
     def check_valid(self) -> None:
-        """Raise PerTdError, naming what is wrong, if a sum does not follow from the masses."""
+        """Raise PerTdError if a sum does not follow from the masses; see `Trees.check_valid`."""
         self._trees.check_valid()

@@ -1,6 +1,5 @@
 """Trees: S wide trees in a block of memory, with sums and, for priorities, extremes."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,41 +12,30 @@ from per_td.kernels.flags import MINIMA
 from per_td.kernels.layout import Block, Layout
 from per_td.memory import Zeros, zeros
 
-__all__ = ["Trees"]
-
-Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-
-_NO_EXTREMES: Shapes = {
-    "raw": ((0,), torch.float32),
-    "maxima": ((0,), torch.float32),
-    "minima": ((0,), torch.float32),
-    "replayed": ((0,), torch.bool),
-}
-
 
 class Trees:
-    """Masses of S x `capacity` slots, their sums, and beside them raw priorities and extremes.
+    """Masses of S x `capacity` slots and their sums, with raw priorities and extremes if asked for.
 
-    The leaves are float32, the sums float64. Every node is recomputed from its children, so nothing
-    drifts.
+    Every node is recomputed from its children, so nothing drifts.
 
     Args:
-        layout: where the nodes lie.
-        device: where the trees live.
+        layout: places of the nodes.
+        device: device of the trees.
         extremes: keep raw priorities too, and the largest in each tree.
         replayed: keep a flag per slot that draws set.
-        snapshot: float32 numbers to keep for a distribution.
+        snapshot: number of float32 values to keep for a distribution.
         launches: use kernels on CUDA, if there are any.
         memory: makes the memory.
 
     Attributes:
         leaves, raw: masses and raw priorities, float32 [leaf_slots].
         sums, maxima, minima: nodes, float64, float32 and float32 [node_slots].
-        settings: alpha, eps and such, float64 [4]; see `per_td.kernels.flags`.
-        ever_max: the largest priority that each tree ever held, float32 [S].
+        settings: numbers such as alpha and eps, float64 [4]; see `per_td.kernels.flags`.
+        ever_max: largest priority that each tree ever held, float32 [S].
         replayed: bool [leaf_slots].
-        refused: how many updates were refused on the device, int64 [].
+        refused: number of updates refused on the device, int64 [].
         starts: first leaf of each tree, int64 [S, 1].
+        keeps_minima: True while the smallest positive masses are kept up to date.
     """
 
     leaves: Tensor
@@ -74,37 +62,33 @@ class Trees:
     ) -> None:
         self.layout, self.device, self._launches = layout, device, launches
         leaves, nodes = (layout.leaf_slots,), (layout.node_slots,)
-        extra: dict[str, tuple[tuple[int, ...], torch.dtype]] = dict(_NO_EXTREMES)
-        if extremes:
-            extra |= dict.fromkeys(("maxima", "minima"), (nodes, torch.float32))
-            extra["raw"] = leaves, torch.float32
-        if replayed:
-            extra["replayed"] = leaves, torch.bool
-        extra["snapshot"] = (snapshot,), torch.float32
-        shapes = {
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "leaves": (leaves, torch.float32),
             "sums": (nodes, torch.float64),
-            **extra,
+            "raw": (leaves if extremes else (0,), torch.float32),
+            "maxima": (nodes if extremes else (0,), torch.float32),
+            "minima": (nodes if extremes else (0,), torch.float32),
+            "replayed": (leaves if replayed else (0,), torch.bool),
+            "snapshot": ((snapshot,), torch.float32),
             "settings": ((4,), torch.float64),
             "ever_max": ((layout.groups,), torch.float32),
             "refused": ((), torch.int64),
         }
         self.block = Block(shapes, device, memory)
-        # `settings` as the host knows them, where to read them would mean to wait
+        # a copy of `settings` on the host, which would wait for those on another device
         self._numbers = None if device.type == "cpu" else [0.0] * 4
-        self._minima = False  # the same number as the kernels read it, for torch.compile
+        self.keeps_minima = False  # also in `settings`, where torch.compile could not branch on it
         self.starts = layout.starts(device)
         self._take_up()
         self.minima.fill_(torch.inf)
 
     def _take_up(self) -> None:
         """Name the views of the block, and choose the operations."""
-        for name in self.block.names:
-            setattr(self, name, self.block[name])
+        self.__dict__.update(self.block.views)
         self._operations = kernels.operations(self.device, launches=self._launches)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = "layout", "device", "block", "starts", "_launches", "_numbers", "_minima"
+        kept = "layout", "device", "block", "starts", "_launches", "_numbers", "keeps_minima"
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -113,12 +97,12 @@ class Trees:
 
     @property
     def ops(self) -> Any:
-        """The operations for this device; while torch.compile traces, those in plain torch."""
+        """Operations for this device; those in plain torch while torch.compile traces."""
         return reference if torch.compiler.is_compiling() else self._operations
 
     @property
     def compiled(self) -> bool:
-        """True if kernels change and draw, not plain torch."""
+        """True if kernels run, not plain torch."""
         return self._operations is not reference
 
     @property
@@ -128,12 +112,12 @@ class Trees:
 
     @property
     def largest(self) -> Tensor:
-        """The largest priority in each tree, 0 for none, float32 [S]."""
+        """Largest priority in each tree, 0 for none, float32 [S]."""
         return self.layout.tops(self.maxima).amax(-1)
 
     @property
     def smallest(self) -> Tensor:
-        """The smallest positive mass in each tree, inf for none, float32 [S]; see `keep_minima`."""
+        """Smallest positive mass in each tree, inf for none, float32 [S]; see `keep_minima`."""
         return self.layout.tops(self.minima).amin(-1)
 
     @property
@@ -147,11 +131,11 @@ class Trees:
         return self.layout.slots(self.raw)
 
     def setting(self, place: int) -> float:
-        """A number of `settings`, without a host sync."""
+        """Read a number of `settings`, without a host sync."""
         return self.settings[place].item() if self._numbers is None else self._numbers[place]
 
     def number(self, place: int) -> Any:
-        """A number of `settings`; while torch.compile traces, a tensor that it reads anew."""
+        """Read a number of `settings`; torch.compile gets a tensor, which stays current."""
         return self.settings[place] if torch.compiler.is_compiling() else self.setting(place)
 
     def set(self, place: int, value: float) -> None:
@@ -160,15 +144,10 @@ class Trees:
         if self._numbers is not None:
             self._numbers[place] = value
 
-    @property
-    def keeps_minima(self) -> bool:
-        """True if the smallest positive masses are kept up to date."""
-        return self._minima
-
     def keep_minima(self, wanted: bool) -> None:
-        """Keep the smallest positive mass of each tree up to date from now on, or no longer."""
+        """Keep the smallest positive masses up to date from now on, or no longer."""
         if wanted != self.keeps_minima:
-            self._minima = wanted
+            self.keeps_minima = wanted
             self.set(MINIMA, float(wanted))
             if wanted:
                 self.ops.refill(self)
@@ -179,8 +158,8 @@ class Trees:
         """Draw `n` different slots from each tree: int64 and their masses float32, [S, n].
 
         Raises:
-            EmptyBufferError: fewer than `n` slots of a tree have a positive mass. On CUDA that goes
-                unseen, and the first slot drawn stands in.
+            EmptyBufferError: fewer than `n` slots of a tree have a positive mass. On CUDA the first
+                slot drawn is repeated instead.
         """
         draws.require_enough(self.layout.capacity, n)
         index, mass, found = self.ops.draw_distinct(self, n, generator)
@@ -189,10 +168,14 @@ class Trees:
         return index, mass
 
     def require_enough(self, drawable: Tensor, n: int) -> None:
-        """Refuse to draw `n` without replacement where fewer are `drawable`, int64 [S].
+        """Check that each tree has `n` slots to draw without replacement.
+
+        Args:
+            drawable: number of slots with a positive mass, int64 [S].
+            n: number of draws.
 
         Raises:
-            EmptyBufferError: it says in which trees.
+            EmptyBufferError: fewer are drawable; it names the trees.
         """
         short = drawable < n
         if short.any():
@@ -202,13 +185,13 @@ class Trees:
             )
 
     def nothing_to_draw(self) -> str:
-        """Say in which trees all masses are 0."""
+        """Error message that names the trees without a positive mass."""
         which = self.which(~(self.total > 0))
         return f"expected a positive mass to draw from, got only masses of 0{which}"
 
     @staticmethod
     def which(wrong: Tensor) -> str:
-        """Name the trees where `wrong` [S] holds, for an error: " in 1 of 3: 2"; "" for one."""
+        """Name the trees where `wrong` [S] is True, such as " in 1 of 3: 2"; "" if there is one."""
         if len(wrong) == 1:
             return ""
         places = wrong.nonzero().flatten().tolist()
@@ -219,8 +202,8 @@ class Trees:
         """Look for damage, in O(N); on CUDA the host waits.
 
         Raises:
-            PerTdError: it names the broken invariant: values are finite, not negative and 0 beyond
-                the slots, every node follows from its children, guard bytes are as they were.
+            PerTdError: an invariant is broken: values are finite, not negative and 0 beyond the
+                slots, every node follows from its children, guard bytes are intact.
         """
         require = validation.require_valid
         self.block.check_valid()

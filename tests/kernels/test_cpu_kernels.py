@@ -108,8 +108,9 @@ def test_these_kernels_check_their_bounds_if_they_are_asked_to(door):
 
 
 def test_the_door_has_the_operations_of_the_reference_with_the_same_arguments(door):
-    assert set(door.__all__) == set(reference.__all__) - {"check_nodes", "generations", "sizes"}
-    for name in door.__all__:
+    alike = set(reference.__all__) - {"check_nodes", "generations", "sizes"}
+    assert set(door.__all__) == alike | {"draw_rows"}
+    for name in alike:
         one, other = (inspect.signature(getattr(each, name)) for each in (door, reference))
         assert one == other, name
 
@@ -519,14 +520,11 @@ def test_drawing_rows_in_one_go_is_to_draw_and_then_to_gather(draw, groups, door
     found, *drawn, generation = door.draw_rows(
         made.trees, rows, point.clone(), written=written, **how
     )
-    expected = door.draw(made.trees, point.clone(), written=written, **how)
+    expected = door.draw(made.trees, point, written=written, **how)
     assert all(map(torch.equal, drawn, expected))
     gathered, generations = reference.gather(rows, drawn[0], written=written)
     assert all(map(torch.equal, found, gathered))
     assert torch.equal(generation, generations)
-    plain, *_, same = reference.draw_rows(made.trees, rows, point, written=written, **how)
-    assert all(map(torch.equal, found, plain))
-    assert torch.equal(generation, same)
 
 
 def test_rows_are_drawn_only_for_trees_of_as_many_slots(door, monkeypatch):

@@ -294,7 +294,7 @@ def test_draws_are_those_of_the_same_points_in_torch(capacity, stratified, devic
     point = torch.rand(100, dtype=torch.float64).to(device)
     places = (torch.arange(100, device=device) + point) / 100 if stratified else point
     expected = reference.find(column, places * column.sums[-1])[0]
-    index, mass = draws.draw(*column.tree, point, stratified=stratified)
+    index, mass = draws.find(*column.tree, point, scaled=True, stratified=stratified)
     assert torch.equal(index, expected)
     assert torch.equal(mass, column.leaves[index])
 
@@ -304,7 +304,7 @@ def test_draws_follow_the_masses(stratified, device, generator):
     mass = uneven(257)
     column = Column(257, device).fill(mass)
     point = uniform_like(torch.empty(4_000, dtype=torch.float64, device=device), generator)
-    index, _ = draws.draw(*column.tree, point, stratified=stratified)
+    index, _ = draws.find(*column.tree, point, scaled=True, stratified=stratified)
     assert_drawn_from(index, mass.double() / mass.double().sum())
 
 
@@ -319,7 +319,7 @@ def test_a_mass_of_zero_is_never_drawn_at_the_borders_of_its_neighbours(device):
 
 def test_nothing_to_draw_gives_slot_zero(device):
     column = Column(300, device)
-    index, mass = draws.draw(*column.tree, torch.rand(5).double().to(device), stratified=False)
+    index, mass = draws.find(*column.tree, torch.rand(5).double().to(device), scaled=True)
     assert index.tolist() == mass.tolist() == [0] * 5
 
 

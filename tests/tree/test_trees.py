@@ -118,7 +118,7 @@ def test_a_write_before_the_first_view_is_named(device):
 def test_trees_find_an_overrun_of_any_of_their_parts(capacity, groups, device):
     trees = made(capacity, groups, device)
     trees.check_valid()
-    for name in trees.block.names:
+    for name in trees.block.views:
         view = trees.block[name]
         after = view.storage_offset() * view.itemsize + view.nbytes
         kept = trees.block.memory[name][after].clone()

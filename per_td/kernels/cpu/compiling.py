@@ -1,8 +1,8 @@
-"""Compile a kernel, or read it from numba's cache on disk, which an edit of any kernel outdates.
+"""Compilation of kernels, cached on disk by numba until a kernel is edited.
 
 numba compiles a kernel anew when the file that holds it changes, but not when a file imported by
 that one does. The names of its files begin with the qualified name of the function. So that name
-gets a hash of the sources of all kernels: after an edit, nothing is found under the new name.
+gets a hash of the sources of all kernels: after an edit, numba finds nothing under the new name.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,9 @@ from typing import Any
 
 import llvmlite
 from numba import njit
+from numba.extending import intrinsic
 
 from per_td.kernels.choice import checked
-
-__all__ = ["CHECKED", "kernel", "part"]
 
 CHECKED = checked()
 """Compile with bounds checks, for tests; several times slower."""
@@ -29,12 +28,10 @@ part = partial(njit, boundscheck=CHECKED)
 
 @cache
 def _sources() -> str:
-    """A hash of everything that kernels are compiled from; numba looks at its own version."""
+    """Hash the sources of all kernels and the version of LLVM; numba checks its own."""
     found = sha256(llvmlite.__version__.encode())
-    files = [
-        *resources.files(__package__).iterdir(),
-        resources.files("per_td.kernels") / "flags.py",
-    ]
+    files = [*resources.files(__package__).iterdir()]
+    files.append(resources.files("per_td.kernels") / "flags.py")
     for file in sorted(files, key=lambda file: file.name):
         if file.name.endswith(".py"):
             found.update(file.name.encode())
@@ -46,7 +43,7 @@ def kernel(signature: str) -> Callable[[Callable[..., Any]], Any]:
     """Compile the function below for this signature, to run without the interpreter's lock.
 
     Raises:
-        RuntimeError: numba finds no folder that it could keep the result in.
+        RuntimeError: numba finds no folder for the result.
     """
 
     def compiled(function: Callable[..., Any]) -> Any:
@@ -61,8 +58,21 @@ def kernel(signature: str) -> Callable[[Callable[..., Any]], Any]:
     return compiled
 
 
+def unary(signature: Any, emit: Callable[[Any, Any], Any]) -> Any:
+    """Make a function of one argument from `emit`, which takes LLVM's builder and the argument."""
+
+    @intrinsic
+    def operation(typing_context: Any, argument: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return emit(builder, arguments[0])
+
+        return signature, generate
+
+    return operation
+
+
 def _remove_outdated(folder: Path, name: str) -> None:
-    """Remove what this kernel was compiled to from other sources."""
+    """Remove files of this kernel that were compiled from other sources."""
     for file in folder.glob(f"{name}_{'[0-9a-f]' * 16}-*.nb[ic]"):
         if _sources() not in file.name:
             with suppress(OSError):  # another process was faster, or is reading it

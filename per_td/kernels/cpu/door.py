@@ -1,8 +1,8 @@
-"""The one door to compiled code: tensors come in, addresses go out.
+"""The only door to compiled code: it takes tensors and passes on addresses.
 
-The operations of `per_td.kernels.reference`, with the same arguments. Each looks at the device,
-dtype, contiguity and length of every tensor before its address goes on. A kernel checks what it
-reads there, slots and values, and refuses before it writes; the reference then finds the words.
+The operations of `per_td.kernels.reference`, with the same arguments. Each checks device, dtype,
+contiguity and length of every tensor before it passes the address on. A kernel checks the slots and
+values that it reads before it writes. If it refuses, the reference raises the error.
 """
 
 from array import array
@@ -14,25 +14,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-import per_td.kernels.reference as reference
 from per_td.errors import PerTdError
+from per_td.kernels import flags as option
+from per_td.kernels import reference
 from per_td.kernels.cpu import draw as draws
 from per_td.kernels.cpu import rows as row_kernels
 from per_td.kernels.cpu import update
 from per_td.kernels.cpu.records import ROWS, TREES
-from per_td.kernels.flags import (
-    ADD_EPS,
-    BY_BUFFER,
-    BY_SIZE,
-    EVER_MAX,
-    GENERATION,
-    MASK,
-    NEW,
-    SQUARED,
-    STAMPS,
-    STRATIFIED,
-    VALUE,
-)
 from per_td.kernels.parts import Distribution, Rows, Trees
 from per_td.kernels.reference import Runs, draw_distinct, for_new, mark_replayed, weigh
 from per_td.validation import plain_rows
@@ -54,17 +42,17 @@ __all__ = [
 ]
 
 _CPU, _ONE = torch.device("cpu"), torch.Size([])
-_NORMALIZATIONS = {"batch": 0, "buffer": BY_BUFFER, "none": BY_SIZE}
+_NORMALIZATIONS = {"batch": 0, "buffer": option.BY_BUFFER, "none": option.BY_SIZE}
 
 
 # --- addresses ------------------------------------------------------------------------------------
 
 
 def _address(tensor: Tensor, dtype: torch.dtype, length: int) -> int:
-    """Where the numbers of a contiguous tensor begin.
+    """Address of the numbers of a contiguous tensor on the CPU.
 
     Raises:
-        PerTdError: the tensor is of another device, dtype or length, or has no memory of its own.
+        PerTdError: it has another device, dtype or length, or no memory of its own.
     """
     if not (
         tensor.is_cpu
@@ -86,10 +74,10 @@ def _address(tensor: Tensor, dtype: torch.dtype, length: int) -> int:
 
 
 def _each(total: int, groups: int) -> int:
-    """How many of `total` numbers each group has.
+    """Divide `total` numbers by the groups.
 
     Raises:
-        PerTdError: not all have as many.
+        PerTdError: the groups would differ.
     """
     n, left = divmod(total, groups)
     if left:
@@ -98,7 +86,7 @@ def _each(total: int, groups: int) -> int:
 
 
 def _numbers(written: Tensor | int, groups: int) -> tuple[int, Any]:
-    """Address of one int64 per group, and what keeps it alive."""
+    """Address of one int64 per group, and the object that owns the memory."""
     if isinstance(written, Tensor):
         return _address(written, torch.int64, groups), written
     kept = array("q", [written]) * groups
@@ -106,7 +94,7 @@ def _numbers(written: Tensor | int, groups: int) -> tuple[int, Any]:
 
 
 def _trees_record(trees: Trees) -> int:
-    """The address of the trees' record, made anew when their memory has moved."""
+    """Address of the trees' record, which is made anew when their memory has moved."""
     block, base = trees.block, trees.leaves.data_ptr()
     if block.record is None or block.record[0] != base:
         block.record = base, *_new_trees_record(trees)
@@ -118,19 +106,9 @@ def _new_trees_record(trees: Trees) -> tuple[int, Any, Any]:
     layout = trees.layout
     levels = np.array([layout.offsets, layout.widths], np.int64)
     record = np.zeros(1, TREES)
-    views = (
-        "leaves",
-        "raw",
-        "sums",
-        "maxima",
-        "minima",
-        "settings",
-        "ever_max",
-        "replayed",
-        "snapshot",
-    )
-    for name in views:
-        record[name] = trees.block[name].data_ptr()
+    for name, view in trees.block.views.items():
+        if name != "refused":  # kernels refuse by an error
+            record[name] = view.data_ptr()
     for name in ("raw", "replayed", "snapshot"):
         record[f"{name}_length"] = len(trees.block[name])
     for name in ("leaf_slots", "node_slots", "groups", "capacity", "stride", "width", "height"):
@@ -140,16 +118,15 @@ def _new_trees_record(trees: Trees) -> tuple[int, Any, Any]:
 
 
 class _RowsRecord:
-    """The record of rows, made for columns at these addresses, and what goes with it.
+    """The record of rows for columns at the addresses `bases`.
 
     Attributes:
-        address: of the record.
+        address: address of the record.
         kinds: dtype and numbers per row of each column.
         spans: first address of each column, and the one after its last.
-        low, high: bounds of all of them; others' memory may lie between columns.
-        likes: a batch like those that were gathered last, and beside it numbers for its
-            generations, slots and weights.
-        versions: columns whose version counters stand for all: views of one memory share theirs.
+        low, high: bounds of all spans; other memory may lie between columns.
+        likes: templates of the last batch gathered, then of its generations, slots and weights.
+        versions: columns whose version counters stand for all; views of one memory share theirs.
     """
 
     def __init__(self, rows: Rows, bases: list[int]) -> None:
@@ -179,11 +156,11 @@ class _RowsRecord:
         self.versions = rows.columns[:1] if len(storages) == 1 else rows.columns
 
     def holds(self, address: int) -> bool:
-        """True if a column holds what is at an address."""
+        """True if an address lies in a column."""
         return any(base <= address < end for base, end in self.spans)
 
     def empty(self, rows: Rows, shape: torch.Size, beside: int) -> list[Tensor]:
-        """Rows of this shape, and as much of what is `beside` them as is asked for.
+        """Empty rows of this shape, and the first `beside` of generations, slots and weights.
 
         `empty_like` takes half the time of `empty`.
         """
@@ -198,7 +175,7 @@ class _RowsRecord:
 
 
 def _rows_record(rows: Rows) -> _RowsRecord:
-    """The record of rows, made anew when a column has moved."""
+    """Find the record of rows, which is made anew when a column has moved."""
     bases = list(map(Tensor.data_ptr, rows.columns))
     record: _RowsRecord | None = rows.record
     if record is None or record.bases != bases:
@@ -210,12 +187,12 @@ def _rows_record(rows: Rows) -> _RowsRecord:
 
 
 def refill(trees: Trees) -> None:
-    """As `reference.refill`."""
+    """See `reference.refill`."""
     update.refill(_trees_record(trees))
 
 
 def set_masses(trees: Trees, index: Tensor, value: Tensor) -> None:
-    """As `reference.set_masses`."""
+    """See `reference.set_masses`."""
     index, value, total = index.contiguous(), value.contiguous(), index.numel()
     at, new = _address(index, torch.int64, total), _address(value, torch.float32, total)
     if not update.set_masses(_trees_record(trees), at, new, _each(total, trees.layout.groups)):
@@ -223,11 +200,11 @@ def set_masses(trees: Trees, index: Tensor, value: Tensor) -> None:
 
 
 def assign_new(trees: Trees, distribution: Distribution, runs: Runs, *, ever_max: bool) -> None:
-    """As `reference.assign_new`."""
+    """See `reference.assign_new`."""
     if len(runs) != 2 * trees.layout.groups or runs.itemsize != 8:
         raise PerTdError(f"expected {trees.layout.groups} runs, got {len(runs) / 2:g}")
     where = runs.buffer_info()[0]
-    if not update.assign_new(_trees_record(trees), where, EVER_MAX if ever_max else 0):
+    if not update.assign_new(_trees_record(trees), where, option.EVER_MAX if ever_max else 0):
         reference.assign_new(trees, distribution, runs, ever_max=ever_max)
 
 
@@ -247,26 +224,29 @@ def assign(
     new: bool = False,
     ever_max: bool = False,
 ) -> Tensor | int:
-    """As `reference.assign`."""
+    """See `reference.assign`."""
     total, groups = index.numel(), trees.layout.groups
     options = (
-        (add_eps and ADD_EPS) | (squared and SQUARED) | (new and NEW) | (ever_max and EVER_MAX)
+        (add_eps and option.ADD_EPS)
+        | (squared and option.SQUARED)
+        | (new and option.NEW)
+        | (ever_max and option.EVER_MAX)
     )
     index = index.contiguous()
     at, values, then, wanted, stamp = _address(index, torch.int64, total), 0, 0, 0, 0
     if value is not None:
         value = value.contiguous()
-        values, options = _address(value, torch.float32, total), options | VALUE
+        values, options = _address(value, torch.float32, total), options | option.VALUE
     if generation is not None:
         generation = generation.contiguous()
-        then, options = _address(generation, torch.int64, total), options | GENERATION
+        then, options = _address(generation, torch.int64, total), options | option.GENERATION
     if mask is not None:
         mask = mask.contiguous()
-        wanted, options = _address(mask, torch.bool, total), options | MASK
+        wanted, options = _address(mask, torch.bool, total), options | option.MASK
     if stamps is not None:
         if groups != 1 or generation is None:
             raise PerTdError("expected one group and a generation beside stamps")
-        stamp, options = _address(stamps, torch.int64, limit), options | STAMPS
+        stamp, options = _address(stamps, torch.int64, limit), options | option.STAMPS
     ever, _kept = _numbers(written, groups)
     if limit > trees.layout.capacity:
         raise PerTdError(f"expected a limit of at most {trees.layout.capacity}, got {limit}")
@@ -302,7 +282,7 @@ def assign(
 
 
 def find(trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
-    """As `reference.find`."""
+    """See `reference.find`."""
     target = target.clone(memory_format=torch.contiguous_format)  # the kernel uses it up
     total = target.numel()
     index, mass = torch.empty_like(target, dtype=torch.int64), target.float()
@@ -325,12 +305,12 @@ def draw(
     normalization: str,
     written: Tensor | int,
 ) -> tuple[Tensor, Tensor] | None:
-    """As `reference.draw`; uses up `point`."""
+    """See `reference.draw`; overwrites `point`."""
     total, groups = point.numel(), trees.layout.groups
     index = torch.empty_like(point, dtype=torch.int64)
     weight = torch.empty_like(point, dtype=torch.float32)
     ever, _kept = _numbers(written, groups)
-    options = _NORMALIZATIONS[normalization] | (stratified and STRATIFIED)
+    options = _NORMALIZATIONS[normalization] | (stratified and option.STRATIFIED)
     empty = draws.draw(
         _trees_record(trees),
         _address(point, torch.float64, total),
@@ -349,13 +329,13 @@ def _addresses(tensors: Sequence[Tensor]) -> "array[int]":
 
 
 def gather(rows: Rows, index: Tensor, *, written: Tensor | int | None) -> tuple[list[Tensor], Any]:
-    """As `reference.gather`; no generations where `written` is None."""
+    """See `reference.gather`."""
     index, total = index.contiguous(), index.numel()
     at, n = _address(index, torch.int64, total), _each(total, rows.groups)
     record = _rows_record(rows)
     wanted = written is not None
     out = record.empty(rows, index.shape, int(wanted))
-    to, options = _addresses(out), wanted and GENERATION
+    to, options = _addresses(out), wanted and option.GENERATION
     ever, _kept = _numbers(written if written is not None else 0, rows.groups)
     if not row_kernels.gather(record.address, at, n, to.buffer_info()[0], ever, to[-1], options):
         return reference.gather(rows, index, written=written)
@@ -372,7 +352,11 @@ def draw_rows(
     normalization: str,
     written: Tensor | int,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor] | None:
-    """As `reference.draw_rows`; uses up `point`."""
+    """Draw slots as `draw`, and copy their rows; overwrites `point`.
+
+    Returns:
+        Rows, slots, weights and generations; None if a tree has only masses of 0.
+    """
     total, groups = point.numel(), trees.layout.groups
     if rows.groups != groups or rows.capacity != trees.layout.capacity:
         raise PerTdError(f"expected rows for the slots of {groups} trees, got other ones")
@@ -381,16 +365,9 @@ def draw_rows(
     out = record.empty(rows, point.shape, 3)
     to = _addresses(out)
     ever, _kept = _numbers(written, groups)
-    options = _NORMALIZATIONS[normalization] | (stratified and STRATIFIED)
+    options = _NORMALIZATIONS[normalization] | (stratified and option.STRATIFIED)
     empty = draws.draw_rows(
-        _trees_record(trees),
-        record.address,
-        at,
-        n,
-        float(beta),
-        ever,
-        to.buffer_info()[0],
-        options,
+        _trees_record(trees), record.address, at, n, float(beta), ever, to.buffer_info()[0], options
     )
     if empty:
         return None
@@ -408,42 +385,34 @@ def write_rows(
     stamps: Tensor | None = None,
     index: Tensor | None = None,
 ) -> None:
-    """As `reference.write_rows`.
-
-    Args:
-        rows, new, n, runs, mask: as there.
-        stamps: how often each slot was written, int64 [S * capacity], counted up, with an `index`.
-        index: for the slots, int64 [S, n]; runs of `n` then. It may be among the new rows.
-    """
+    """See `reference.write_rows`."""
     total, options, wanted, stamp, at = rows.groups * n, 0, 0, 0, 0
     if len(new) != len(rows.columns) or len(runs) != 2 * rows.groups or runs.itemsize != 8:
         raise PerTdError(f"expected {len(rows.columns)} columns and {rows.groups} runs")
     sources = array("q")
     record = _rows_record(rows)
     low, high = record.low, record.high
-    kept = []  # clones, until the kernel has read them
+    kept = []  # keeps clones until the kernel has read them
     for (dtype, numbers), leaf in zip(record.kinds, new, strict=True):
         usual = leaf.is_cpu and leaf.dtype is dtype and leaf.is_contiguous()
-        if usual and leaf.numel() == total * numbers and not (leaf.is_neg() or leaf.is_conj()):
-            address = leaf.data_ptr()
-        else:
-            address = 0
+        usual = usual and leaf.numel() == total * numbers
+        address = leaf.data_ptr() if usual and not (leaf.is_neg() or leaf.is_conj()) else 0
         if not address:
             leaf = plain_rows(leaf, _CPU)
             kept.append(leaf)
             address = _address(leaf, dtype, total * numbers)
-        # rows of its own are overwritten meanwhile; the kernel fills `index` before it reads it
+        # rows of the ring itself would be overwritten; the kernel fills `index` before it reads it
         if low <= address < high and leaf is not index and record.holds(address):
             kept.append(leaf.clone())
             address = kept[-1].data_ptr()
         sources.append(address)
     if mask is not None:
         mask = mask.contiguous()
-        wanted, options = _address(mask, torch.bool, total), MASK
+        wanted, options = _address(mask, torch.bool, total), option.MASK
     if stamps is not None and index is not None:
         stamp = _address(stamps, torch.int64, rows.groups * rows.capacity)
-        at, options = _address(index, torch.int64, total), options | STAMPS
+        at, options = _address(index, torch.int64, total), options | option.STAMPS
     where = sources.buffer_info()[0], n, runs.buffer_info()[0]
     if not row_kernels.write(record.address, *where, wanted, stamp, at, options):
         reference.write_rows(rows, new, n, runs, mask=mask, stamps=stamps, index=index)
-    increment_version(record.versions)  # autograd is told what it cannot see
+    increment_version(record.versions)  # autograd does not see these writes

@@ -1,6 +1,6 @@
-"""Draws from the sum trees on the CPU, and the weights of what was drawn; compiled.
+"""Compiled draws from the sum trees on the CPU, with their weights.
 
-The operations of `per_td.kernels.reference.find` and `per_td.weights.importance_weights`.
+See `per_td.kernels.reference.find` and `per_td.weights.importance_weights`.
 """
 
 from typing import Any
@@ -15,15 +15,13 @@ from per_td.kernels.cpu.rows import gather
 from per_td.kernels.cpu.vector import count_f32, count_f64
 from per_td.kernels.flags import BY_BUFFER, BY_SIZE, GENERATION, STRATIFIED
 
-__all__ = ["draw", "draw_rows", "find"]
-
 
 @part()
 def _search(children: Any, target: float) -> tuple[int, float]:
-    """Which of 16 children holds the point, and the sum of those before it, one after the other.
+    """Find the child of 16 that holds the point, and the sum of those before it, one by one.
 
     A point at or past the end (rounding) is moved inside. A child of mass 0 does not change the
-    running sum, so none is ever found; where all masses are 0, child 0.
+    running sum, so it is never found. If all masses are 0, it is child 0.
     """
     total = 0.0
     for child in range(16):
@@ -40,9 +38,9 @@ def _search(children: Any, target: float) -> tuple[int, float]:
 
 @part(inline="always")
 def _choose_top(tops: Any, target: Any, node: Any, start: int) -> None:
-    """Turn points [n] in [0, total) into nodes `start`, ..., and points in the nodes chosen.
+    """Find the tops that hold the points [n], numbered from `start`; make the points relative.
 
-    The first node whose prefix sum lies above the point; where there is none (rounding), the last
+    It is the first top whose prefix sum lies above the point; if there is none (rounding), the last
     of positive mass.
     """
     last = 0
@@ -63,11 +61,11 @@ def _choose_top(tops: Any, target: Any, node: Any, start: int) -> None:
 
 @part(inline="always", error_model="numpy")
 def _descend(trees: Any, levels: Any, target: Any, index: Any, mass: Any, replayed: bool) -> None:
-    """From the tops `index` to the leaves, all points together on each level.
+    """Walk from the tops `index` down to the leaves, with all points together on each level.
 
-    While the next group of children of one point is on its way from memory, others are served.
-    Where rounding leads the quick count past the end, or to a mass of 0, the slow search decides;
-    such points are marked by a negative index. `replayed` fetches those flags on the way.
+    While the children of one point are on their way from memory, others are served. If rounding
+    leads the quick count past the end, or to a mass of 0, the slow search decides; a negative index
+    marks such points. `replayed` prefetches those flags.
     """
     n = target.shape[0]
     leaves, sums = floats(trees.leaves, trees.leaf_slots), doubles(trees.sums, trees.node_slots)
@@ -114,8 +112,8 @@ def find(record: int, target: int, n: int, index: int, mass: int) -> None:
     """Write the slots that hold the points `target` to `index`, and their masses to `mass`.
 
     Args:
-        record: of the trees.
-        target: points in [0, total of their tree), which are used up, float64 [groups, n].
+        record: address of the trees' record.
+        target: points in [0, total of their tree), overwritten, float64 [groups, n].
         n: points for each tree.
         index, mass: int64 and float32 [groups, n].
     """
@@ -144,21 +142,21 @@ def draw(
     weight: int,
     options: int,
 ) -> int:
-    """Draw slots from each tree for points in [0, 1), which are used up, and weigh them.
+    """Run `reference.draw`.
 
     Args:
-        record: of the trees.
-        point: random numbers in [0, 1), float64 [groups, n].
+        record: address of the trees' record.
+        point: random numbers in [0, 1), overwritten, float64 [groups, n].
         n: draws from each tree.
         beta: exponent of the weights.
-        written: how many transitions were ever written to each group, int64 [groups].
-        index, weight: for the slots and their weights, int64 and float32 [groups, n].
-        options: flags: STRATIFIED moves each point into its n-th of the whole; BY_SIZE: the weights
-            are (size * P)^-beta; BY_BUFFER: the smallest mass of the tree gets the weight 1; else
-            the smallest that is drawn does.
+        written: int64 [groups].
+        index, weight: take the slots and their weights, int64 and float32 [groups, n].
+        options: STRATIFIED moves each point into its n-th of the total. BY_SIZE makes the weights
+            (size * P)^-beta. BY_BUFFER gives the smallest mass of the tree the weight 1; without
+            either, the smallest drawn gets it.
 
     Returns:
-        How many trees have only masses of 0; then nothing may be taken from what was written.
+        The number of trees with only masses of 0; if there is one, the results are not valid.
     """
     trees = trees_at(record)
     levels, total, empty = levels_of(trees), trees.groups * n, 0
@@ -205,26 +203,19 @@ def draw(
 
 @kernel("int64(int64, int64, int64, int64, float64, int64, int64, int64)")
 def draw_rows(
-    record: int,
-    rows: int,
-    point: int,
-    n: int,
-    beta: float,
-    written: int,
-    to: int,
-    options: int,
+    record: int, rows: int, point: int, n: int, beta: float, written: int, to: int, options: int
 ) -> int:
-    """`draw` slots, and copy their rows.
+    """Draw slots by `draw`, and copy their rows.
 
     Args:
-        record: of the trees.
-        rows: record of the rows, of as many groups.
-        point, n, beta, written, options: as for `draw`.
-        to: addresses for the rows of each field, and then for generations, slots and weights,
-            int64 [fields + 3].
+        record: address of the trees' record.
+        rows: address of the rows' record, of as many groups.
+        point, n, beta, written, options: see `draw`.
+        to: addresses for the rows of each field, then for generations, slots and weights, int64
+            [fields + 3].
 
     Returns:
-        As `draw`.
+        See `draw`.
     """
     count = rows_at(rows).count
     place = integers(to, count + 3)

@@ -1,9 +1,9 @@
 """Views of memory at an address, prefetching, and copies of bytes, for the CPU kernels.
 
-A kernel gets the address of a record (see `records`), which names addresses and lengths. It makes
-array views of these. `PER_TD_KERNELS=checked` compiles all kernels with numba's bounds checks, and
-`group` then touches both ends of what its caller will read. Rows are copied between bare addresses:
-the kernels check the slots.
+A kernel gets the address of a record (see `records`) of addresses and lengths, and makes array
+views of these. `PER_TD_KERNELS=checked` compiles all kernels with numba's bounds checks, and
+`group` then touches both ends of the children that its caller will read. Rows are copied between
+bare addresses: the kernels check the slots.
 """
 
 from typing import Any
@@ -14,61 +14,31 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from per_td.kernels.cpu.compiling import CHECKED, part
-
-__all__ = [
-    "copy",
-    "doubles",
-    "flags",
-    "floats",
-    "group",
-    "integers",
-    "pick",
-    "pointer",
-    "prefetch",
-    "spread",
-]
+from per_td.kernels.cpu.compiling import CHECKED, part, unary
 
 _BYTE_POINTER = ir.IntType(8).as_pointer()
 
 
-@intrinsic
-def pointer(typing_context: Any, address: Any) -> Any:
-    """An address as a pointer."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], _BYTE_POINTER)
-
-    return types.voidptr(types.int64), generate
+pointer = unary(types.voidptr(types.int64), lambda b, address: b.inttoptr(address, _BYTE_POINTER))
+"""Convert an address to a pointer."""
 
 
-@part()
-def floats(address: int, n: int) -> Any:
-    """The float32 array [n] at an address."""
-    return carray(pointer(address), n, np.float32)
+def _view(dtype: Any) -> Any:
+    """Make a function that views the array [n] of this dtype at an address."""
+
+    @part()
+    def view(address: int, n: int) -> Any:
+        return carray(pointer(address), n, dtype)
+
+    return view
 
 
-@part()
-def doubles(address: int, n: int) -> Any:
-    """The float64 array [n] at an address."""
-    return carray(pointer(address), n, np.float64)
-
-
-@part()
-def integers(address: int, n: int) -> Any:
-    """The int64 array [n] at an address."""
-    return carray(pointer(address), n, np.int64)
-
-
-@part()
-def flags(address: int, n: int) -> Any:
-    """The bool array [n] at an address."""
-    return carray(pointer(address), n, np.bool_)
+floats, doubles, integers, flags = map(_view, (np.float32, np.float64, np.int64, np.bool_))
 
 
 @part(inline="always")
 def group(array: Any, node: int) -> int:
-    """The address of the 16 children of a node; in the checked build, of children that exist."""
+    """Address of the 16 children of a node; the checked build checks that they exist."""
     if CHECKED:
         array[16 * node]
         array[16 * node + 15]
@@ -77,7 +47,7 @@ def group(array: Any, node: int) -> int:
 
 @intrinsic
 def prefetch(typing_context: Any, address: Any) -> Any:
-    """Ask for the cache line at `address`, without waiting for it; any address is safe."""
+    """Ask for the cache line at `address`, without waiting; any address is safe."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         flag = ir.IntType(32)
@@ -91,7 +61,7 @@ def prefetch(typing_context: Any, address: Any) -> Any:
 
 
 def _mover(size: int | None) -> Any:
-    """Copies `size` bytes (None: as many as its third argument says), however they are aligned."""
+    """Make a copy of `size` bytes, of any alignment; None: as many as the third argument says."""
 
     @intrinsic
     def move(typing_context: Any, to: Any, source: Any, count: Any) -> Any:
@@ -111,7 +81,7 @@ _move_32, _move_8, _move_4, _move_1, _move_many = map(_mover, (32, 8, 4, 1, None
 
 @part()
 def copy(to: int, source: int, count: int) -> None:
-    """Copy bytes; the usual few without the call that a copy of unknown length costs."""
+    """Copy bytes; a few without the call that a copy of unknown length costs."""
     if count > 256:
         _move_many(to, source, count)
         return
@@ -131,7 +101,7 @@ def copy(to: int, source: int, count: int) -> None:
 
 @part()
 def spread(to: int, step: int, source: int, length: int, n: int) -> None:
-    """Copy `n` rows of `length` bytes, which lie close together, to places `step` bytes apart."""
+    """Copy `n` adjacent rows of `length` bytes to places `step` bytes apart."""
     if step == length:
         copy(to, source, n * length)
     elif length == 8:
@@ -153,7 +123,7 @@ def spread(to: int, step: int, source: int, length: int, n: int) -> None:
 
 @part()
 def pick(to: int, source: int, step: int, length: int, index: Any) -> None:
-    """Copy the rows `index` [n] of `length` bytes, `step` bytes apart, to lie close together."""
+    """Copy the rows `index` [n] of `length` bytes, `step` bytes apart, to adjacent places."""
     n = index.shape[0]
     if length == 8:
         for i in range(n):

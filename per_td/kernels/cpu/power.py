@@ -2,7 +2,7 @@
 
 The library's pow takes one number at a time, five times as long. Here x = m 2^e with m between
 sqrt(1/2) and sqrt(2), log2(m) and 2^f are sums of their series, and the relative error is some
-1e-14: invisible in what is rounded to float32, as all results here are.
+1e-14: invisible after rounding to float32.
 """
 
 import math
@@ -11,11 +11,8 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from per_td.kernels.cpu.compiling import part
-
-__all__ = ["power"]
+from per_td.kernels.cpu.compiling import part, unary
 
 _ROOT = int(np.float64(math.sqrt(0.5)).view(np.int64))
 _ROUND = 1.5 * 2**52  # added to a float64, it rounds to whole numbers, found in the lowest bits
@@ -28,20 +25,8 @@ _E1, _E2, _E3, _E4, _E5, _E6, _E7, _E8, _E9, _E10, _E11, _E12 = (
 )
 
 
-@intrinsic
-def _bits(typing_context: Any, number: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.IntType(64))
-
-    return types.int64(types.float64), generate
-
-
-@intrinsic
-def _number(typing_context: Any, bits: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], ir.DoubleType())
-
-    return types.float64(types.int64), generate
+_bits = unary(types.int64(types.float64), lambda b, number: b.bitcast(number, ir.IntType(64)))
+_number = unary(types.float64(types.int64), lambda b, bits: b.bitcast(bits, ir.DoubleType()))
 
 
 @part(inline="always", error_model="numpy")
@@ -70,6 +55,6 @@ def _exp2(y: float) -> float:
 
 @part(inline="always", error_model="numpy")
 def power(x: Any, exponent: float, out: Any) -> None:
-    """Write x^exponent, for normal positive float64 numbers, to `out`; both [n]."""
+    """Write x^exponent to `out` [n], for normal positive float64 numbers x [n]."""
     for i in range(x.shape[0]):
         out[i] = _exp2(exponent * _log2(x[i]))

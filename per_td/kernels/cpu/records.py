@@ -1,6 +1,6 @@
-"""The records that the CPU kernels read: addresses and lengths of a table's trees, and of rows.
+"""Records of addresses and lengths, of a table's trees and of rows, for the CPU kernels.
 
-The door makes a record once for a block of memory, and hands its address to the kernels.
+The door makes a record once for a block of memory, and passes its address to the kernels.
 """
 
 from typing import Any
@@ -11,57 +11,36 @@ from numba import carray
 from per_td.kernels.cpu.compiling import part
 from per_td.kernels.cpu.memory import pointer
 
-__all__ = ["ROWS", "TREES", "fields_of", "levels_of", "rows_at", "trees_at"]
 
-
-def _numbers(*names: str) -> "np.dtype[Any]":
-    return np.dtype([(name, np.int64) for name in names])
+def _numbers(names: str) -> "np.dtype[Any]":
+    return np.dtype([(name, np.int64) for name in names.split()])
 
 
 TREES = _numbers(
     # addresses: leaves and priorities [leaf_slots], nodes [node_slots], levels [2, depth]
-    "leaves",
-    "raw",
-    "sums",
-    "maxima",
-    "minima",
-    "levels",
+    "leaves raw sums maxima minima levels"
     # settings float64 [4], ever_max float32 [groups], replayed bool, snapshot float32, and lengths;
-    # a length of 0 says that there is no such part
-    "settings",
-    "ever_max",
-    "replayed",
-    "replayed_length",
-    "snapshot",
-    "snapshot_length",
+    # the length of a missing part is 0
+    " settings ever_max replayed replayed_length snapshot snapshot_length"
     # lengths and places, see `Layout`
-    "leaf_slots",
-    "node_slots",
-    "raw_length",
-    "depth",
-    "groups",
-    "capacity",
-    "stride",
-    "width",
-    "height",
+    " leaf_slots node_slots raw_length depth groups capacity stride width height"
 )
 ROWS = _numbers(
-    "fields",  # address of int64 [count, 3]: first row, bytes from row to row, bytes of a row
-    "count",
-    "groups",
-    "capacity",  # rows of each group, one group after the other
+    # address of int64 [count, 3] (first row, bytes from row to row, bytes of a row), and rows of
+    # each group, one group after the other
+    "fields count groups capacity"
 )
 
 
 @part(inline="always")
 def trees_at(record: int) -> Any:
-    """The `TREES` record at an address."""
+    """Read the `TREES` record at an address."""
     return carray(pointer(record), 1, TREES)[0]
 
 
 @part(inline="always")
 def rows_at(record: int) -> Any:
-    """The `ROWS` record at an address."""
+    """Read the `ROWS` record at an address."""
     return carray(pointer(record), 1, ROWS)[0]
 
 

@@ -1,7 +1,7 @@
-"""Rows of S rings on the CPU: read at random places, written one after the other; compiled.
+"""Compiled copies of rows of S rings on the CPU: from random slots, and into runs of slots.
 
-A field is described by the address of its first row, the distance between rows and the length of
-a row, in bytes. So it does not matter how the fields lie in memory.
+A record gives the address of a field's first row, the distance between rows and the length of a
+row, in bytes. So the fields may lie in memory in any way. `reference` describes the arguments.
 """
 
 from typing import Any
@@ -13,8 +13,6 @@ from per_td.kernels.cpu.memory import copy, flags, integers, pick, prefetch, spr
 from per_td.kernels.cpu.records import fields_of, rows_at
 from per_td.kernels.flags import GENERATION, MASK, STAMPS
 
-__all__ = ["gather", "write"]
-
 _AHEAD = 256
 
 
@@ -22,20 +20,16 @@ _AHEAD = 256
 def gather(
     record: int, index: int, n: int, to: int, written: int, generation: int, options: int
 ) -> bool:
-    """Copy the rows of the slots `index` to where `to` says, close together.
+    """Run `reference.gather`; False, and nothing is written, if a slot is out of range.
 
     Args:
-        record: of the rows.
-        index: slots in their own group, int64 [groups, n].
+        record: address of the rows' record.
+        index: int64 [groups, n].
         n: slots of each group.
-        to: addresses of where to copy to, int64 [fields].
-        written: how many transitions were ever written to each group, int64 [groups].
-        generation: with GENERATION, for how often its ring had wrapped when a row was written,
-            int64 [groups, n].
+        to: addresses of the copies, int64 [fields].
+        written: int64 [groups].
+        generation: takes the generations, int64 [groups, n], with GENERATION.
         options: GENERATION, or 0.
-
-    Returns:
-        False, and nothing is written, if a slot is not in [0, capacity).
     """
     rows = rows_at(record)
     fields, place, total = fields_of(rows), integers(to, rows.count), rows.groups * n
@@ -52,7 +46,7 @@ def gather(
             row[i] = s * rows.capacity + slot
     known = (options & GENERATION) != 0
     wrapped = integers(generation, total if known else 0)
-    # a few hundred rows at a time: so many the cache holds from the prefetch to the copy
+    # a few hundred rows at a time stay in the cache from the prefetch to the copy
     for begin in range(0, total, _AHEAD):
         some = row[begin : begin + _AHEAD]
         for i in range(some.shape[0]):
@@ -69,7 +63,7 @@ def gather(
 
 @part(inline="always")
 def _write_run(fields: Any, source: Any, origin: int, base: int, run: Any, slots: int) -> None:
-    """Copy rows, from `origin` on in the sources, to a run of slots of the ring at row `base`."""
+    """Copy rows of the sources, from `origin` on, to a run of slots of the ring at row `base`."""
     start, n = run
     head = min(n, slots - start)
     for k in range(fields.shape[0]):
@@ -81,30 +75,18 @@ def _write_run(fields: Any, source: Any, origin: int, base: int, run: Any, slots
 
 @kernel("boolean(int64, int64, int64, int64, int64, int64, int64, int64)")
 def write(
-    record: int,
-    source: int,
-    n: int,
-    runs: int,
-    mask: int,
-    stamps: int,
-    index: int,
-    options: int,
+    record: int, source: int, n: int, runs: int, mask: int, stamps: int, index: int, options: int
 ) -> bool:
-    """Copy `n` rows for each group into the ring: the last of them that fit into its run of slots.
+    """Run `reference.write_rows`; False, and nothing is written, if a run does not fit.
 
     Args:
-        record: of the rows.
-        source: addresses of the rows, which lie close together, int64 [fields], [groups, n, ...].
+        record: address of the rows' record.
+        source: addresses of the new rows [groups, n, ...] of each field, int64 [fields].
         n: rows for each group.
-        runs: first slot and length, around the end of the ring, int64 [groups, 2].
-        mask: bool [groups, n], with MASK: False leaves a row out.
-        stamps: with STAMPS, how often each slot was written, int64 [groups * capacity]; counted up.
-        index: with STAMPS, for the slots, int64 [groups, n]; runs of n then. It may be among the
-            sources.
+        runs: first slot and length, int64 [groups, 2].
+        mask: bool [groups, n], with MASK.
+        stamps, index: int64 [groups * capacity] and int64 [groups, n], with STAMPS.
         options: MASK and STAMPS.
-
-    Returns:
-        False, and nothing is written, if a run does not fit.
     """
     rows = rows_at(record)
     fields, origin, slots = fields_of(rows), integers(source, rows.count), rows.capacity

@@ -1,47 +1,26 @@
-"""Changes of priorities and masses on the CPU, and of the nodes above them; compiled.
+"""Compiled changes of priorities and masses on the CPU, and of the nodes above them.
 
-Every kernel copies the indices that it is given and checks the copy, so that whoever writes to them
-meanwhile does no harm.
+Every kernel copies its indices and checks the copy, so that a thread that changes them meanwhile
+does no harm.
 """
 
 from typing import Any
 
 import numpy as np
 
+from per_td.kernels import flags as option
 from per_td.kernels.cpu.compiling import kernel, part
-from per_td.kernels.cpu.memory import (
-    doubles,
-    flags,
-    floats,
-    group,
-    integers,
-    prefetch,
-)
+from per_td.kernels.cpu.memory import doubles, flags, floats, group, integers, prefetch
 from per_td.kernels.cpu.power import power
 from per_td.kernels.cpu.records import levels_of, trees_at
 from per_td.kernels.cpu.vector import max_f32, min_positive_f32, sum_f32, sum_f64
-from per_td.kernels.flags import (
-    ADD_EPS,
-    ALPHA_EXPONENT,
-    EPS,
-    EVER_MAX,
-    GENERATION,
-    MASK,
-    MINIMA,
-    NEW,
-    SQUARED,
-    STAMPS,
-    VALUE,
-)
-
-__all__ = ["assign", "assign_new", "refill", "set_masses"]
 
 _TINY = float(np.finfo(np.float32).tiny)
 _HUGE = float(np.finfo(np.float32).max)
 
 
 def _refreshers(first: Any, above: Any) -> Any:
-    """Two functions that recompute the nodes above some leaves: those in a list, those in a row.
+    """Make two functions that recompute the nodes above leaves: listed ones, and a row of them.
 
     `first` reduces the 16 leaves at an address, `above` the 16 nodes.
     """
@@ -98,7 +77,7 @@ _refresh_min, _refresh_row_of_min = _refreshers(min_positive_f32, min_positive_f
 
 @part(inline="always", error_model="numpy")
 def _masses_of(priorities: Any, exponent: float, masses: Any) -> None:
-    """Write p^exponent to `masses`: positive and finite in float32, 0 for a priority of 0."""
+    """Write p^exponent to `masses`, positive and finite in float32; 0 for a priority of 0."""
     power(priorities, exponent, masses)
     for i in range(priorities.shape[0]):
         mass = min(max(masses[i], _TINY), _HUGE)
@@ -107,14 +86,14 @@ def _masses_of(priorities: Any, exponent: float, masses: Any) -> None:
 
 @part(inline="always")
 def _rank_all(priorities: Any, ordered: Any) -> None:
-    """Turn priorities into ranks: 1 + how many in the snapshot are larger; 0 stays 0.
+    """Turn priorities into ranks: 1 + the number of larger ones in the snapshot; 0 stays 0.
 
-    The snapshot is float32 [slots], ascending. All searches go together, step by step: those of
-    others go on while one waits for memory, and there are no branches to guess.
+    The snapshot is float32 [slots], ascending. All searches advance together, step by step, without
+    branches: while one waits for memory, others go on.
     """
     slots, low = ordered.shape[0], np.zeros(priorities.shape[0], np.int64)
     length = slots
-    while length > 0:  # `low` are known not to be larger, of the next `length` it is open
+    while length > 0:  # the first `low` are not larger, the next `length` may be
         half = (length + 1) >> 1
         for i in range(low.shape[0]):
             low[i] += half if ordered[low[i] + half - 1] <= priorities[i] else 0
@@ -126,7 +105,7 @@ def _rank_all(priorities: Any, ordered: Any) -> None:
 
 @part(inline="always")
 def _for_new(trees: Any, levels: Any, s: int, ever: bool) -> Any:
-    """The priority of new transitions in a group: the largest in it, or ever; 1 for none."""
+    """Priority of new transitions in a group: the largest in it, or ever; 1 if that is 0."""
     known = np.float32(0)
     if ever:
         known = floats(trees.ever_max, trees.groups)[s]
@@ -148,7 +127,7 @@ def refill(record: int) -> None:
     if trees.raw_length > 0:
         raw = floats(trees.raw, trees.raw_length)
         _refresh_row_of_max(raw, floats(trees.maxima, trees.node_slots), levels, 0, end)
-        if doubles(trees.settings, 4)[MINIMA] > 0:
+        if doubles(trees.settings, 4)[option.MINIMA] > 0:
             _refresh_row_of_min(leaves, floats(trees.minima, trees.node_slots), levels, 0, end)
 
 
@@ -178,15 +157,12 @@ def set_masses(record: int, index: int, value: int, n: int) -> bool:
 
 @kernel("boolean(int64, int64, int64)")
 def assign_new(record: int, runs: int, options: int) -> bool:
-    """Give runs of slots, one in each group, the priority of new transitions.
+    """Run `reference.assign_new`; False, and nothing is written, if a run does not fit.
 
     Args:
-        record: of the trees.
-        runs: first slot and length, around the end of the ring, int64 [groups, 2].
-        options: EVER_MAX.
-
-    Returns:
-        False, and nothing is written, if a run does not fit.
+        record: address of the trees' record.
+        runs: first slot and length, int64 [groups, 2].
+        options: EVER_MAX, or 0.
     """
     trees = trees_at(record)
     levels, settings = levels_of(trees), doubles(trees.settings, 4)
@@ -203,12 +179,12 @@ def assign_new(record: int, runs: int, options: int) -> bool:
         start, n = run[2 * s], run[2 * s + 1]
         if n == 0:
             continue
-        priority = _for_new(trees, levels, s, (options & EVER_MAX) != 0)
+        priority = _for_new(trees, levels, s, (options & option.EVER_MAX) != 0)
         largest[s] = max(largest[s], priority)
         p[0] = priority
         if trees.snapshot_length > 0:
             _rank_all(p, floats(trees.snapshot, trees.snapshot_length))
-        _masses_of(p, settings[ALPHA_EXPONENT], mass)
+        _masses_of(p, settings[option.ALPHA_EXPONENT], mass)
         first = s * trees.stride
         begin, end = first + start, first + min(start + n, slots)
         for _ in range(2):
@@ -218,7 +194,7 @@ def assign_new(record: int, runs: int, options: int) -> bool:
             leaves[begin:end] = mass[0]
             _refresh_row_of_sums(leaves, sums, levels, begin, end)
             _refresh_row_of_max(raw, maxima, levels, begin, end)
-            if settings[MINIMA] > 0:
+            if settings[option.MINIMA] > 0:
                 _refresh_row_of_min(leaves, minima, levels, begin, end)
             begin, end = first, first + start + n - slots
             if end <= first:
@@ -239,34 +215,31 @@ def assign(
     limit: int,
     options: int,
 ) -> int:
-    """Set the priorities of the slots `index` [groups, n], one after the other.
+    """Run `reference.assign`.
 
     Args:
-        record: of the trees.
-        index: slots in their own group, int64 [groups, n].
-        value: float32 [groups, n], with VALUE; else all get the priority of new transitions.
-        generation: those of the transitions meant, int64 [groups, n], with GENERATION: what has
-            been overwritten since is dropped.
-        mask: bool [groups, n], with MASK: False leaves a slot alone.
-        written: how many transitions were ever written to each group, int64 [groups].
-        stamps: with STAMPS, the generations of the slots, int64 [limit]; else they follow from
-            `written`. Only for a single group.
+        record: address of the trees' record.
+        index: int64 [groups, n].
+        value: float32 [groups, n], with VALUE.
+        generation: int64 [groups, n], with GENERATION.
+        mask: bool [groups, n], with MASK.
+        written: int64 [groups].
+        stamps: int64 [limit], with STAMPS, for a single group.
         n: updates in each group.
-        limit: slots below min(written, limit) may be named.
-        options: flags: those above, and ADD_EPS: |value| + eps; SQUARED: the root of |value|; NEW:
-            the slots have not been replayed; EVER_MAX.
+        limit: see `reference.assign`.
+        options: those above, ADD_EPS, SQUARED, NEW and EVER_MAX.
 
     Returns:
-        How many were dropped; -1, and nothing is written, if a slot is out of range or a
+        The number of updates dropped; -1, and nothing is written, if a slot is out of range or a
         priority is infinite or NaN.
     """
     trees = trees_at(record)
     total, slots = trees.groups * n, trees.capacity
     levels, settings = levels_of(trees), doubles(trees.settings, 4)
     at, ever = integers(index, total), integers(written, trees.groups)
-    given, known = (options & VALUE) != 0, (options & GENERATION) != 0
-    masked, stamped = (options & MASK) != 0, (options & STAMPS) != 0
-    eps = np.float32(settings[EPS]) if (options & ADD_EPS) != 0 else np.float32(0)
+    given, known = (options & option.VALUE) != 0, (options & option.GENERATION) != 0
+    masked, stamped = (options & option.MASK) != 0, (options & option.STAMPS) != 0
+    eps = np.float32(settings[option.EPS]) if (options & option.ADD_EPS) != 0 else np.float32(0)
     values, then = floats(value, total if given else 0), integers(generation, total if known else 0)
     wanted, stamp = flags(mask, total if masked else 0), integers(stamps, limit if stamped else 0)
     if stamped:
@@ -276,14 +249,14 @@ def assign(
     count = stale = 0
     for s in range(trees.groups):
         size = min(ever[s], limit)
-        default = _for_new(trees, levels, s, (options & EVER_MAX) != 0)
+        default = _for_new(trees, levels, s, (options & option.EVER_MAX) != 0)
         for i in range(s * n, (s + 1) * n):
             if masked and not wanted[i]:
                 continue
             slot, priority = at[i], default
             if given:
                 priority = abs(values[i])
-                if (options & SQUARED) != 0:
+                if (options & option.SQUARED) != 0:
                     priority = np.sqrt(priority)
                 priority += eps
             if not (0 <= slot < size and priority <= _HUGE):
@@ -305,24 +278,24 @@ def assign(
     raw, leaves = floats(trees.raw, trees.raw_length), floats(trees.leaves, trees.leaf_slots)
     for i in range(count):
         raw[leaf[i]] = new[i]
-    if (options & NEW) != 0 and trees.replayed_length > 0:
+    if (options & option.NEW) != 0 and trees.replayed_length > 0:
         drawn = flags(trees.replayed, trees.replayed_length)
         for i in range(count):
             drawn[leaf[i]] = False
     p, mass, largest = np.empty(count), np.empty(count), floats(trees.ever_max, trees.groups)
     i = 0
     for s in range(trees.groups):
-        while i < ends[s]:  # of equal indices, the last has been left
+        while i < ends[s]:  # of equal indices, the last has won
             p[i] = raw[leaf[i]]
             largest[s] = max(largest[s], raw[leaf[i]])
             i += 1
     if trees.snapshot_length > 0:
         _rank_all(p, floats(trees.snapshot, trees.snapshot_length))
-    _masses_of(p, settings[ALPHA_EXPONENT], mass)
+    _masses_of(p, settings[option.ALPHA_EXPONENT], mass)
     for i in range(count):
         leaves[leaf[i]] = mass[i]
     _refresh_sums(leaves, doubles(trees.sums, trees.node_slots), levels, leaf)
     _refresh_max(raw, floats(trees.maxima, trees.node_slots), levels, leaf)
-    if settings[MINIMA] > 0:
+    if settings[option.MINIMA] > 0:
         _refresh_min(leaves, floats(trees.minima, trees.node_slots), levels, leaf)
     return stale

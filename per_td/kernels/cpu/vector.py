@@ -1,7 +1,7 @@
-"""Sixteen children at once: what numba does not turn into vector instructions by itself.
+"""Reductions of sixteen children at once, which numba does not turn into vector instructions.
 
-Written in LLVM's own terms, which know vectors of any length; LLVM cuts them to what the processor
-has. Sums are taken pairwise, in float64, and the last prefix sum is the sum, bit for bit.
+They are written for LLVM, which cuts vectors of any length to those of the processor. Sums are
+taken pairwise, in float64, and the last prefix sum is the sum, bit for bit.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["count_f32", "count_f64", "max_f32", "min_positive_f32", "sum_f32", "sum_f64"]
+from per_td.kernels.cpu.compiling import unary
 
 _WIDTH = 16
 _INT = ir.IntType(32)
@@ -38,7 +38,7 @@ def _broadcast(builder: Any, value: Any, vector: Any) -> Any:
 
 
 def _reduce(builder: Any, name: str, value: Any) -> Any:
-    """`llvm.vector.reduce.fmax` or `fmin`; there are no NaN."""
+    """Reduce by `llvm.vector.reduce.fmax` or `fmin`, for vectors without NaN."""
     kind = "f64" if value.type == _DOUBLES else "f32"
     prototype = ir.FunctionType(value.type.element, [value.type])
     full = f"llvm.vector.reduce.{name}.v{_WIDTH}{kind}"
@@ -47,7 +47,7 @@ def _reduce(builder: Any, name: str, value: Any) -> Any:
 
 
 def _prefix_sums(builder: Any, value: Any) -> Any:
-    """Prefix sums in four steps: to each, add what lies 1, 2, 4 and 8 places before."""
+    """Prefix sums in four steps: add to each number the one 1, 2, 4 and 8 places before."""
     for shift in (1, 2, 4, 8):
         places = [_INT(_WIDTH + i - shift if i >= shift else 0) for i in range(_WIDTH)]
         mask = ir.Constant(ir.VectorType(_INT, _WIDTH), places)
@@ -61,7 +61,7 @@ def _doubles_at(builder: Any, address: Any, vector: Any) -> Any:
 
 
 def _counter(vector: Any) -> Any:
-    """(address, target) -> how many prefix sums are at most the target, and the largest of them."""
+    """(address, target) -> number of prefix sums at most the target, and the largest of them."""
 
     @intrinsic
     def count(typing_context: Any, address: Any, target: Any) -> Any:
@@ -81,40 +81,23 @@ def _counter(vector: Any) -> Any:
     return count
 
 
-def _summer(vector: Any) -> Any:
-    @intrinsic
-    def total(typing_context: Any, address: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            prefix = _prefix_sums(builder, _doubles_at(builder, arguments[0], vector))
-            return builder.extract_element(prefix, _INT(_WIDTH - 1))
-
-        return types.float64(types.int64), generate
-
-    return total
+def _sum(builder: Any, address: Any, vector: Any) -> Any:
+    prefix = _prefix_sums(builder, _doubles_at(builder, address, vector))
+    return builder.extract_element(prefix, _INT(_WIDTH - 1))
 
 
-@intrinsic
-def max_f32(typing_context: Any, address: Any) -> Any:
-    """The largest of 16 numbers that are not negative."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _reduce(builder, "fmax", _load(builder, arguments[0], _FLOATS))
-
-    return types.float32(types.int64), generate
+def _min_positive(builder: Any, address: Any) -> Any:
+    """Smallest of the numbers above 0; infinity if there is none."""
+    value = _load(builder, address, _FLOATS)
+    positive = builder.fcmp_ordered(">", value, _splat(_FLOATS, 0.0))
+    value = builder.select(positive, value, _splat(_FLOATS, float("inf")))
+    return _reduce(builder, "fmin", value)
 
 
-@intrinsic
-def min_positive_f32(typing_context: Any, address: Any) -> Any:
-    """The smallest of 16 numbers among those above 0; infinity where there are none."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        value = _load(builder, arguments[0], _FLOATS)
-        positive = builder.fcmp_ordered(">", value, _splat(_FLOATS, 0.0))
-        value = builder.select(positive, value, _splat(_FLOATS, float("inf")))
-        return _reduce(builder, "fmin", value)
-
-    return types.float32(types.int64), generate
-
+_FLOAT_AT, _DOUBLE_AT = types.float32(types.int64), types.float64(types.int64)
 
 count_f32, count_f64 = _counter(_FLOATS), _counter(_DOUBLES)
-sum_f32, sum_f64 = _summer(_FLOATS), _summer(_DOUBLES)
+sum_f32 = unary(_DOUBLE_AT, lambda b, address: _sum(b, address, _FLOATS))
+sum_f64 = unary(_DOUBLE_AT, lambda b, address: _sum(b, address, _DOUBLES))
+max_f32 = unary(_FLOAT_AT, lambda b, address: _reduce(b, "fmax", _load(b, address, _FLOATS)))
+min_positive_f32 = unary(_FLOAT_AT, _min_positive)

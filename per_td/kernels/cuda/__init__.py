@@ -1,1 +1,1 @@
-"""Kernels for CUDA in Triton, compiled when they are first used, and kept in its cache on disk."""
+"""Kernels for CUDA in Triton, compiled at first use, and cached on disk."""

@@ -1,7 +1,7 @@
-"""Draws from the sum tree on CUDA, and the weights of what was drawn, in Triton.
+"""Draws from the sum tree on CUDA, and their weights, in Triton.
 
-The operations of `per_td.kernels.reference.find` and `per_td.weights.importance_weights`. Launches
-depend on shapes alone and nothing is read back, so all of this can be captured in a CUDA graph.
+See `per_td.kernels.reference.find` and `per_td.weights.importance_weights`. Launches depend on
+shapes alone and the host never waits, so a CUDA graph can capture them.
 """
 
 import torch
@@ -9,18 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["draw", "find", "weigh"]
-
-POINTS = 32  # that one program walks down together: 512 children at a time
-FLAT = 256  # elements that one program works on where they are independent
+POINTS = 32  # points per program: 512 children at a time
+FLAT = 256  # independent elements per program
 
 
 @triton.jit
 def _child_at(mass, target):
-    """Which of 16 children holds the point `target` [n], given their masses [n, 16].
+    """Find the child that holds the point `target` [n] by the masses of 16 children [n, 16].
 
-    The first of positive mass whose prefix sum lies above the point; the last of positive mass
-    where the point is at or past the end (rounding); child 0 where all masses are 0.
+    It is the first of positive mass whose prefix sum lies above the point; the last of positive
+    mass if the point is at or past the end (rounding); child 0 if all masses are 0.
 
     Returns:
         The children, and the sums of the masses before them, [n] each.
@@ -48,16 +46,16 @@ def _walk(
     STRATIFIED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """From the root to the leaves, in one launch.
+    """Walk from the root to the leaves, in one launch.
 
     Args:
-        leaves, nodes, offsets: the tree, and where each of its DEPTH levels begins in `nodes`.
+        leaves, nodes, offsets: the tree, and the first node of each of its DEPTH levels.
         point: float64 [n].
-        index, mass: where the leaves and their masses go, [n].
-        n: how many points.
+        index, mass: take the leaves and their masses, [n].
+        n: number of points.
         DEPTH: levels above the leaves.
-        SCALED: points are in [0, 1), to be scaled by the total; else in [0, total).
-        STRATIFIED: they are places within equal parts of that range, one in each.
+        SCALED: points are in [0, 1), and are scaled by the total; else they are in [0, total).
+        STRATIFIED: each point is moved into its own of n equal parts of that range.
         BLOCK: points per program.
     """
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -94,9 +92,28 @@ def _weigh(mass, unit, size, beta, weight, n, FLAT: tl.constexpr):
     tl.store(weight + lane, power.to(tl.float32), mask=inside)
 
 
-def _walked(
-    leaves: Tensor, nodes: Tensor, offsets: Tensor, point: Tensor, *, scaled: bool, stratified: bool
+def find(
+    leaves: Tensor,
+    nodes: Tensor,
+    offsets: Tensor,
+    point: Tensor,
+    *,
+    scaled: bool = False,
+    stratified: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """Find the leaves in which the cumulative masses reach the points, in one launch.
+
+    Args:
+        leaves: masses, float32 [leaf_slots].
+        nodes: their sums, float64 [node_slots].
+        offsets: first node of each level, int64 [levels], on the same device.
+        point: points in [0, total), float64 [B].
+        scaled: the points are in [0, 1), and are scaled by the total.
+        stratified: move each point into its own of B equal parts of that range.
+
+    Returns:
+        Leaves int64 [B] and their masses float32 [B].
+    """
     n = len(point)
     index = torch.empty(n, dtype=torch.int64, device=point.device)
     mass = torch.empty(n, dtype=torch.float32, device=point.device)
@@ -117,41 +134,13 @@ def _walked(
     return index, mass
 
 
-def find(leaves: Tensor, nodes: Tensor, offsets: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The leaves in which the cumulative masses pass `target`, int64 [B], and masses float32 [B].
-
-    Args:
-        leaves: masses, float32 [leaf_slots].
-        nodes: their sums, float64 [node_slots].
-        offsets: where each level begins in `nodes`, int64 [levels], on the same device.
-        target: points in [0, total), float64 [B].
-    """
-    return _walked(leaves, nodes, offsets, target, scaled=False, stratified=False)
-
-
-def draw(
-    leaves: Tensor, nodes: Tensor, offsets: Tensor, point: Tensor, *, stratified: bool
-) -> tuple[Tensor, Tensor]:
-    """`find` for random points in [0, 1), to be scaled by the total, in one launch.
-
-    Args:
-        leaves, nodes, offsets: as for `find`.
-        point: float64 [B].
-        stratified: one from each of B equal parts of the total, in order.
-
-    Returns:
-        Leaves int64 [B] and their masses float32 [B].
-    """
-    return _walked(leaves, nodes, offsets, point, scaled=True, stratified=stratified)
-
-
 def weigh(mass: Tensor, beta: Tensor, unit: Tensor, size: Tensor | None = None) -> Tensor:
     """Importance-sampling weights (mass / unit)^-beta, or (mass / unit * size)^-beta.
 
     Args:
-        mass: masses of what was drawn, float32 [B].
+        mass: masses of the slots drawn, float32 [B].
         beta: 0-dim.
-        unit: the mass whose weight is to be 1, or with a `size` the total; 0-dim.
+        unit: the mass that gets the weight 1, or the total with a `size`; 0-dim.
         size: number of transitions in the buffer, 0-dim.
 
     Returns:

@@ -1,6 +1,6 @@
-"""The list of operations on CUDA: Triton where a kernel exists, plain torch elsewhere.
+"""The operations of `per_td.kernels.reference` on CUDA: Triton where there is a kernel, else torch.
 
-The operations of `per_td.kernels.reference`, with the same arguments. Nothing is read back.
+The host never waits for a value.
 """
 
 from typing import Any
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import per_td.kernels.reference as reference
+from per_td.kernels import reference
 from per_td.kernels.cuda import draw as draws
 from per_td.kernels.cuda import update
 from per_td.kernels.cuda.nodes import Kinds
 from per_td.kernels.flags import ALPHA_EXPONENT, EPS
-from per_td.kernels.parts import Distribution, Rows, Trees
+from per_td.kernels.parts import Distribution, Trees
 from per_td.kernels.reference import (
     Runs,
     draw_distinct,
@@ -29,7 +29,6 @@ __all__ = [
     "assign_new",
     "draw",
     "draw_distinct",
-    "draw_rows",
     "find",
     "for_new",
     "gather",
@@ -48,7 +47,7 @@ def _kinds(trees: Trees) -> Kinds:
 
 
 def _leaves(trees: Trees, index: Tensor) -> Tensor:
-    """Slots [S, B] as leaves, flattened; -1 for what is no slot."""
+    """Convert slots [S, B] to leaves [S * B]; -1 stands for what is no slot."""
     slot, layout = index.view(trees.layout.groups, -1), trees.layout
     if layout.groups == 1:
         return slot.view(-1)
@@ -57,23 +56,14 @@ def _leaves(trees: Trees, index: Tensor) -> Tensor:
 
 
 def set_masses(trees: Trees, index: Tensor, value: Tensor) -> None:
-    """As `reference.set_masses`."""
+    """See `reference.set_masses`."""
     kinds = Kinds(trees.layout, (trees.leaves, trees.sums))
     update.put(kinds, _leaves(trees, index), value.reshape(-1))
 
 
 def assign_new(trees: Trees, distribution: Distribution, runs: Runs, *, ever_max: bool) -> None:
-    """As `reference.assign_new`."""
-    index = []
-    for s in range(trees.layout.groups):
-        start, n = runs[2 * s : 2 * s + 2]
-        slot = torch.arange(start, start + n, device=trees.device)
-        index.append(slot.remainder_(trees.layout.capacity) + s * trees.layout.stride)
-    new, leaf = for_new(trees, ever_max=ever_max), torch.cat(index)
-    value = [each.expand(len(slot)) for each, slot in zip(new, index, strict=True)]
-    if len(trees.replayed):
-        trees.replayed.index_fill_(0, leaf, False)
-    _assign(trees, leaf, torch.cat(value))
+    """See `reference.assign_new`."""
+    _assign(trees, *reference.begin_runs(trees, runs, ever_max=ever_max))
 
 
 def _assign(
@@ -85,7 +75,7 @@ def _assign(
     live: Tensor | None = None,
     **given: Any,
 ) -> Tensor | int:
-    """`update.assign` of leaves [n]; the kernel notes the largest ever of one tree, not of many."""
+    """`update.assign` for leaves [n]; the kernel tracks the largest ever of a single tree only."""
     many = trees.layout.groups > 1
     dropped = update.assign(
         _kinds(trees),
@@ -120,7 +110,7 @@ def assign(
     new: bool = False,
     ever_max: bool = False,
 ) -> Tensor | int:
-    """As `reference.assign`."""
+    """See `reference.assign`."""
     layout, refused = trees.layout, trees.refused
     slot = index.view(layout.groups, -1)
     if value is None:
@@ -143,8 +133,8 @@ def assign(
             refused=refused,
         )
     live, right = None, (slot >= 0) & (slot < size)
-    leaf = torch.where(right, slot + trees.starts, -1)  # which the kernel refuses, and counts
-    if mask is not None:  # but not what is masked, whatever stands there
+    leaf = torch.where(right, slot + trees.starts, -1)  # the kernel refuses and counts -1
+    if mask is not None:  # but masked updates are not counted, whatever their index
         live = mask.view(slot.shape)
         leaf, value = torch.where(live, leaf, 0), torch.where(mask.reshape(-1), value, 0.0)
     stale: Tensor | int = 0
@@ -159,19 +149,19 @@ def assign(
     if new and len(trees.replayed):
         written_to = right if live is None else right & live
         kept = torch.where(written_to & value.isfinite(), slot, layout.spare)
-        trees.replayed.index_fill_(0, kept.view(-1), False)
+        mark_replayed(trees, kept, drawn=False)
     live = None if live is None else live.flatten()
     _assign(trees, leaf.flatten(), value, add_eps=add_eps, live=live, refused=refused)
     return stale
 
 
 def _number(value: Tensor | int, like: Tensor) -> Tensor:
-    """A number as int64 [] on the device."""
+    """Convert a number to int64 [] on the device."""
     return value.view(()) if isinstance(value, Tensor) else torch.full_like(like, value)
 
 
 def find(trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
-    """As `reference.find`."""
+    """See `reference.find`."""
     if trees.layout.groups > 1:
         return reference.find(trees, target)
     found = draws.find(trees.leaves, trees.sums, _offsets(trees), target.reshape(-1))
@@ -179,7 +169,7 @@ def find(trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _offsets(trees: Trees) -> Tensor:
-    """Where each level begins among the nodes, int64 [levels], on the device; made once."""
+    """First node of each level, int64 [levels], on the device; made once."""
     if trees.block.record is None:
         offsets = trees.block.record = trees.starts.new_empty(len(trees.layout.offsets))
         for place, offset in zip(offsets, trees.layout.offsets, strict=True):
@@ -197,7 +187,7 @@ def draw(
     normalization: str,
     written: Tensor | int,
 ) -> tuple[Tensor, Tensor] | None:
-    """As `reference.draw`."""
+    """See `reference.draw`."""
     if trees.layout.groups > 1:
         return reference.draw(
             trees,
@@ -208,46 +198,16 @@ def draw(
             written=written,
         )
     tree = trees.leaves, trees.sums, _offsets(trees)
-    index, mass = draws.draw(*tree, point.reshape(-1), stratified=stratified)
+    index, mass = draws.find(*tree, point.reshape(-1), scaled=True, stratified=stratified)
     index, mass = index.view(point.shape), mass.view(point.shape)
     mark_replayed(trees, index)
     return index, weigh(trees, mass, beta=beta, normalization=normalization, written=written)
 
 
-def draw_rows(
-    trees: Trees,
-    rows: Rows,
-    point: Tensor,
-    *,
-    stratified: bool,
-    beta: Tensor | float,
-    normalization: str,
-    written: Tensor | int,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor] | None:
-    """As `reference.draw_rows`."""
-    drawn = draw(
-        trees,
-        point,
-        stratified=stratified,
-        beta=beta,
-        normalization=normalization,
-        written=written,
-    )
-    if drawn is None:
-        return None
-    found, generation = gather(rows, drawn[0], written=written)
-    return found, *drawn, generation
-
-
 def weigh(
-    trees: Trees,
-    mass: Tensor,
-    *,
-    beta: Tensor | float,
-    normalization: str,
-    written: Tensor | int,
+    trees: Trees, mass: Tensor, *, beta: Tensor | float, normalization: str, written: Tensor | int
 ) -> Tensor:
-    """As `reference.weigh`."""
+    """See `reference.weigh`."""
     if trees.layout.groups > 1 or not isinstance(beta, Tensor):
         return reference.weigh(trees, mass, beta=beta, normalization=normalization, written=written)
     flat = mass.reshape(-1)

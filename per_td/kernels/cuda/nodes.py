@@ -1,8 +1,7 @@
-"""The nodes above the leaves on CUDA, in Triton: recomputed from their children, level by level.
+"""Nodes above the leaves on CUDA, recomputed from their children level by level, in Triton.
 
-The nodes of `per_td.kernels.reference`. Programs that meet in a node write the same
-number, so the order in which they run does not matter. The sums, the largest and the smallest
-values have the same layout and share their launches; the last levels share one.
+Programs that meet in a node write the same number, so their order does not matter. Sums, maxima and
+minima have the same layout and share their launches; the last levels share one.
 """
 
 from dataclasses import dataclass
@@ -13,17 +12,15 @@ from torch import Tensor
 
 from per_td.kernels.layout import FANOUT, Layout
 
-__all__ = ["Kinds", "refresh"]
-
-NODES = 32  # nodes of one program, of 16 children each
-TOP = FANOUT**2  # nodes of the widest level that one program recomputes together with those above
+NODES = 32  # nodes per program, of 16 children each
+TOP = FANOUT**2  # nodes of the widest level that one program recomputes with those above
 
 _SUM, _MAX, _MIN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
 def _reduce(children, KIND: tl.constexpr):
-    """Nodes [n] of their children [n, 16]: the sum, the largest, or the smallest positive."""
+    """Reduce children [n, 16] to nodes [n]: the sum, the largest, or the smallest positive."""
     if KIND == _SUM:
         node = tl.sum(children.to(tl.float64), axis=1)
     elif KIND == _MAX:
@@ -43,11 +40,8 @@ def _refresh_nodes(children, start, nodes, offset, node, inside, KIND: tl.conste
 @triton.jit(do_not_specialize=["n", "slots", "start", "offset", "width", "shift"])
 def _level(
     index,
-    masses,
     sums,
-    values,
     maxima,
-    positive,
     minima,
     n,
     slots,
@@ -61,14 +55,13 @@ def _level(
     """Recompute one level of each tree: the nodes above the leaves `index` [n], or ALL.
 
     Args:
-        index: leaves; what is not in [0, slots) is left out.
-        masses, values, positive: children in each tree: its leaves, or on higher levels its nodes.
-        sums, maxima, minima: nodes of each tree; the latter two may be None.
-        n, slots: updates, and leaves.
-        start, offset, width: where the children and the level begin, and its nodes.
-        shift: which level: nodes are leaves >> shift.
-        ALL: whether to recompute the whole level.
-        NODES: per program.
+        index: leaves; others than those in [0, slots) are skipped.
+        sums, maxima, minima: children and nodes of each tree; the latter two may be None.
+        n, slots: number of updates, and of leaves.
+        start, offset, width: first child, first node of the level, and number of its nodes.
+        shift: nodes are leaves >> shift.
+        ALL: recompute the whole level.
+        NODES: nodes per program.
     """
     lane = tl.program_id(0) * NODES + tl.arange(0, NODES)
     if ALL:
@@ -78,11 +71,11 @@ def _level(
         at = tl.load(index + lane, mask=lane < n, other=-1)
         inside = (at >= 0) & (at < slots)
         node = tl.where(inside, at, 0) >> shift
-    _refresh_nodes(masses, start, sums, offset, node, inside, _SUM)
+    _refresh_nodes(sums[0], start, sums[1], offset, node, inside, _SUM)
     if maxima is not None:
-        _refresh_nodes(values, start, maxima, offset, node, inside, _MAX)
+        _refresh_nodes(maxima[0], start, maxima[1], offset, node, inside, _MAX)
     if minima is not None:
-        _refresh_nodes(positive, start, minima, offset, node, inside, _MIN)
+        _refresh_nodes(minima[0], start, minima[1], offset, node, inside, _MIN)
 
 
 @triton.jit
@@ -105,24 +98,13 @@ def _refresh_top(children, start, nodes, offset, width, KIND: tl.constexpr, LEVE
 
 
 @triton.jit(do_not_specialize=["start", "offset", "width"])
-def _top(
-    masses,
-    sums,
-    values,
-    maxima,
-    positive,
-    minima,
-    start,
-    offset,
-    width,
-    LEVELS: tl.constexpr,
-):
+def _top(sums, maxima, minima, start, offset, width, LEVELS: tl.constexpr):
     """Recompute the last levels of each tree, in one program; see `_level`."""
-    _refresh_top(masses, start, sums, offset, width, _SUM, LEVELS)
+    _refresh_top(sums[0], start, sums[1], offset, width, _SUM, LEVELS)
     if maxima is not None:
-        _refresh_top(values, start, maxima, offset, width, _MAX, LEVELS)
+        _refresh_top(maxima[0], start, maxima[1], offset, width, _MAX, LEVELS)
     if minima is not None:
-        _refresh_top(positive, start, minima, offset, width, _MIN, LEVELS)
+        _refresh_top(minima[0], start, minima[1], offset, width, _MIN, LEVELS)
 
 
 Tree = tuple[Tensor, Tensor]
@@ -130,7 +112,7 @@ Tree = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Kinds:
-    """Trees of one layout that change together; each a pair of its leaves and its nodes."""
+    """Trees of one layout that change together, each a pair of leaves and nodes."""
 
     layout: Layout
     sums: Tree
@@ -139,31 +121,16 @@ class Kinds:
 
 
 def refresh(trees: Kinds, index: Tensor) -> None:
-    """Recompute all ancestors of the leaves `index`, int64 [B]; others than leaves are left out."""
-    layout, n = trees.layout, len(index)
+    """Recompute all ancestors of the leaves `index`, int64 [B]; others than leaves are skipped."""
+    layout, n, start = trees.layout, len(index), 0
     widths, offsets = layout.widths, layout.offsets
-    pairs: list[tuple[Tensor | None, Tensor | None]] = [
-        tree or (None, None) for tree in (trees.sums, trees.maxima, trees.minima)
-    ]
+    pairs = [trees.sums, trees.maxima, trees.minima]
     top = next(k for k, width in enumerate(widths) if width <= TOP)
-    start = 0
-    for k in range(top + 1):
-        memory = [side for pair in pairs for side in pair]
-        if k == top:
-            _top[(1,)](*memory, start, offsets[k], widths[k], LEVELS=len(widths) - k, num_warps=8)
-            break
+    for k in range(top):
         every = n >= widths[k]  # as many updates as nodes: the whole level is cheaper
-        _level[(triton.cdiv(min(n, widths[k]), NODES),)](
-            index,
-            *memory,
-            n,
-            layout.leaf_slots,
-            start,
-            offsets[k],
-            widths[k],
-            4 * (k + 1),
-            ALL=every,
-            NODES=NODES,
-        )
-        pairs = [(nodes, nodes) for _, nodes in pairs]
-        start = offsets[k]
+        place = start, offsets[k], widths[k], 4 * (k + 1)
+        grid = (triton.cdiv(min(n, widths[k]), NODES),)
+        _level[grid](index, *pairs, n, layout.leaf_slots, *place, ALL=every, NODES=NODES)
+        pairs, start = [pair and (pair[1], pair[1]) for pair in pairs], offsets[k]
+    place_of_top = start, offsets[top], widths[top]
+    _top[(1,)](*pairs, *place_of_top, LEVELS=len(widths) - top, num_warps=8)

@@ -1,12 +1,12 @@
-"""Changes to the trees on CUDA, in Triton: few launches, whatever the capacity.
+"""Changes to the trees on CUDA, in Triton, in few launches at any capacity.
 
-Launches depend on shapes alone and nothing is read back, so all of this can be captured in a CUDA
-graph. Results do not depend on the order in which programs run:
+Launches depend on shapes alone and the host never waits, so a CUDA graph can capture them. Results
+do not depend on the order in which programs run:
 
-- Of equal indices the last one holds. In a first launch every update raises the slot itself, read
-  as an unsigned integer, to 2^31 + 1 + its position in the batch: more than any priority that was
-  there, which are floats without a sign, and more than any earlier update. In a second launch the
-  update whose claim stands writes its priority. That takes no sort, and no memory.
+- Of equal indices the last one holds. In a first launch every update raises its slot, read as an
+  unsigned integer, to its claim: 2^31 + 1 + its position in the batch. That is more than any
+  priority, which is a float without a sign, and more than the claim of any earlier update. In a
+  second launch the update whose claim stands writes its priority. This needs no sort, no memory.
 """
 
 import torch
@@ -16,8 +16,6 @@ from torch import Tensor
 
 from per_td.kernels.cuda.nodes import Kinds, refresh
 
-__all__ = ["assign", "put"]
-
 FLAT = 256  # updates of one program where they are independent
 
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -25,11 +23,11 @@ _HUGE = tl.constexpr(torch.finfo(torch.float32).max)
 
 
 @triton.jit
-def _priority(value, eps, lane, inside):
-    """|value| + eps, or the value as it is."""
-    new = tl.load(value + lane, mask=inside, other=0.0)
-    if eps is not None:
-        new = tl.abs(new) + tl.load(eps).to(tl.float32)
+def _priority(update, lane, inside):
+    """|value| + eps, or the value as it is; an update is (index, value, eps or None)."""
+    new = tl.load(update[1] + lane, mask=inside, other=0.0)
+    if update[2] is not None:
+        new = tl.abs(new) + tl.load(update[2]).to(tl.float32)
     return new
 
 
@@ -41,9 +39,7 @@ def _claim_of(lane):
 @triton.jit(do_not_specialize=["n", "slots", "capacity"])
 def _claim(
     column,
-    index,
-    value,
-    eps,
+    update,
     live,
     generation,
     written,
@@ -55,15 +51,15 @@ def _claim(
     capacity,
     FLAT: tl.constexpr,
 ):
-    """Mark the slots `index` [n] in `column` (float32 as uint32) with the last update of each.
+    """Mark each slot of an `update` [n] in `column` (float32 as uint32) with the last claim.
 
-    What is not to be written claims nothing, and is counted: as `refused` what is wrong, as
-    `dropped` what is right or wrong, but late.
+    Refused and dropped updates claim nothing. They are counted: as `refused` if the slot or value
+    is wrong, as `dropped` if not live, or stale.
     """
     lane = tl.program_id(0) * FLAT + tl.arange(0, FLAT)
     inside = lane < n
-    at = tl.load(index + lane, mask=inside, other=0)
-    new = _priority(value, eps, lane, inside)
+    at = tl.load(update[0] + lane, mask=inside, other=0)
+    new = _priority(update, lane, inside)
     limit = slots
     if size is not None:
         limit = tl.minimum(tl.load(size), slots)
@@ -86,19 +82,19 @@ def _claim(
 
 
 @triton.jit(do_not_specialize=["n", "slots"])
-def _settle(column, masses, index, value, eps, alpha, ever_max, n, slots, FLAT: tl.constexpr):
+def _settle(column, masses, update, alpha, ever_max, n, slots, FLAT: tl.constexpr):
     """Write the value of every update whose claim stands; `masses` and `ever_max` may be None.
 
-    A slot holds the claim of its last update, or what that has written since: no other's claim.
-    FLAT is not less than the threads of a program: if two of them did one update, the second might
-    look after the first has written.
+    A slot holds the claim of its last update, or the priority that this has written since. FLAT is
+    at least the threads of a program: if two of them did one update, the second might look after
+    the first has written.
     """
     lane = tl.program_id(0) * FLAT + tl.arange(0, FLAT)
     inside = lane < n
-    at = tl.load(index + lane, mask=inside, other=-1)
+    at = tl.load(update[0] + lane, mask=inside, other=-1)
     inside = (at >= 0) & (at < slots)
     stands = inside & (tl.load(column + at, mask=inside, other=0) == _claim_of(lane))
-    new = tl.where(stands, tl.abs(_priority(value, eps, lane, stands)), 0.0)  # abs: no -0
+    new = tl.where(stands, tl.abs(_priority(update, lane, stands)), 0.0)  # abs: no -0
     tl.store(column + at, new.to(tl.uint32, bitcast=True), mask=stands)
     if masses is not None:
         mass = tl.exp(tl.log(tl.where(new > 0, new, 1.0).to(tl.float64)) * tl.load(alpha))
@@ -110,22 +106,22 @@ def _settle(column, masses, index, value, eps, alpha, ever_max, n, slots, FLAT: 
 
 
 def put(trees: Kinds, index: Tensor, value: Tensor) -> None:
-    """Set the masses of the leaves `index` [B], one after the other; nodes above follow.
+    """Set the masses of the leaves `index` [B], one after the other, and the nodes above.
 
-    Skipped are indices that no leaf has but the spare one, and values that are negative, infinite
-    or NaN.
+    An update is skipped if the index is not that of a tree's leaf, or the value is negative,
+    infinite or NaN.
 
     Args:
-        trees: only the sums.
+        trees: the sums, and no others.
         index: int64 [B].
         value: float32 [B].
     """
     if len(index):
-        index, value = index.contiguous(), value.contiguous()
+        update = index.contiguous(), value.contiguous(), None
         column, n, slots = trees.sums[0].view(torch.uint32), len(index), trees.layout.spare
         grid, unused = (triton.cdiv(n, FLAT),), (None,) * 6
-        _claim[grid](column, index, value, None, *unused, n, slots, slots, FLAT)
-        _settle[grid](column, None, index, value, None, None, None, n, slots, FLAT)
+        _claim[grid](column, update, *unused, n, slots, slots, FLAT)
+        _settle[grid](column, None, update, None, None, n, slots, FLAT)
         refresh(trees, index)
 
 
@@ -144,29 +140,29 @@ def assign(
     written: Tensor | None = None,
     refused: Tensor | None = None,
 ) -> Tensor | int:
-    """Set the priorities of the slots `index` [B], one after the other; masses and nodes follow.
+    """Set the priorities of the leaves `index` [B], one after the other, their masses and nodes.
 
     Args:
-        trees: the sums of the masses, the largest of the priorities, and any others.
+        trees: the sums, the maxima, and any others.
         raw: the priorities, float32 [leaf_slots].
         index: int64 [B].
-        value: TD errors, or where `eps` is None priorities, float32 [B].
+        value: TD errors, or priorities if `eps` is None, float32 [B].
         alpha: exponent of the priorities, float64, 0-dim.
-        ever_max: takes up the largest priority written, float32, one element; None: nothing does.
+        ever_max: takes the largest priority ever written, float32 [1], or None.
         eps: added to |TD error|, float64, 0-dim.
-        size: how many slots may be named, a number or int64, 0-dim; None stands for all.
-        live: bool [B], False for updates to be dropped; None drops none.
-        generation: those of the transitions meant, int64 [B]; drops what has been overwritten.
-        written: how many transitions were ever written, int64, 0-dim; to go with `generation`.
-        refused: to count updates whose slot or priority is out of range or NaN, int64, 0-dim.
+        size: an index must be below it, a number or int64, 0-dim; None: all slots.
+        live: bool [B], False drops an update; None drops none.
+        generation: generations of the transitions meant, int64 [B]; stale updates are dropped.
+        written: number of transitions ever written, int64, 0-dim; needed with `generation`.
+        refused: counts updates whose slot or priority is out of range or NaN, int64, 0-dim.
 
     Returns:
-        How many were dropped, int64, 0-dim, or 0.
+        The number of updates dropped, int64, 0-dim, or 0.
     """
     n, slots = len(index), trees.layout.spare
     if not n:
         return 0
-    index, value = index.contiguous(), value.contiguous()
+    update = index.contiguous(), value.contiguous(), eps
     live = None if live is None else live.contiguous()
     generation = None if generation is None else generation.contiguous()
     dropped = None
@@ -175,8 +171,8 @@ def assign(
     limit, size = (min(size, slots), None) if isinstance(size, int) else (slots, size)
     column, grid = raw.view(torch.uint32), (triton.cdiv(n, FLAT),)
     given, counters = (live, generation, written, size), (refused, dropped)
-    _claim[grid](column, index, value, eps, *given, *counters, n, limit, slots, FLAT)
+    _claim[grid](column, update, *given, *counters, n, limit, slots, FLAT)
     record = None if ever_max is None else ever_max.view(torch.int32)
-    _settle[grid](column, trees.sums[0], index, value, eps, alpha, record, n, slots, FLAT)
+    _settle[grid](column, trees.sums[0], update, alpha, record, n, slots, FLAT)
     refresh(trees, index)
     return 0 if dropped is None else dropped
