@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import blind_cliffwalk as cliffwalk
-from benchmarks import blind_cliffwalk_agents as agents
-from benchmarks import blind_cliffwalk_report as report
+from benchmarks.studies.blind_cliffwalk import __main__ as cliffwalk
+from benchmarks.studies.blind_cliffwalk import agents, report
 
 ROOT = Path(__file__).parents[2]
 REPRESENTATIONS = ("tabular", "linear")

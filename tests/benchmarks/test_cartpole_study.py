@@ -15,13 +15,13 @@ pytest.importorskip("matplotlib")
 
 import gymnasium
 
-from benchmarks.cartpole_study import __main__ as study
-from benchmarks.cartpole_study import jobs, report, training
-from benchmarks.cartpole_study.comparisons import Row
-from benchmarks.cartpole_study.learner import Learners
-from benchmarks.cartpole_study.results import Record, at_episodes, at_steps, curve_points, load
-from benchmarks.cartpole_study.settings import UNIFORM, VARIANTS, Replay, Settings, Variant
-from benchmarks.cartpole_study.tasks import MountainCars
+from benchmarks.studies.cartpole import __main__ as study
+from benchmarks.studies.cartpole import jobs, report, training
+from benchmarks.studies.cartpole.comparisons import Row
+from benchmarks.studies.cartpole.learner import Learners
+from benchmarks.studies.cartpole.results import Record, at_episodes, at_steps, curve_points, load
+from benchmarks.studies.cartpole.settings import UNIFORM, VARIANTS, Replay, Settings, Variant
+from benchmarks.studies.cartpole.tasks import MountainCars
 from per_td import PrioritizedReplayBuffer
 
 SMALL = Settings(

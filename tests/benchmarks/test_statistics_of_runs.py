@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.statistics_of_runs import bootstrap, improvement, improvement_interval, iqm, mean
+from benchmarks.studies.statistics_of_runs import (
+    bootstrap,
+    improvement,
+    improvement_interval,
+    iqm,
+    mean,
+)
 
 
 @pytest.mark.parametrize("runs", [1, 2, 3, 4, 7, 10, 100, 101])

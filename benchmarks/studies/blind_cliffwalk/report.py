@@ -1,4 +1,4 @@
-"""What `benchmarks.blind_cliffwalk` has counted, as tables and as a picture.
+"""Tables and the picture of what the agents needed.
 
 A record is a dict: "representation", "agent", "n", "batch" and "section" (ablation only), "limit",
 and "updates", a count per seed, None where it did not converge within the limit.
@@ -118,7 +118,7 @@ def page_block(name: str, results: Record) -> str:
 
 def publish(name: str, text: str) -> None:
     """Fill the marked block of the page."""
-    page = Path(__file__).parents[1] / PAGES[name]
+    page = Path(__file__).parents[3] / PAGES[name]
     block = f"{MARKS[0]}\n\n{text}\n\n{MARKS[1]}"
     filled, count = re.subn(
         f"{MARKS[0]}.*?{MARKS[1]}", lambda _: block, page.read_text(), flags=re.S

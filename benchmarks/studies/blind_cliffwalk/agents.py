@@ -1,4 +1,4 @@
-"""The cliff walk of `benchmarks.blind_cliffwalk`, its learner, and the agents that replay it."""
+"""The cliff walk, its learner, and the agents that replay it."""
 
 import heapq
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 from numba import njit
 from numpy.random import Generator
 
-from benchmarks.blind_cliffwalk_report import Count
+from benchmarks.studies.blind_cliffwalk.report import Count
 from per_td import PrioritizedReplayBuffer
 
 __all__ = ["AGENTS", "Agent", "Problem", "prioritized", "scripted"]

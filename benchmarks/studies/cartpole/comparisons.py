@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.cartpole_study.results import Record, at_episodes, at_steps
-from benchmarks.cartpole_study.settings import Variant
-from benchmarks.statistics_of_runs import bootstrap, improvement_interval, iqm, mean
+from benchmarks.studies.cartpole.results import Record, at_episodes, at_steps
+from benchmarks.studies.cartpole.settings import Variant
+from benchmarks.studies.statistics_of_runs import bootstrap, improvement_interval, iqm, mean
 
 __all__ = ["Row", "compare", "greedy_at", "windows"]
 

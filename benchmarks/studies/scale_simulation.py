@@ -1,6 +1,6 @@
 """What limits a sharded replay of 10^3 shards: the learner's work per batch, and stale totals.
 
-    python -m benchmarks.scale_simulation      # writes benchmarks/results/scale.{json,md}
+    python -m benchmarks.studies.scale_simulation      # writes benchmarks/results/scale.{json,md}
 
 No shard is started: answers are made up, and what the learner does with them is timed (`Batches`
 without Ray; the process's own time, whatever else the machine does). How fast Ray carries small
@@ -27,7 +27,7 @@ from per_td.ray.counts import counts_of, shares_of
 from per_td.ray.ledger import Ledger
 from per_td.ray.shard import Drawn, Report
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 @dataclass
@@ -183,8 +183,8 @@ def table(results: dict) -> str:
     lines = [
         "# A thousand shards, on paper",
         "",
-        f"`python -m benchmarks.scale_simulation` on {info['cpu']}, {info['cores']} cores, load"
-        f" before {info['load_before']}; {results['args']['shards']:,} shards.",
+        f"`python -m benchmarks.studies.scale_simulation` on {info['cpu']}, {info['cores']} cores,"
+        f" load before {info['load_before']}; {results['args']['shards']:,} shards.",
     ]
     for title in ("coordinator", "messages", "staleness"):
         rows = results[title]

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.cartpole_study.settings import Replay, Settings
-from benchmarks.cartpole_study.training import Outcome
+from benchmarks.studies.cartpole.settings import Replay, Settings
+from benchmarks.studies.cartpole.training import Outcome
 
 __all__ = ["Record", "at_episodes", "at_steps", "curve_points", "describe", "load", "path", "save"]
 

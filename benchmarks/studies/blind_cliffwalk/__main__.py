@@ -6,9 +6,9 @@ rewarded, with 1. The memory holds what all 2^n sequences of actions bring about
 differ only in which transition they learn from next; proportional and rank-based draws are those of
 `per_td.PrioritizedReplayBuffer`. docs/blind_cliffwalk.md says what came out.
 
-    python -m benchmarks.blind_cliffwalk --publish
-    python -m benchmarks.blind_cliffwalk --ablation --max-states 8 --publish
-    python -m benchmarks.blind_cliffwalk --ablation --seeds 7 --cap 0.3 --publish
+    python -m benchmarks.studies.blind_cliffwalk --publish
+    python -m benchmarks.studies.blind_cliffwalk --ablation --max-states 8 --publish
+    python -m benchmarks.studies.blind_cliffwalk --ablation --seeds 7 --cap 0.3 --publish
 """
 
 import argparse
@@ -23,14 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.blind_cliffwalk_agents import (
+from benchmarks.machine import machine, versions
+from benchmarks.studies.blind_cliffwalk.agents import (
     AGENTS,
     Agent,
     Problem,
     prioritized,
     scripted,
 )
-from benchmarks.blind_cliffwalk_report import (
+from benchmarks.studies.blind_cliffwalk.report import (
     Count,
     Record,
     finite,
@@ -39,7 +40,6 @@ from benchmarks.blind_cliffwalk_report import (
     plot,
     publish,
 )
-from benchmarks.machine import machine, versions
 
 GIVE_UP_AFTER = 3  # seeds that all failed: the others are not tried
 ORACLE_LIMIT = 100_000  # updates of the oracles, which either are fast or do not arrive

@@ -8,11 +8,11 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks.cartpole_study.comparisons import Row
-from benchmarks.cartpole_study.results import Record, curve_points
-from benchmarks.cartpole_study.settings import Variant
 from benchmarks.plots import COLOURS, STYLE
-from benchmarks.statistics_of_runs import bootstrap
+from benchmarks.studies.cartpole.comparisons import Row
+from benchmarks.studies.cartpole.results import Record, curve_points
+from benchmarks.studies.cartpole.settings import Variant
+from benchmarks.studies.statistics_of_runs import bootstrap
 
 __all__ = ["curves", "forest"]
 

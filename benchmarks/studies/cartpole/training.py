@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
 
-from benchmarks.cartpole_study.learner import Learners
-from benchmarks.cartpole_study.settings import Replay, Settings
-from benchmarks.cartpole_study.tasks import make
+from benchmarks.studies.cartpole.learner import Learners
+from benchmarks.studies.cartpole.settings import Replay, Settings
+from benchmarks.studies.cartpole.tasks import make
 from per_td import PrioritizedReplayBuffer
 
 __all__ = ["Outcome", "make_buffer", "train"]

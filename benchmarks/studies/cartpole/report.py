@@ -3,11 +3,11 @@
 import re
 from pathlib import Path
 
-from benchmarks.cartpole_study.comparisons import Row, compare
-from benchmarks.cartpole_study.results import Record, load, path
-from benchmarks.cartpole_study.settings import Variant
 from benchmarks.report import BEGIN, END
-from benchmarks.statistics_of_runs import improvement_interval
+from benchmarks.studies.cartpole.comparisons import Row, compare
+from benchmarks.studies.cartpole.results import Record, load, path
+from benchmarks.studies.cartpole.settings import Variant
+from benchmarks.studies.statistics_of_runs import improvement_interval
 
 __all__ = ["make"]
 
@@ -109,7 +109,7 @@ def _plots(
 ) -> dict[str, str]:
     """Draw the pictures: file name -> caption; none without matplotlib."""
     try:
-        from benchmarks.cartpole_study import plots
+        from benchmarks.studies.cartpole import plots
     except ImportError:
         return {}
     made = {}
