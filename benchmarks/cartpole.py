@@ -15,8 +15,6 @@ from torch import Tensor
 from benchmarks.contestants import NotRun
 from benchmarks.race import Entry
 
-__all__ = ["UniformBuffer", "measure"]
-
 EXAMPLE = Path(__file__).parents[1] / "examples" / "dqn_cartpole.py"
 STEPS, RUNS = 2_500, 6
 QUICK_STEPS, QUICK_RUNS = 700, 1

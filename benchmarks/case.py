@@ -4,9 +4,6 @@ from dataclasses import dataclass, replace
 
 from benchmarks.race import TOTAL
 
-__all__ = ["NO_SLOT", "RATIO", "Case", "Goal", "Ref", "described", "not_run", "quick"]
-
-
 RATIO, NO_SLOT = "distance / of perfect draws", "draws of slots that do not exist"
 """Parts of an exactness case, for its goals."""
 

@@ -11,8 +11,6 @@ from benchmarks.contestants import CONTESTANTS, NotRun
 from benchmarks.workload import ALPHA, Point, priorities
 from per_td import SumTree, draws
 
-__all__ = ["distance", "measure", "worst"]
-
 RANGES, RESIDUES = 125, 8
 OUTSIDE = RANGES * RESIDUES  # the bucket of slots that do not exist
 CHUNK = 10**7

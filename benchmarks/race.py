@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["TOTAL", "Entry", "Part", "Spread", "race", "ratio", "spread"]
-
 TOTAL = "sample + update"
 TURN_US = 3000.0  # a turn is as many calls as fit into this
 MOST_CALLS = 8

@@ -18,8 +18,6 @@ from benchmarks.goals import judge
 from benchmarks.race import Entry, race, spread
 from benchmarks.workload import Point
 
-__all__ = ["Options", "run"]
-
 
 @dataclass(frozen=True)
 class Options:

@@ -12,8 +12,6 @@ from benchmarks.contestants.own import kernels_for
 from benchmarks.race import spread
 from per_td import kernels
 
-__all__ = ["measure"]
-
 RUNS = 4
 
 SCRIPT = """

@@ -7,8 +7,6 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-__all__ = ["ALPHA", "BETA", "EPS", "SCHEMAS", "Point", "Pool", "priorities", "transitions"]
-
 ALPHA, BETA, EPS = 0.6, 0.4, 1e-6
 
 Fields = dict[str, tuple[tuple[int, ...], torch.dtype]]

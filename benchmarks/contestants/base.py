@@ -8,8 +8,6 @@ from torch import Tensor
 from benchmarks.race import Part
 from benchmarks.workload import ALPHA, Point, Pool, priorities, transitions
 
-__all__ = ["PARTS", "REHEARSAL", "Contestant", "NotRun", "tensor_bytes"]
-
 PARTS = {
     "sample": "sample",
     "update": "update",

@@ -17,17 +17,6 @@ from benchmarks.contestants.rl import InTorchRL, TorchRLPrioritized
 from benchmarks.workload import ALPHA, BETA, EPS, Point
 from per_td import draws
 
-__all__ = [
-    "GraphCumulativeSum",
-    "GraphMultinomial",
-    "InTorchRLOnCuda",
-    "OnCpu",
-    "PerTdEager",
-    "PerTdGraph",
-    "TorchRLOnCuda",
-    "capture",
-]
-
 
 def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """A graph of `step`, after a warm-up on a side stream as torch's notes say."""

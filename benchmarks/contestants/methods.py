@@ -10,8 +10,6 @@ from benchmarks.contestants.own import plain_torch
 from benchmarks.workload import ALPHA, Point
 from per_td import SumTree, draws
 
-__all__ = ["CumulativeSum", "ExponentialKeys", "Multinomial", "PlainTree", "Tree"]
-
 
 class _Method(Contestant):
     draws_possible: tuple[str, ...] = ("independent", "without_replacement")

@@ -1,7 +1,6 @@
 """per_td's buffer, and the floor below its `extend`."""
 
 import contextlib
-import inspect
 import os
 from collections.abc import Iterator
 from typing import ClassVar
@@ -12,17 +11,6 @@ from torch import Tensor
 from benchmarks.contestants.base import Contestant, NotRun, tensor_bytes
 from benchmarks.workload import ALPHA, BETA, EPS, Point
 from per_td import PrioritizedReplayBuffer, SumTree, kernels
-
-__all__ = [
-    "Columns",
-    "CopyColumns",
-    "PerTd",
-    "PlainTorch",
-    "Records",
-    "filled_buffer",
-    "kernels_for",
-    "plain_torch",
-]
 
 
 def filled_buffer(
@@ -55,10 +43,6 @@ class PerTd(Contestant):
 
     def __init__(self, point: Point) -> None:
         super().__init__(point)
-        accepted = inspect.signature(PrioritizedReplayBuffer).parameters
-        for option in self.options:
-            if option not in accepted:
-                raise NotRun(f"PrioritizedReplayBuffer takes no {option!r} in this version")
         data, self.priority = self.initial()
         self.buffer = filled_buffer(point, data, self.priority, **self.options)
         self.incoming, self.single = self.new(), self.new()[0]

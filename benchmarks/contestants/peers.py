@@ -9,8 +9,6 @@ from torch import Tensor
 from benchmarks.contestants.base import Contestant
 from benchmarks.workload import ALPHA, BETA, EPS, Point
 
-__all__ = ["Cpprb", "Flashbax", "Tianshou"]
-
 NAMES = {"observation": "obs", "next_observation": "next_obs"}  # ours -> the usual ones
 
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from benchmarks.contestants.base import Contestant, NotRun
 from benchmarks.workload import ALPHA, BETA, EPS, Point
 
-__all__ = ["InTorchRL", "TorchRLPrioritized", "TorchRLUniform"]
-
 
 class _TorchRL(Contestant):
     requires = "torchrl"

@@ -11,8 +11,6 @@ from benchmarks.contestants import cuda
 from benchmarks.contestants.base import Contestant
 from benchmarks.workload import ALPHA, BETA, Point, priorities
 
-__all__ = ["PerTdAnew", "PerTdAnewGraph", "PufferLib", "PufferLibGraph"]
-
 SETS = 64  # of priorities, in turn
 
 

@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["bootstrap", "improvement", "improvement_interval", "iqm", "mean"]
-
 REPETITIONS = 2_000
 LEVEL = 0.95
 CHUNK = 2**22  # numbers in memory at once

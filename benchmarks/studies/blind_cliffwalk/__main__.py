@@ -11,11 +11,10 @@ differ only in which transition they learn from next; proportional and rank-base
     python -m benchmarks.studies.blind_cliffwalk --ablation --seeds 7 --cap 0.3 --publish
 """
 
-import argparse
 import json
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.arguments import option, parse_args
 from benchmarks.machine import machine, versions
+from benchmarks.pages import RESULTS, fill
 from benchmarks.studies.blind_cliffwalk.agents import (
     AGENTS,
     Agent,
@@ -32,22 +33,17 @@ from benchmarks.studies.blind_cliffwalk.agents import (
     scripted,
 )
 from benchmarks.studies.blind_cliffwalk.report import (
+    PAGES,
     Count,
     Record,
     finite,
     median,
     page_block,
     plot,
-    publish,
 )
 
 GIVE_UP_AFTER = 3  # seeds that all failed: the others are not tried
 ORACLE_LIMIT = 100_000  # updates of the oracles, which either are fast or do not arrive
-
-
-def option(default: Any, text: str) -> Any:
-    """A field of `Args` with its line of help."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -61,8 +57,8 @@ class Args:
     sections: str = option("", "of the ablation, only these, separated by commas")
     ablation: bool = option(False, "vary the settings of proportional replay instead")
     quick: bool = option(False, "n up to 6 and 3 seeds, to see that it runs; nothing is kept")
-    json: str = option("benchmarks/results/blind_cliffwalk.json", "results, added to what is there")
-    plot: str = option("benchmarks/results/blind_cliffwalk.png", "the picture")
+    json: str = option(f"{RESULTS}/blind_cliffwalk.json", "results, added to what is there")
+    plot: str = option(f"{RESULTS}/blind_cliffwalk.png", "the picture")
     publish: bool = option(False, "put the tables into the pages under docs/")
 
 
@@ -174,21 +170,9 @@ def merge(path: Path, name: str, run: Record) -> Record:
     return results
 
 
-def arguments(argv: list[str] | None = None) -> Args:
-    """The command line, with the fields' defaults."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    for one in fields(Args):
-        kind = {"action": "store_true"} if one.default is False else {"type": type(one.default)}
-        name = f"--{one.name.replace('_', '-')}"
-        parser.add_argument(name, default=one.default, help=one.metadata["help"], **kind)
-    return Args(**vars(parser.parse_args(argv)))
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the study or the ablation, print its tables, keep the results."""
-    args = arguments(argv)
+    args = parse_args(Args, __doc__, argv)
     if args.quick:
         small = {"max_states": min(args.max_states, 6), "seeds": min(args.seeds, 3)}
         args = replace(args, **small, json="", plot="", publish=False)
@@ -203,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.plot and not args.ablation:
         plot(records, Path(args.plot))
     if args.publish:
-        publish(name, text)
+        fill(PAGES[name], text)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from numpy.random import Generator
 from benchmarks.studies.blind_cliffwalk.report import Count
 from per_td import PrioritizedReplayBuffer
 
-__all__ = ["AGENTS", "Agent", "Problem", "prioritized", "scripted"]
-
 STEP_SIZE = 0.25
 TOLERANCE = 1e-3  # mean squared error over all state-action values at which an agent is done
 CHUNK = 1 << 14  # how many draws the compiled agents are handed at once

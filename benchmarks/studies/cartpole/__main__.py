@@ -6,11 +6,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.pages import RESULTS
 from benchmarks.studies.cartpole import report
 from benchmarks.studies.cartpole.jobs import work
 from benchmarks.studies.cartpole.settings import VARIANTS, Variant, quick
 
-OUT = Path(__file__).parents[2] / "results" / "cartpole_study"
+OUT = RESULTS / "cartpole_study"
 QUICK_OUT = Path("runs/cartpole_study")
 QUICK_SEEDS = 10
 

@@ -10,8 +10,6 @@ from benchmarks.studies.cartpole.results import Record, at_episodes, at_steps
 from benchmarks.studies.cartpole.settings import Variant
 from benchmarks.studies.statistics_of_runs import bootstrap, improvement_interval, iqm, mean
 
-__all__ = ["Row", "compare", "greedy_at", "windows"]
-
 MOST = 0.5  # of the runs must have come as far, else there is nothing to compare
 Measure = Callable[[Record], NDArray]
 

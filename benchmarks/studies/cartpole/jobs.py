@@ -10,8 +10,6 @@ from benchmarks.studies.cartpole import results
 from benchmarks.studies.cartpole.settings import Variant
 from benchmarks.studies.cartpole.training import train
 
-__all__ = ["work"]
-
 
 def work(name: str, agent: str, variant: Variant, runs: int, seed: int, out: Path) -> str:
     """Train one agent of a variant, unless its file is there already; a line about it."""

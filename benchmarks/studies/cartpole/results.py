@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 from benchmarks.studies.cartpole.settings import Replay, Settings
 from benchmarks.studies.cartpole.training import Outcome
 
-__all__ = ["Record", "at_episodes", "at_steps", "curve_points", "describe", "load", "path", "save"]
-
 
 @dataclass(frozen=True)
 class Record:

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field, replace
 
-__all__ = ["VARIANTS", "Replay", "Settings", "Variant", "quick"]
-
 
 @dataclass(frozen=True)
 class Replay:

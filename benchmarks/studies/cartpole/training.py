@@ -15,8 +15,6 @@ from benchmarks.studies.cartpole.settings import Replay, Settings
 from benchmarks.studies.cartpole.tasks import make
 from per_td import PrioritizedReplayBuffer
 
-__all__ = ["Outcome", "make_buffer", "train"]
-
 SHAPES = {"CartPole-v1": (4, 2), "MountainCar-v0": (2, 3)}  # observation, actions
 
 
