@@ -30,8 +30,9 @@ class Contestant:
     """A filled buffer whose methods are the parts that are timed.
 
     A subclass offers some of `sample`, `update` (of the batch just drawn), `update_cold` (of slots
-    drawn beforehand), `extend` (of `point.batch` transitions), `add` (of one), and prepares
-    what is not to be timed in `before_<part>`.
+    drawn beforehand), `extend` (of `point.batch` transitions), `add` (of one), `step` (sample and
+    update), and prepares what is not to be timed in `before_<part>`. `drawn` returns the slots of
+    the last batch.
 
     Args:
         point: sizes, fields, device.

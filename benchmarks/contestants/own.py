@@ -49,42 +49,33 @@ class PerTd(Contestant):
         self.check()
 
     def sample(self) -> None:
-        """Draw, gather, weigh."""
         self.batch = self.buffer.sample()
 
     def drawn(self) -> Tensor:
-        """The slots of the last batch."""
         return self.batch["index"]
 
     def before_update(self) -> None:
-        """TD errors for the batch just drawn."""
         _, self.td_error = self.pool.next()
 
     def update(self) -> None:
-        """New priorities for the batch just drawn."""
         batch = self.batch
         self.buffer.update_priority(batch["index"], self.td_error, batch["generation"])
 
     def before_update_cold(self) -> None:
-        """Slots that were not just drawn, and TD errors for them."""
         self.index, self.td_error = self.pool.next()
 
     def update_cold(self) -> None:
-        """New priorities for them."""
         self.buffer.update_priority(self.index, self.td_error)
 
     def step(self) -> None:
-        """What replay adds to a training step: all of the above in one."""
         self.sample()
         self.before_update()
         self.update()
 
     def extend(self) -> None:
-        """Write a batch of transitions."""
         self.buffer.extend(self.incoming)
 
     def add(self) -> None:
-        """Write one transition."""
         self.buffer.add(self.single)
 
     def facts(self) -> dict[str, tuple[float | None, str]]:
@@ -150,7 +141,6 @@ class CopyColumns(Contestant):
 
     @torch.no_grad()
     def extend(self) -> None:
-        """Copy, and move on."""
         end = self.at + self.point.batch
         if end > self.point.capacity:
             self.at, end = 0, self.point.batch
