@@ -8,9 +8,9 @@ explore with epsilons of their own, compute the first priorities of their n-step
 their own Q values, and write them to the buffer in shared memory. The learner only samples, learns,
 and sets the priorities anew. The networks' parameters go the other way, in shared memory too.
 
-The learner decides when it is over: every `--eval-every` steps it plays `--select-episodes` greedy
-episodes, keeps the best network, and stops when their mean is 500, the most there is. The final
-number is that network's mean return on fresh episodes, with seeds that nothing before has seen.
+Every `--eval-every` steps the learner plays `--select-episodes` greedy episodes, keeps the best
+network, and stops when their mean is 500, the most there is. The final number is that network's
+mean return on fresh episodes.
 """
 
 import argparse
@@ -42,7 +42,6 @@ class Args:
     actors: int = 3  # actor processes
     learner_steps: int = 20_000  # gradient steps at most; fewer when solved early
     seed: int = 0  # of environments, exploration and torch; timing still varies
-
     capacity: int = 50_000  # transitions in the buffer
     batch_size: int = 128  # transitions in a gradient step
     learning_starts: int = 1_000  # transitions before the first gradient step
@@ -54,7 +53,6 @@ class Args:
     send_every: int = 50  # transitions that an actor collects before it writes them
     refresh_every: int = 100  # environment steps between two looks at the network
     publish_every: int = 20  # gradient steps between two publications of it
-
     eval_every: int = 500  # gradient steps between two greedy evaluations for selection
     select_episodes: int = 10  # episodes in each of them
     eval_episodes: int = 20  # episodes in the final greedy evaluation
@@ -91,18 +89,12 @@ class NStep:
     def add(self, state, action, reward, next_state, terminated, truncated) -> None:
         """Take up one step; transitions that are complete go to `done`."""
         self.steps.append((state, action, reward))
-        if terminated or truncated:
-            while self.steps:
-                self._emit(next_state, terminated)
-                self.steps.popleft()
-        elif len(self.steps) == self.steps.maxlen:
-            self._emit(next_state, False)
-
-    def _emit(self, next_state, terminated) -> None:
-        state, action, _ = self.steps[0]
-        reward = sum(self.gamma**k * r for k, (_, _, r) in enumerate(self.steps))
-        discount = 0.0 if terminated else self.gamma ** len(self.steps)
-        self.done.append((state, action, reward, next_state, discount))
+        over = terminated or truncated
+        while len(self.steps) == self.steps.maxlen or (over and self.steps):
+            rewards = [self.gamma**k * r for k, (_, _, r) in enumerate(self.steps)]
+            discount = 0.0 if terminated else self.gamma ** len(self.steps)
+            state, action, _ = self.steps.popleft()
+            self.done.append((state, action, sum(rewards), next_state, discount))
 
     def take(self) -> TensorDict:
         """Return all that is in `done`, as a TensorDict [n]."""

@@ -39,12 +39,10 @@ class Args:
     actors: int = 2  # actors
     shards: int = 2  # shards of the replay
     seed: int = 0  # of the actors, the learner and the final evaluation
-
     capacity: int = 20_000  # transitions per shard
     batch_size: int = 128  # transitions in a gradient step
     prefetch: int = 2  # batches under way while the learner learns
     checkpoint_dir: str = ""  # folder of the shards' checkpoints and logs; empty: none
-
     chunk: int = 100  # environment steps between two looks at new weights
     n_step: int = 3  # rewards added up in a transition
     explore: float = 0.4  # actor i acts randomly with this to the power 1 + 7 i / (actors - 1)
@@ -109,30 +107,26 @@ class Actor:
     @torch.no_grad()
     def step(self, returns: list[float]) -> list[TensorDict]:
         """Take one step; return the transitions that it completes."""
+        action = int(self.network(torch.as_tensor(self.state)).argmax())
         if self.rng.random() < self.explore:
             action = int(self.rng.integers(2))
-        else:
-            action = int(self.network(torch.as_tensor(self.state)).argmax())
         state, reward, terminated, truncated, _ = self.env.step(action)
         self.recent.append((self.state, action, float(reward)))
         self.state = state
         self.episode_return += float(reward)
-        rows = []
-        if terminated or truncated:
-            while self.recent:  # the last steps, over fewer rewards
-                rows.append(self.transition(terminated))
-                self.recent.popleft()
+        rows, over = [], terminated or truncated
+        while len(self.recent) == self.args.n_step or (over and self.recent):
+            rows.append(self.transition(terminated))
+            self.recent.popleft()
+        if over:
             returns.append(self.episode_return)
             self.episode_return = 0.0
             self.state, _ = self.env.reset()
-        elif len(self.recent) == self.args.n_step:
-            rows.append(self.transition(False))
         return rows
 
     def transition(self, terminated: bool) -> TensorDict:
         """Make the transition from the oldest of the recent states to the present one."""
-        state, action, _ = self.recent[0]
-        gamma = self.args.gamma
+        gamma, (state, action, _) = self.args.gamma, self.recent[0]
         reward = sum(gamma**k * r for k, (_, _, r) in enumerate(self.recent))
         return TensorDict(
             {

@@ -9,9 +9,8 @@ replay adds to a plain DQN is marked PER.
 
 Every `--eval-every` steps the greedy policy plays `--select-episodes` episodes. The network with
 the best mean is kept, and training stops when that mean is 500, the most there is. The final
-evaluation plays the kept network on fresh episodes, with seeds that neither training nor selection
-has seen. It says how good that network is, and not that training would have stayed there: a DQN on
-CartPole comes and goes.
+evaluation plays that network on fresh episodes. It says how good the network is, and not that
+training would have stayed there: a DQN on CartPole comes and goes.
 """
 
 import argparse
@@ -43,14 +42,12 @@ class Args:
     uniform: bool = False  # draw uniformly (alpha = 0) instead of by priority
     device: str = "cpu"  # where networks and buffer live
     out: str = "runs/dqn_cartpole"  # folder for the picture
-
     alpha: float = 0.6  # how strongly priorities skew the draws; 0 is uniform
     beta: float = 0.4  # share of that bias which the weights undo at first; 1 is all
     beta_increment: float = 0.001  # added to beta at each episode's start, up to 1
     epsilon: float = 0.001  # added to |TD error|, so that no priority is 0
     capacity: int = 10_000  # transitions in the buffer
     batch_size: int = 128  # transitions in a gradient step
-
     lr: float = 2e-3  # Adam's learning rate at the start; it falls linearly to a tenth
     gamma: float = 0.99  # discount factor
     tau: float = 0.02  # share of the online network mixed into the target each time
@@ -58,7 +55,6 @@ class Args:
     train_every: int = 4  # environment steps per gradient step
     explore_end: float = 0.02  # share of random actions after its decay
     explore_steps: int = 5_000  # steps in which it falls from 1, linearly
-
     eval_every: int = 1_000  # steps between two greedy evaluations for selection
     select_episodes: int = 10  # episodes in each of them
     eval_episodes: int = 20  # episodes in the final greedy evaluation
@@ -166,7 +162,6 @@ def train(args: Args):
             buffer.increase_beta()
 
         if step > args.learning_starts and step % args.train_every == 0:
-            # a falling learning rate: late in a run, a step too far undoes what was learned
             agent.optimizer.param_groups[0]["lr"] = args.lr * (1 - 0.9 * step / args.total_steps)
             *batch, indices, weights = buffer.sample(args.batch_size)
             td_errors = agent.learn(*batch, weights)
