@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tensordict import TensorDict
 from torch import nn
 
 pytest.importorskip("gymnasium")
@@ -114,11 +113,10 @@ def test_learners_in_lockstep_are_separate_networks_with_separate_adams():
 
 
 def test_networks_start_as_torch_starts_a_linear_layer_each_differently():
-    learners = Learners(
-        20, (4, 64, 2), lr=0.01, gamma=0.9, generator=torch.Generator().manual_seed(0)
-    )
-    for (weight, bias), n in zip(learners.layers, (4, 64), strict=True):
-        for leaf in (weight, bias):
+    g = torch.Generator().manual_seed(0)
+    learners = Learners(20, (4, 64, 2), lr=0.01, gamma=0.9, generator=g)
+    for layer, n in zip(learners.layers, (4, 64), strict=True):
+        for leaf in layer:
             assert leaf.abs().max() <= n**-0.5
             assert leaf.std() == pytest.approx((n * 3) ** -0.5, rel=0.15)
     assert len(learners.parameters.unique(dim=0)) == 20
@@ -152,17 +150,15 @@ def test_mountain_cars_move_as_gymnasiums_does():
 
 
 def test_mountain_cars_stop_after_200_steps_and_reset_in_the_step_after():
-    cars = MountainCars(2)
+    cars, still = MountainCars(2), np.array([1, 1])
     cars.reset(seed=0)
     for _ in range(199):
-        assert not any(map(np.any, cars.step(np.array([1, 1]))[2:4]))
-    assert cars.step(np.array([1, 1]))[3].all()
-    observation, reward, terminated, truncated, _ = cars.step(np.array([2, 2]))
+        assert not np.any(cars.step(still)[2:4])
+    assert cars.step(still)[3].all()
+    observation, *others, _ = cars.step(np.array([2, 2]))
     assert ((observation[:, 0] >= -0.6) & (observation[:, 0] <= -0.4)).all()
-    assert not reward.any()
     assert not observation[:, 1].any()
-    assert not terminated.any()
-    assert not truncated.any()
+    assert not np.any(others)  # no reward, no end
 
 
 @pytest.mark.parametrize("task", ["CartPole-v1", "MountainCar-v0"])
@@ -193,22 +189,37 @@ def test_the_step_in_which_an_environment_resets_is_never_stored(task, sparse, s
 # --------------------------------------------------------------------------- training
 
 
+def test_the_same_seed_and_name_give_the_same_runs_and_others_do_not():
+    first, again, other_seed, other_name = (
+        training.train(SMALL, Replay(), runs=2, seed=seed, name=name).lengths
+        for seed, name in ((0, "a"), (0, "a"), (1, "a"), (0, "b"))
+    )
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other_seed)
+    assert not np.array_equal(first, other_name)
+
+
+@pytest.mark.parametrize(
+    "replay", [Replay(beta_per_episode=0.01), Replay(beta_per_episode=0.0, beta_increment=1e-3)]
+)
+def test_beta_grows_with_the_episodes_or_with_the_gradient_steps(replay):
+    lockstep = training.Lockstep(SMALL, replay, runs=2, seed=0)
+    for step in range(150):
+        lockstep.step(step)
+        if len(lockstep.buffer) >= SMALL.learning_starts:
+            lockstep.learn()
+    finished = sum(map(len, lockstep.episodes)) / 2
+    assert min(finished, lockstep.updates) > 3
+    grown = replay.beta_per_episode * finished + replay.beta_increment * lockstep.updates
+    assert lockstep.buffer.beta == pytest.approx(0.4 + grown)
+
+
 def test_gradient_steps_come_as_often_as_asked_for(stored, monkeypatch):
     made = []
     monkeypatch.setattr(training.Lockstep, "learn", lambda self: made.append(self.steps.min()))
     training.train(replace(SMALL, update_every=4), UNIFORM, runs=2, seed=0)
     assert made[0] >= SMALL.learning_starts
     assert 20 <= len(made) <= 25
-
-
-def test_the_same_seed_and_name_give_the_same_runs_and_others_do_not():
-    def lengths(**kwargs):
-        return training.train(SMALL, Replay(), runs=2, **kwargs).lengths
-
-    first = lengths(seed=0, name="a")
-    assert np.array_equal(first, lengths(seed=0, name="a"))
-    assert not np.array_equal(first, lengths(seed=1, name="a"))
-    assert not np.array_equal(first, lengths(seed=0, name="b"))
 
 
 def test_training_ends_when_every_run_has_its_episodes():
@@ -312,41 +323,13 @@ def test_what_is_there_already_is_not_run_again(tiny, tmp_path, capsys, monkeypa
     assert runs[1:] == ["tiny/uniform", "tiny/prioritized"]
 
 
+def test_every_variant_compares_agents_that_differ_in_their_replay_alone():
+    for variant in VARIANTS.values():
+        assert next(iter(variant.agents.items())) == ("uniform", UNIFORM)
+        assert len(set(variant.agents.values())) == len(variant.agents)
+
+
 def test_the_results_that_are_kept_give_the_tables_on_the_page():
     block = report.block(VARIANTS, report.read(VARIANTS, study.OUT))
     assert f"{block}\n" == (study.OUT / "tables.md").read_text()
     assert block in (DOCS / "cartpole_study.md").read_text()
-
-
-def test_uniform_replay_is_the_same_buffer_with_equal_masses_and_weights():
-    buffer = training.make_buffer(SMALL, UNIFORM, 2, torch.Generator().manual_seed(0))
-    rows = TensorDict({"x": torch.arange(2.0)[:, None]}, [2, 1])
-    for _ in range(10):
-        buffer.extend(rows, mask=torch.ones(2, 1, dtype=torch.bool))
-    batch = buffer.sample(4)
-    buffer.update_priority(batch["index"], torch.rand(2, 4), batch["generation"])
-    assert (buffer.sample(8)["priority_weight"] == 1).all()
-
-
-def test_every_variant_compares_agents_that_differ_in_their_replay_alone():
-    for variant in VARIANTS.values():
-        assert next(iter(variant.agents)) == "uniform"
-        assert variant.agents["uniform"] == UNIFORM
-        assert len(set(variant.agents.values())) == len(variant.agents)
-
-
-def test_beta_grows_with_the_episodes_or_with_the_gradient_steps():
-    settings = replace(SMALL, steps=150)
-    for replay in (
-        Replay(beta_per_episode=0.01),
-        Replay(beta_per_episode=0.0, beta_increment=1e-3),
-    ):
-        lockstep = training.Lockstep(settings, replay, runs=2, seed=0)
-        for step in range(settings.steps):
-            lockstep.step(step)
-            if len(lockstep.buffer) >= settings.learning_starts:
-                lockstep.learn()
-        finished = sum(map(len, lockstep.episodes)) / 2
-        assert min(finished, lockstep.updates) > 3
-        grown = replay.beta_per_episode * finished + replay.beta_increment * lockstep.updates
-        assert lockstep.buffer.beta == pytest.approx(0.4 + grown)
