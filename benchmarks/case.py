@@ -1,4 +1,4 @@
-"""What a case is: one table of the results, with the goals that were set for it."""
+"""A case: one table of the results, with the goals that were set for it."""
 
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,4 @@
-"""How far draws are from the distribution they should have."""
+"""The distance of draws from the distribution they should have."""
 
 import math
 from collections.abc import Callable

@@ -55,7 +55,7 @@ def plan(*, rehearse: bool) -> list[Part]:
     others = (*ON_CUDA, "tests", "--ignore=tests/ray", f"--ignore={KERNELS}")
     if rehearse:  # a few that the CPU can do, beside those for CUDA, which are skipped
         kernels = (*PYTEST, "-k", "nothing", KERNELS)
-        others = (*PYTEST, "tests/tree/test_sum_tree.py")
+        others = (*PYTEST, "-m", "not slow", "tests/tree/test_sum_tree.py")
     small = ("--rehearse",) if rehearse else ()
     title = {case.name: case.title for case in CASES}
     return [

@@ -71,7 +71,7 @@ def look(i: int) -> dict[str, str]:
 
 @contextmanager
 def picture(file: Path, *, footer: str = "", dpi: int = 130, **layout: Any) -> Iterator[Any]:
-    """Save a PNG of what is drawn into the axes inside the `with` block.
+    """Save a PNG of the axes after the `with` block has drawn into them.
 
     Args:
         file: the PNG.

@@ -20,7 +20,7 @@ GRACE = 3.0  # seconds for a process to say where it hangs
 
 @dataclass(frozen=True)
 class Part:
-    """What to run.
+    """A command to run, and its share of the time.
 
     Attributes:
         name, title: for the results.

@@ -1,4 +1,4 @@
-"""Where the microseconds go: the parts of a call of the buffer, one after the other.
+"""A profile of the microseconds: the parts of a call of the buffer, one after the other.
 
 This looks inside the buffer. The parts of a call work on the same slots in the order of the call,
 so that each finds in the caches what it would find there; the slots are new in every call.

@@ -1,4 +1,4 @@
-"""What the first call of a process costs: with kernels to compile, from the cache, without them."""
+"""The cost of a first call: with kernels to compile, from the cache, without them."""
 
 import json
 import os

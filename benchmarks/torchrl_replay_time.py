@@ -37,7 +37,7 @@ OPERATIONS = ("extend", "sample", "update")
 
 @dataclass(frozen=True)
 class Args:
-    """What to run."""
+    """The settings of a run; each is a command-line option too."""
 
     frames: int = option(10_000, "environment steps of each agent")
     frames_per_batch: int = option(1, "environment steps between two learning steps")

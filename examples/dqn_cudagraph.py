@@ -126,7 +126,7 @@ def captured(learner: Learner) -> Step:
     """Record the step as a CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what is done only once must not be recorded
+    with torch.cuda.stream(side):  # work that is done only once must not be recorded
         for _ in range(WARM_UP):
             learner.step()
     torch.cuda.current_stream().wait_stream(side)

@@ -8,10 +8,10 @@ TorchRL's collector, networks and loss, with per_td's buffer in the place of Tor
 belongs to prioritized replay is marked PER. `SACLoss` leaves |TD error| in the batch, hence
 `td_error_unit="abs"`; other losses leave the square (see docs/torchrl_losses.md).
 
-What is evaluated is the policy at the end, not the best one on the way. After 12,000 steps, two
-to three and a half minutes on one busy core of an AMD EPYC, its mean return over 20 fresh episodes
-was -148, -136, -149, -106, -137 and -138 for seeds 0 to 5: better than -250, which counts as
-solved. Runs of 8,000 steps were too short: five of the six had solved it, one was at -282.
+The final evaluation plays the policy at the end, not the best one on the way. After 12,000 steps,
+two to three and a half minutes on one busy core of an AMD EPYC, its mean return over 20 fresh
+episodes was -148, -136, -149, -106, -137 and -138 for seeds 0 to 5: better than -250, which counts
+as solved. Runs of 8,000 steps were too short: five of the six had solved it, one was at -282.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a contestant is, and how it proves that its priorities take effect."""
+"""The base of all contestants, and the proof that their priorities take effect."""
 
 from importlib.util import find_spec
 
@@ -31,7 +31,7 @@ class Contestant:
 
     A subclass offers some of `sample`, `update` (of the batch just drawn), `update_cold` (of slots
     drawn beforehand), `extend` (of `point.batch` transitions), `add` (of one), `step` (sample and
-    update), and prepares what is not to be timed in `before_<part>`. `drawn` returns the slots of
+    update), and does in `before_<part>` what shall not be timed. `drawn` returns the slots of
     the last batch.
 
     Args:

@@ -1,7 +1,7 @@
 """The contestants on a GPU: per_td eager and in a CUDA graph, flat methods in a graph, and a CPU.
 
-A step is sample + update. In a graph all of it is replayed with one launch: what is drawn differs
-from replay to replay (the generator's state advances), the TD errors are the same.
+A step is sample + update. In a graph all of it is replayed with one launch: the draws differ from
+replay to replay (the generator's state advances), the TD errors are the same.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ class PerTdEager(PerTd):
         }
 
     def _syncs(self, call: Callable[[], None]) -> float | None:
-        call()  # what is compiled when first used is not meant
+        call()  # the first call may compile something
         if self.point.device != "cuda":
             return None
         torch.cuda.set_sync_debug_mode("error")

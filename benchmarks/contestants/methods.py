@@ -52,7 +52,7 @@ class _Method(Contestant):
             self.check()
 
     def prepare(self) -> None:
-        """What is to be done before any draw."""
+        """Prepare for the draws."""
 
     def drawn(self) -> Tensor:
         return self.index

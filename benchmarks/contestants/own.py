@@ -91,7 +91,7 @@ def kernels_for(device: str) -> bool:
 
 @contextlib.contextmanager
 def plain_torch() -> Iterator[None]:
-    """What is made inside does without compiled kernels; NotRun where there are none anyway."""
+    """Switch compiled kernels off for buffers made inside; NotRun where there are none anyway."""
     if not kernels_for("cpu"):
         raise NotRun("there are no compiled kernels here: per_td is this")
     before = os.environ.get(kernels.VARIABLE)
@@ -129,7 +129,7 @@ class Records(PerTd):
 
 
 class CopyColumns(Contestant):
-    """What writing costs at the very least: the same bytes copied into one tensor per field."""
+    """The least that writing can cost: the same bytes copied into one tensor per field."""
 
     name = "copy into columns"
 

@@ -1,4 +1,4 @@
-"""What limits a sharded replay of 10^3 shards: the learner's work per batch, and stale totals.
+"""The limits of a replay of 10^3 shards: the learner's work per batch, and stale totals.
 
     python -m benchmarks.studies.scale_simulation      # writes benchmarks/results/scale.{json,md}
 
@@ -61,7 +61,7 @@ class NoReplies:
 
 
 def answer(number: int, n: int, serial: int = 0) -> Drawn:
-    """What a shard with CartPole-like transitions would send."""
+    """Make the answer that a shard with CartPole-like transitions would send."""
     report = Report(1e8 * (1 + number % 7), np.inf, 10**9, 10**9, 0, 0, 1, serial)
     packed = [  # arrays of their own: pickle would send one that occurs twice only once
         (("state",), "float32", np.zeros((n, 4), np.float32)),
@@ -116,7 +116,7 @@ def coordinator(batch: int, args: Args) -> dict:
 
 
 def messages(args: Args) -> dict:
-    """How many small calls of two actors one process gets answered per second."""
+    """Count the small calls of two actors that one process gets answered per second."""
 
     class Shard:
         def sample(self, n: int) -> int:

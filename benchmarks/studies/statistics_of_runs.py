@@ -86,7 +86,7 @@ def improvement(x: NDArray, y: NDArray) -> float:
 
 
 def _drawn_counts(random: np.random.Generator, runs: int, repetitions: int) -> NDArray:
-    """How often each run is drawn, as a share: [repetitions, runs]."""
+    """Draw the share of the draws that each run gets: [repetitions, runs]."""
     return random.multinomial(runs, np.full(runs, 1 / runs), size=repetitions) / runs
 
 

@@ -1,4 +1,4 @@
-"""Who takes part in the benchmarks: each does what it is timed for."""
+"""Each contestant of the benchmarks does what it is timed for."""
 
 import pytest
 import torch

@@ -48,7 +48,7 @@ ORACLE_LIMIT = 100_000  # updates of the oracles, which either are fast or do no
 
 @dataclass(frozen=True)
 class Args:
-    """What to run."""
+    """The settings of a run; each is a command-line option too."""
 
     max_states: int = option(16, "largest n; all even n from 2 on are run")
     seeds: int = option(21, "initial parameters, orders of the memory and random draws")
@@ -153,7 +153,7 @@ def ablation(args: Args) -> Iterator[Record]:
 
 
 def about(args: Args, seconds: float) -> Record:
-    """Where and how the figures were made."""
+    """Tell where the figures were made, and with which arguments."""
     return {"args": asdict(args), "seconds": seconds, "machine": machine(), "versions": versions()}
 
 

@@ -167,7 +167,7 @@ def follow_largest(
 
 
 Agent = Callable[[Problem, Generator, int], Count]
-"""How many updates it took until the values were right; None: not within the limit."""
+"""Counts the updates until the values were right; None: not within the limit."""
 
 
 def scripted(

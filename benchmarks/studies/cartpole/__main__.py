@@ -50,7 +50,7 @@ def variants(args: argparse.Namespace) -> dict[str, Variant]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run what is not there yet, then report."""
+    """Run the agents that have no file yet, then report."""
     args = parse(argv)
     chosen = variants(args)
     if not args.report:

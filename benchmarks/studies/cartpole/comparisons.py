@@ -25,22 +25,22 @@ class Row:
 
     @property
     def censored(self) -> bool:
-        """Whether some runs did not come so far: what remains is no fair sample then."""
+        """True if some runs did not come so far: those that did are no fair sample then."""
         return any(len(s) < n for s, n in zip(self.scores, self.runs, strict=True))
 
     @property
     def comparable(self) -> bool:
-        """Whether enough runs came so far."""
+        """True if enough runs came so far."""
         return all(len(s) >= MOST * n for s, n in zip(self.scores, self.runs, strict=True))
 
     @property
     def probability(self) -> tuple[float, float, float]:
-        """That the agent is better than the baseline, and its 95% interval."""
+        """Probability that the agent is better than the baseline, and its 95% interval."""
         return improvement_interval([(self.scores[1], self.scores[0])])
 
     @property
     def verdict(self) -> str:
-        """What the interval says."""
+        """The interval in words."""
         _, low, high = self.probability
         if low <= 0.5 + 1e-9 and high >= 0.5 - 1e-9:  # all ties are 0.5 up to rounding
             return "not apart"

@@ -60,7 +60,7 @@ def _overall(rows: dict[str, list[Row]]) -> str:
 
 
 def _about(records: dict[str, Record]) -> str:
-    """Tell runs, steps and time, of what is in the files."""
+    """Tell the runs, steps and times of the files."""
     found = list(records.values())
     runs = sorted({record.about["runs"] for record in found})
     time = ", ".join(

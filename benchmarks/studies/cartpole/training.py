@@ -20,7 +20,7 @@ SHAPES = {"CartPole-v1": (4, 2), "MountainCar-v0": (2, 3)}  # observation, actio
 
 @dataclass(frozen=True)
 class Outcome:
-    """What S runs did."""
+    """The episodes of S runs."""
 
     lengths: NDArray  # uint16 [S, most episodes]: steps of each finished episode, then 0
     greedy: NDArray  # float32 [S, evaluations]: mean steps of an episode without exploration
@@ -77,7 +77,7 @@ class Lockstep:
         self.updates = 0
 
     def _seen(self, observation: NDArray) -> Tensor:
-        """What the networks are given, [n, obs]."""
+        """Scale observations for the networks, [n, obs]."""
         return torch.from_numpy(observation) * self.scale
 
     def act(self, step: int) -> Tensor:
@@ -89,7 +89,7 @@ class Lockstep:
         return torch.where(torch.rand(self.runs, generator=self.generator) < share, anything, best)
 
     def step(self, step: int) -> None:
-        """One step of every environment; what is a transition is stored."""
+        """Step every environment; store the steps that are transitions."""
         action = self.act(step)
         observation, reward, terminated, truncated, _ = self.environments.step(action.numpy())
         if self.settings.failure_reward:
