@@ -10,6 +10,7 @@ import pytest
 from benchmarks.studies.blind_cliffwalk import __main__ as cliffwalk
 from benchmarks.studies.blind_cliffwalk import agents, report
 
+ROOT = Path(__file__).parents[2]
 REPRESENTATIONS = ("tabular", "linear")
 ALWAYS_ARRIVE = [name for name in agents.AGENTS if name != "oracle"]
 
@@ -195,14 +196,14 @@ def test_quick_run_prints_a_row_for_each_n_or_setting(extra, capsys):
 
 
 def test_picture_is_drawn_from_the_results_that_are_kept(tmp_path):
-    records = json.loads(Path(cliffwalk.Args.json).read_text())["study"]["records"]
+    records = json.loads((ROOT / cliffwalk.Args.json).read_text())["study"]["records"]
     report.plot(records, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("name", ["study", "ablation"])
 def test_pages_show_the_results_that_are_kept(name):
-    results = json.loads(Path(cliffwalk.Args.json).read_text())[name]["records"]
+    results = json.loads((ROOT / cliffwalk.Args.json).read_text())[name]["records"]
     page = report.PAGES[name].read_text()
     for record in results:
         middle = report.median(record["updates"])

@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.arguments import option, parse_args
 from benchmarks.machine import machine, versions
-from benchmarks.pages import RESULTS, fill
+from benchmarks.pages import fill
 from benchmarks.studies.blind_cliffwalk.agents import (
     AGENTS,
     Agent,
@@ -57,8 +57,8 @@ class Args:
     sections: str = option("", "of the ablation, only these, separated by commas")
     ablation: bool = option(False, "vary the settings of proportional replay instead")
     quick: bool = option(False, "n up to 6 and 3 seeds, to see that it runs; nothing is kept")
-    json: str = option(f"{RESULTS}/blind_cliffwalk.json", "results, added to what is there")
-    plot: str = option(f"{RESULTS}/blind_cliffwalk.png", "the picture")
+    json: str = option("benchmarks/results/blind_cliffwalk.json", "results, added to what is there")
+    plot: str = option("benchmarks/results/blind_cliffwalk.png", "the picture")
     publish: bool = option(False, "put the tables into the pages under docs/")
 
 
