@@ -14,7 +14,7 @@ def test_apex_ray_runs_with_its_actors_and_shards(cluster, capsys):
     spec = importlib.util.spec_from_file_location("apex_ray", EXAMPLE)
     apex = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(apex)
-    arguments = ["--total-steps", "600", "--learning-starts", "200", "--chunk", "50"]
+    arguments = ["--total-steps", "2000", "--learning-starts", "200", "--chunk", "50"]
     arguments += ["--eval-episodes", "1", "--batch-size", "16"]
     summary = apex.main(apex.parse_args(arguments))
     assert summary["gradient steps"] > 10
