@@ -1,1 +1,1 @@
-"""What prioritized replay costs, and whether it draws what it should: `python -m benchmarks`."""
+"""Speed and exactness of prioritized replay: `python -m benchmarks`."""

@@ -14,6 +14,7 @@ from benchmarks import report
 from benchmarks.case import quick
 from benchmarks.cases import CASES
 from benchmarks.machine import commit, machine, versions
+from benchmarks.pages import RESULTS
 from benchmarks.runner import Options, run
 
 FORMAT, VERSION = "per_td.benchmarks", 1
@@ -33,7 +34,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         choices=["cpu", "cuda", *(case.name for case in CASES)],
         help="some only: cpu or cuda for all of a device, or names of cases",
     )
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--name", help="of the files there; default: the device")
     parser.add_argument("--pin", action="store_true", help="stay on one core, peers' threads too")
     parser.add_argument("--seed", type=int, default=0)
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> Path:
     path = args.out / f"{name}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(report.make(path))
-    if args.out == report.RESULTS and name in report.PUBLISHED:
+    if args.out == RESULTS and name in report.PUBLISHED:
         report.publish(args.out)
     failed = [case["name"] for case in results["cases"] if case.get("failed")]
     if failed:

@@ -1,11 +1,8 @@
-"""What a case is: one table of the results, with the goals that were set for it."""
+"""A case: one table of the results, with the goals that were set for it."""
 
 from dataclasses import dataclass, replace
 
 from benchmarks.race import TOTAL
-
-__all__ = ["NO_SLOT", "RATIO", "Case", "Goal", "Ref", "described", "not_run", "quick"]
-
 
 RATIO, NO_SLOT = "distance / of perfect draws", "draws of slots that do not exist"
 """Parts of an exactness case, for its goals."""

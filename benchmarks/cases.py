@@ -2,26 +2,21 @@
 
 from benchmarks.case import NO_SLOT, RATIO, Case, Goal, Ref
 
-__all__ = ["CASES"]
-
 PEERS = ("TorchRL prioritized", "cpprb", "flashbax", "tianshou")
 STANDARD_EXTEND = ("per_td", "per_td, plain torch", "copy into columns", "TorchRL uniform", *PEERS)
 GROWTH = tuple(10**k for k in range(4, 9))
 CROSSOVER = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 10_000_000)
 CUDA_BATCHES = (256, 1_024, 8_192, 65_536)
+OURS, UNIFORM = Ref("per_td"), Ref("TorchRL uniform", "sample")
 FASTTD3 = 10_240 * 4_096  # steps kept of each of its environments
 
 
 def _extend_goals(n: str) -> tuple[Goal, ...]:
-    of = Ref("per_td", "extend")
+    of, theirs = Ref("per_td", "extend"), Ref("TorchRL uniform", "extend")
+    copy = Ref("copy into columns", "extend")
     return (
-        Goal(
-            f"`extend` of {n} / that of TorchRL's uniform buffer",
-            of,
-            0.1,
-            Ref("TorchRL uniform", "extend"),
-        ),
-        Goal(f"`extend` of {n} / copying the bytes", of, 2.0, Ref("copy into columns", "extend")),
+        Goal(f"`extend` of {n} / that of TorchRL's uniform buffer", of, 0.1, theirs),
+        Goal(f"`extend` of {n} / copying the bytes", of, 2.0, copy),
     )
 
 
@@ -36,13 +31,8 @@ CASES: tuple[Case, ...] = (
         parts=("sample", "update", "update_cold"),
         seconds=25,
         goals=(
-            Goal(
-                "sample + update / TorchRL's uniform sample",
-                Ref("per_td"),
-                1 / 3,
-                Ref("TorchRL uniform", "sample"),
-            ),
-            *(Goal(f"sample + update / {peer}'s", Ref("per_td"), 1.0, Ref(peer)) for peer in PEERS),
+            Goal("sample + update / TorchRL's uniform sample", OURS, 1 / 3, UNIFORM),
+            *(Goal(f"sample + update / {peer}'s", OURS, 1.0, Ref(peer)) for peer in PEERS),
         ),
         plot="contestant",
     ),
@@ -77,7 +67,7 @@ CASES: tuple[Case, ...] = (
                 "sample + update in TorchRL's buffer / its uniform sample",
                 Ref("per_td in TorchRL"),
                 1.4,
-                Ref("TorchRL uniform", "sample"),
+                UNIFORM,
             ),
         ),
     ),

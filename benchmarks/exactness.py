@@ -1,17 +1,16 @@
-"""How far draws are from the distribution they should have."""
+"""The distance of draws from the distribution they should have."""
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from benchmarks.case import NO_SLOT, RATIO, Case
-from benchmarks.contestants import CONTESTANTS, NotRun
+from benchmarks.contestants import CONTESTANTS, NotRun, methods
 from benchmarks.workload import ALPHA, Point, priorities
-from per_td import SumTree, draws
-
-__all__ = ["distance", "measure", "worst"]
+from per_td import SumTree
 
 RANGES, RESIDUES = 125, 8
 OUTSIDE = RANGES * RESIDUES  # the bucket of slots that do not exist
@@ -28,34 +27,13 @@ def _tree(mass: Tensor) -> Draw:
     return lambda n: torch.cat([tree.sample(min(AT_ONCE, n - i)) for i in range(0, n, AT_ONCE)])
 
 
-def _limited(mass: Tensor) -> None:
-    if len(mass) > draws.MULTINOMIAL_LIMIT:
-        raise NotRun("torch.multinomial takes at most 2^24 categories")
-
-
-def _multinomial(mass: Tensor) -> Draw:
-    _limited(mass)
-    return lambda n: draws.multinomial(mass, n, "independent")
-
-
-def _multinomial32(mass: Tensor) -> Draw:
-    _limited(mass)
-    return lambda n: torch.multinomial(mass, n, replacement=True)
-
-
-def _cumsum32(mass: Tensor) -> Draw:
-    sums = mass.cumsum(0)
-    last = len(sums) - 1
-    return lambda n: torch.searchsorted(
-        sums, torch.rand(n, device=sums.device) * sums[-1], right=True
-    ).clamp_(max=last)
-
-
-METHODS = {
+METHODS: dict[str, Callable[[Tensor], Draw]] = {
     "per_td: tree": _tree,
-    "per_td: multinomial (float64)": _multinomial,
-    "torch.multinomial (float32)": _multinomial32,
-    "cumsum + searchsorted (float32)": _cumsum32,
+    "per_td: multinomial (float64)": lambda mass: partial(methods.multinomial64, mass),
+    "torch.multinomial (float32)": lambda mass: partial(methods.multinomial, mass),
+    "cumsum + searchsorted (float32)": lambda mass: partial(
+        methods.cumulative_sum, mass, dtype=torch.float32
+    ),
 }
 
 
@@ -103,9 +81,8 @@ def distance(index: Tensor, probability: Tensor, capacity: int) -> dict[str, flo
 
 def _of_methods(case: Case, capacity: int, n: int, rows: list[dict]) -> None:
     for masses in ("equal", "random"):
-        if masses == "equal":
-            mass = torch.ones(capacity, device=case.device)
-        else:
+        mass = torch.ones(capacity, device=case.device)
+        if masses == "random":
             mass = priorities(capacity, case.device) ** ALPHA
         probability = expected(mass)
         for method, make in METHODS.items():

@@ -3,8 +3,6 @@
 from benchmarks.case import Case, Goal, Ref
 from benchmarks.race import Entry, Spread, ratio
 
-__all__ = ["judge"]
-
 
 def _matches(ref: Ref, key: dict) -> bool:
     wanted = {"contestant": ref.contestant, "capacity": ref.capacity, "batch": ref.batch}

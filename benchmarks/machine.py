@@ -1,4 +1,4 @@
-"""Which machine, versions and commit the numbers belong to.
+"""Machine, versions and commit that the numbers belong to.
 
 `python -m benchmarks.machine FILE` writes them down as JSON.
 """
@@ -12,8 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-
-__all__ = ["commit", "gpu", "machine", "versions"]
 
 PACKAGES = (
     "per-td", "torch", "tensordict", "torchrl", "numba", "triton", "numpy", "cpprb", "flashbax",
@@ -30,7 +28,7 @@ def _from_proc(path: str, key: str) -> str | None:
 
 
 def machine() -> dict:
-    """CPU, cores, memory, GPU."""
+    """Return CPU, cores, memory, GPU."""
     memory = _from_proc("/proc/meminfo", "MemTotal")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
@@ -69,7 +67,7 @@ def _driver() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Those of Python and of the packages that are installed."""
+    """Return those of Python and of the packages that are installed."""
     import per_td
 
     found = {"python": platform.python_version()}
@@ -82,7 +80,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> dict:
-    """Hash of the commit, and whether the working tree differs from it beside results."""
+    """Return the hash of the commit, and if the working tree differs from it beside results."""
 
     def git(*args: str) -> str | None:
         done = subprocess.run(
@@ -97,6 +95,10 @@ def commit() -> dict:
         return {"hash": None, "dirty": None}
 
 
+def about() -> dict[str, dict]:
+    """Return all of it but the GPU, as it stands in the results."""
+    return {"machine": machine(), "versions": versions(), "commit": commit()}
+
+
 if __name__ == "__main__":
-    everything = {"machine": machine(), "device": gpu(), "versions": versions(), "commit": commit()}
-    Path(sys.argv[1]).write_text(json.dumps(everything))
+    Path(sys.argv[1]).write_text(json.dumps(about() | {"device": gpu()}))

@@ -19,9 +19,8 @@ import torch
 from benchmarks import parts, report
 from benchmarks.case import Case, not_run
 from benchmarks.cases import CASES
+from benchmarks.pages import RESULTS
 from benchmarks.parts import Part
-
-__all__ = ["collected", "main", "parse", "plan", "save"]
 
 FORMAT, VERSION = "per_td.benchmarks", 1
 MEASURED = (  # and their share of the time
@@ -56,7 +55,7 @@ def plan(*, rehearse: bool) -> list[Part]:
     others = (*ON_CUDA, "tests", "--ignore=tests/ray", f"--ignore={KERNELS}")
     if rehearse:  # a few that the CPU can do, beside those for CUDA, which are skipped
         kernels = (*PYTEST, "-k", "nothing", KERNELS)
-        others = (*PYTEST, "tests/tree/test_sum_tree.py")
+        others = (*PYTEST, "-m", "not slow", "tests/tree/test_sum_tree.py")
     small = ("--rehearse",) if rehearse else ()
     title = {case.name: case.title for case in CASES}
     return [
@@ -121,7 +120,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bash benchmarks/on_gpu.sh", description=__doc__)
     parser.add_argument("minutes", type=float, nargs="?", default=9.0, help="for all of it")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU: small, on the CPU")
-    parser.add_argument("--out", type=Path, default=report.RESULTS, help="folder for the results")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     args = parser.parse_args(argv)
     if not 0 < args.minutes < math.inf:
         parser.error(f"minutes: expected a positive number, got {args.minutes}")
@@ -174,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         report.make(path)
     except Exception as error:  # a page without plots is written already
         print(f"no plots: {type(error).__name__}: {error}", file=sys.stderr)
-    if args.out == report.RESULTS and name in report.PUBLISHED:
+    if args.out == RESULTS and name in report.PUBLISHED:
         report.publish()
     print("\n\n".join(report.summary(json.loads(path.read_text()))))
     return 0 if all(record["state"] == "ok" for record in records) else 1

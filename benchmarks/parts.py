@@ -11,9 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.tables import markdown_table, number
-
-__all__ = ["NO_TIME", "PENDING", "TIMED_OUT", "Part", "detail", "run_all", "text"]
+from benchmarks.pages import number, table
 
 NO_TIME, TIMED_OUT, PENDING = "not run: no time left", "timed out", "not reached yet"
 TAIL = 40  # lines
@@ -22,7 +20,7 @@ GRACE = 3.0  # seconds for a process to say where it hangs
 
 @dataclass(frozen=True)
 class Part:
-    """What to run.
+    """A command to run, and its share of the time.
 
     Attributes:
         name, title: for the results.
@@ -182,6 +180,6 @@ def text(records: list[dict]) -> str:
         ]
         for record in records
     ]
-    table = markdown_table(["part", "state", "seconds", "limit", "what"], body)
+    shown = table(["part", "state", "seconds", "limit", "what"], body)
     said = [block for record in records for block in _failures(record)]
-    return "\n\n".join([table, *(["### What failed", *said] if said else [])])
+    return "\n\n".join([shown, *(["### What failed", *said] if said else [])])

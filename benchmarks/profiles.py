@@ -1,8 +1,7 @@
-"""Where the microseconds go: the parts of a call of the buffer, one after the other.
+"""A profile of the microseconds: the parts of a call of the buffer, one after the other.
 
-This looks inside: a part that a version of the buffer does not have is left out. The parts of a
-call work on the same slots in the order of the call, so that each finds in the caches what it would
-find there; the slots are new in every call.
+This looks inside the buffer. The parts of a call work on the same slots in the order of the call,
+so that each finds in the caches what it would find there; the slots are new in every call.
 """
 
 from collections.abc import Callable
@@ -18,8 +17,6 @@ from per_td import draws, validation
 from per_td.priorities import sampling
 from per_td.storage import batches
 from per_td.storage.leaves import nested
-
-__all__ = ["measure"]
 
 WHOLE, REST = "all of it", "rest"
 NESTED = "- "  # marks parts of the part above, not counted in the rest
@@ -111,34 +108,29 @@ def _extend_parts(own: PerTd, at: dict) -> Parts:
 CALLS = {"sample": _sample_parts, "update": _update_parts, "extend": _extend_parts}
 
 
-def _possible(own: PerTd, call: str) -> list[Part]:
-    """The parts of `call` that run; each is called once, in order.
+def _parts(own: PerTd, call: str) -> list[Part]:
+    """Make the parts of a call, each called once, in order.
 
     Those of an update get new slots each, the others follow from one another.
     """
-    kept, at = [], {}
+    at: dict = {}
 
     def fresh() -> None:
         at["index"], at["td_error"] = own.pool.next()
         at["generation"] = own.buffer.generation_of(at["index"])
 
-    for name, run in CALLS[call](own, at).items():
-        try:
-            fresh()
-            run()
-        except (AttributeError, TypeError, KeyError):
-            continue
-        kept.append(Part(name, run, fresh if call == "update" else None, summed=False))
-    return kept
+    parts = CALLS[call](own, at)
+    for run in parts.values():
+        fresh()
+        run()
+    before = fresh if call == "update" else None
+    return [Part(name, run, before, summed=False) for name, run in parts.items()]
 
 
 def _with_rest(entry: Entry) -> None:
-    parts = [
-        values
-        for name, values in entry.rounds.items()
-        if name != WHOLE and not name.startswith(NESTED)
-    ]
     whole = entry.rounds[WHOLE]
+    inner = [name for name in entry.rounds if name != WHOLE and not name.startswith(NESTED)]
+    parts = [entry.rounds[name] for name in inner]
     entry.rounds[REST] = [w - sum(p) for w, *p in zip(whole, *parts, strict=True)]
 
 
@@ -151,12 +143,8 @@ def measure(case: Case, *, seed: int) -> tuple[list[Entry], int, float]:
     total = own.buffer.total_mass
     own.points.td_error = torch.rand(len(own.points.index), dtype=torch.float64) * total
     own.buffer.beta = BETA
-    entries = [
-        Entry(
-            {"contestant": c, "capacity": point.capacity, "batch": point.batch}, _possible(own, c)
-        )
-        for c in CALLS
-    ]
+    key = {"capacity": point.capacity, "batch": point.batch}
+    entries = [Entry({"contestant": call} | key, _parts(own, call)) for call in CALLS]
     rounds, share = race(entries, case.seconds)
     for entry in entries:
         _with_rest(entry)

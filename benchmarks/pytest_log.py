@@ -9,8 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Log", "pytest_addoption", "pytest_configure"]
-
 MOST_LINES, MOST_OUTPUTS = 30, 20  # of a failure; of all of them: one fault may fail hundreds
 
 

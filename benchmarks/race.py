@@ -2,8 +2,8 @@
 
 A round gives every entry one turn of a few calls, right after one another; whatever slows the
 machine down for a while slows all of them down. The time of a round is the median of the turn's
-calls; what is reported are the median and the quartiles over the rounds, and ratios between entries
-round by round.
+calls; results are the median and the quartiles over the rounds, and ratios between entries round
+by round.
 """
 
 import gc
@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
-
-__all__ = ["TOTAL", "Entry", "Part", "Spread", "race", "ratio", "spread"]
 
 TOTAL = "sample + update"
 TURN_US = 3000.0  # a turn is as many calls as fit into this
@@ -33,7 +31,7 @@ class Part:
 
 @dataclass
 class Entry:
-    """What takes turns.
+    """A contestant in a race.
 
     Attributes:
         key: how the results are labelled.

@@ -8,40 +8,37 @@ learner, Ray's own), more shards cannot be faster: look at the ratios to Ray's c
 bytes, which pays for the same cores.
 """
 
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import ray
 import torch
 from tensordict import TensorDict
 
-from benchmarks.arguments import parse_args
-from benchmarks.machine import commit, machine, versions
+from benchmarks.arguments import option, parse_args
+from benchmarks.machine import about
+from benchmarks.pages import RESULTS, save, table
 from per_td import PrioritizedReplayBuffer
 from per_td.ray import ShardedReplayBuffer
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass
 class Args:
     """The settings of a run; each is a command-line option too."""
 
-    shards: str = field(default="1,2,4", metadata={"help": "numbers of shards, with commas"})
-    batch: int = field(default=256, metadata={"help": "transitions in a batch"})
-    small: int = field(default=20_000, metadata={"help": "CartPole-like transitions, 41 bytes"})
-    frames: int = field(default=3_000, metadata={"help": "Atari-like transitions, 28 kB"})
-    calls: int = field(default=20, metadata={"help": "calls in a round"})
-    rounds: int = field(default=9, metadata={"help": "rounds of each measurement"})
-    torchrl: int = field(default=1, metadata={"help": "0 leaves out TorchRL's buffers"})
-    out: str = field(default=str(RESULTS / "ray"), metadata={"help": "files, without suffix"})
+    shards: str = option("1,2,4", "numbers of shards, with commas")
+    batch: int = option(256, "transitions in a batch")
+    small: int = option(20_000, "CartPole-like transitions, 41 bytes")
+    frames: int = option(3_000, "Atari-like transitions, 28 kB")
+    calls: int = option(20, "calls in a round")
+    rounds: int = option(9, "rounds of each measurement")
+    torchrl: int = option(1, "0 leaves out TorchRL's buffers")
+    out: str = option(str(RESULTS / "ray"), "files, without suffix")
 
 
 def transitions(kind: str, n: int) -> TensorDict:
@@ -76,19 +73,20 @@ def seconds_per_call(call: Callable[[], object], args: Args) -> float:
     return statistics.median(times[1:])
 
 
-def row(name: str, seconds: float, batch: int, size: int) -> dict:
-    """A line of the table."""
+def row(name: str, call: Callable[[], object], size: int, args: Args) -> dict:
+    """Time a call that moves `size` bytes: a line of the table."""
+    seconds = seconds_per_call(call, args)
     print(f"{name}: {seconds * 1e6:,.0f} us", flush=True)
     return {
         "name": name,
         "us_per_batch": round(seconds * 1e6, 1),
-        "samples_per_s": round(batch / seconds),
+        "samples_per_s": round(args.batch / seconds),
         "mb_per_s": round(size / seconds / 1e6, 2),
     }
 
 
-def ray_copy(size: int, args: Args) -> float:
-    """Seconds that Ray takes to hand over so many bytes from an actor, and one copy of them."""
+def ray_copies(size: int, args: Args) -> list[dict]:
+    """Time Ray handing over so many bytes, from an actor and in one process, and one copy."""
 
     class Source:
         def __init__(self) -> None:
@@ -97,16 +95,14 @@ def ray_copy(size: int, args: Args) -> float:
         def get(self) -> np.ndarray:
             return self.data
 
-    source = ray.remote(num_cpus=0)(Source).remote()
-    seconds = seconds_per_call(lambda: ray.get(source.get.remote()).copy(), args)
+    source, data = ray.remote(num_cpus=0)(Source).remote(), np.zeros(size, np.uint8)
+    calls = {
+        "Ray: an actor's bytes, copied once": lambda: ray.get(source.get.remote()).copy(),
+        "Ray: put, get, copied once": lambda: ray.get(ray.put(data)).copy(),
+    }
+    rows = [row(name, call, size, args) for name, call in calls.items()]
     ray.kill(source)
-    return seconds
-
-
-def put_get(size: int, args: Args) -> float:
-    """Seconds of ray.put and ray.get of so many bytes in one process, and one copy of them."""
-    data = np.zeros(size, np.uint8)
-    return seconds_per_call(lambda: ray.get(ray.put(data)).copy(), args)
+    return rows
 
 
 def train_step(buffer, batch_size: int) -> None:
@@ -130,19 +126,16 @@ def sharded_rows(data: TensorDict, num_shards: int, size: int, args: Args) -> li
             ahead = f", prefetch={prefetch}" * bool(prefetch)
             for what, call in (("sample", buffer.sample), ("sample + update", None)):
                 call = partial(call or partial(train_step, buffer), args.batch)
-                seconds = seconds_per_call(call, args)
-                rows.append(row(f"{name}{ahead}: {what}", seconds, args.batch, size))
-        seconds = seconds_per_call(lambda: buffer.extend(parts[0]), args)
-        rows.append(row(f"{name}: extend", seconds, args.batch, size))
+                rows.append(row(f"{name}{ahead}: {what}", call, size, args))
+        rows.append(row(f"{name}: extend", partial(buffer.extend, parts[0]), size, args))
     if num_shards > 1:
         return rows
     for fsync in (False, True):
         with tempfile.TemporaryDirectory() as folder:
             durable = {"checkpoint_dir": folder, "checkpoint_every": 10**9, "fsync": fsync}
+            name = f"1 shard, log{' and fsync' * fsync}: extend"
             with ShardedReplayBuffer(1, len(data), **options, **durable) as buffer:
-                seconds = seconds_per_call(lambda b=buffer: b.extend(parts[0]), args)
-        name = f"1 shard, log{' and fsync' * fsync}: extend"
-        rows.append(row(name, seconds, args.batch, size))
+                rows.append(row(name, partial(buffer.extend, parts[0]), size, args))
     return rows
 
 
@@ -174,14 +167,11 @@ def torchrl_rows(data: TensorDict, size: int, args: Args) -> list:
         )
         for part in data.split(args.batch):
             buffer.extend(part)
-        seconds = seconds_per_call(buffer.sample, args)
-        rows.append(row(f"{name}: sample", seconds, args.batch, size))
+        rows.append(row(f"{name}: sample", buffer.sample, size, args))
         if extra:
-            seconds = seconds_per_call(lambda b=buffer: train_step(b, args.batch), args)
-            rows.append(row(f"{name}: sample + update", seconds, args.batch, size))
-        part = data[: args.batch]
-        seconds = seconds_per_call(lambda b=buffer, p=part: b.extend(p), args)
-        rows.append(row(f"{name}: extend", seconds, args.batch, size))
+            step = partial(train_step, buffer, args.batch)
+            rows.append(row(f"{name}: sample + update", step, size, args))
+        rows.append(row(f"{name}: extend", partial(buffer.extend, data[: args.batch]), size, args))
         buffer.close()
     return rows
 
@@ -190,11 +180,10 @@ def measure(kind: str, n: int, args: Args) -> dict:
     """All rows for one kind of transitions."""
     data = transitions(kind, n)
     size = nbytes(data[: args.batch])
-    rows = [row("Ray: an actor's bytes, copied once", ray_copy(size, args), args.batch, size)]
-    rows.append(row("Ray: put, get, copied once", put_get(size, args), args.batch, size))
+    rows = ray_copies(size, args)
     local = PrioritizedReplayBuffer(2 * n, args.batch)
     local.extend(data, torch.rand(n))
-    rows.append(row("local buffer: sample", seconds_per_call(local.sample, args), args.batch, size))
+    rows.append(row("local buffer: sample", local.sample, size, args))
     for num_shards in map(int, args.shards.split(",")):
         rows += sharded_rows(data, num_shards, size, args)
     if args.torchrl:
@@ -205,38 +194,29 @@ def measure(kind: str, n: int, args: Args) -> dict:
     return {"kind": kind, "transitions": n, "bytes_per_batch": size, "rows": rows}
 
 
-def table(results: dict) -> str:
-    """The results in Markdown."""
+def page(results: dict) -> str:
+    """Write the results in Markdown."""
     args, info = results["args"], results["machine"]
-    lines = [
+    parts = [
         "# Sharded replay over Ray",
-        "",
         f"`python -m benchmarks.ray_shards` on {info['cpu']}, {info['cores']} cores, load before"
         f" {info['load_before']}; ray {results['ray']}, torch {results['versions']['torch']};"
         f" batches of {args['batch']}, {args['rounds']} rounds of {args['calls']} calls.",
-        "",
     ]
+    formats = "{name}", "{us_per_batch:,.0f}", "{samples_per_s:,}", "{mb_per_s:,.1f}"
+    formats += ("{times_ray_copy:.2f}",)
     for kind in results["kinds"]:
-        lines += [
-            f"## {kind['kind']}: {kind['transitions']:,} transitions,"
-            f" {kind['bytes_per_batch']:,} bytes per batch",
-            "",
-            "| | us per batch | samples/s | MB/s | times Ray's copy |",
-            "|---|---:|---:|---:|---:|",
-        ]
-        lines += [
-            f"| {r['name']} | {r['us_per_batch']:,.0f} | {r['samples_per_s']:,} |"
-            f" {r['mb_per_s']:,.1f} | {r['times_ray_copy']:.2f} |"
-            for r in kind["rows"]
-        ]
-        lines.append("")
-    return "\n".join(lines)
+        size = f"{kind['transitions']:,} transitions, {kind['bytes_per_batch']:,} bytes per batch"
+        body = [[cell.format(**row) for cell in formats] for row in kind["rows"]]
+        head = ["", "us per batch", "samples/s", "MB/s", "times Ray's copy"]
+        parts += [f"## {kind['kind']}: {size}", table(head, body)]
+    return "\n\n".join(parts)
 
 
 def main(args: Args) -> dict:
     """Measure, print, write."""
     torch.set_num_threads(1)
-    info = machine()
+    info = about()
     ray.init(include_dashboard=False, object_store_memory=2**30, num_cpus=8, log_to_driver=False)
     try:
         kinds = [measure("small", args.small, args), measure("frames", args.frames, args)]
@@ -244,16 +224,11 @@ def main(args: Args) -> dict:
         ray.shutdown()
     results = {
         "args": asdict(args),
-        "machine": info,
-        "versions": versions(),
+        **info,
         "ray": ray.__version__,
-        "commit": commit(),
         "kinds": kinds,
     }
-    print(table(results))
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.out + ".json").write_text(json.dumps(results, indent=1) + "\n")
-    Path(args.out + ".md").write_text(table(results))
+    save(args.out, results, page(results))
     return results
 
 

@@ -1,4 +1,4 @@
-"""Runs a case and returns its record."""
+"""Run a case and return its record."""
 
 import gc
 import itertools
@@ -18,12 +18,10 @@ from benchmarks.goals import judge
 from benchmarks.race import Entry, race, spread
 from benchmarks.workload import Point
 
-__all__ = ["Options", "run"]
-
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     device: str = "cpu"
     peers: bool = False
@@ -146,7 +144,7 @@ def _obstacle(case: Case, options: Options) -> str | None:
 
 
 def run(case: Case, options: Options) -> dict:
-    """The record of a case: rows and goals, or why it was not run."""
+    """Return the record of a case: rows and goals, or why it was not run."""
     _say(f"{case.name}: {case.title} ...")
     record = described(case)
     start = time.perf_counter()

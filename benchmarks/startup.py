@@ -1,4 +1,4 @@
-"""What the first call of a process costs: with kernels to compile, from the cache, without them."""
+"""The cost of a first call: with kernels to compile, from the cache, without them."""
 
 import json
 import os
@@ -11,8 +11,6 @@ from benchmarks.contestants import NotRun
 from benchmarks.contestants.own import kernels_for
 from benchmarks.race import spread
 from per_td import kernels
-
-__all__ = ["measure"]
 
 RUNS = 4
 

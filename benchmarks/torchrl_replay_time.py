@@ -5,15 +5,14 @@ Two agents learn CartPole in one process, step by step in turn: one from per_td'
 sampler. Only `extend`, `sample` and `update_tensordict_priority` are timed, which of the two goes
 first changes from step to step, and the first steps of learning are left out.
 
-    python benchmarks/torchrl_replay_time.py --json benchmarks/results/torchrl_replay_time.json
+    python -m benchmarks.torchrl_replay_time --json benchmarks/results/torchrl_replay_time.json
 """
 
-import argparse
 import json
 import platform
 import statistics
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ from torchrl.modules import MLP, EGreedyModule, QValueActor
 from torchrl.objectives import DQNLoss, SoftUpdate
 
 import per_td
+from benchmarks.arguments import option, parse_args
+from benchmarks.pages import table
 from per_td.torchrl import TensorDictPrioritizedReplayBuffer
 
 OPERATIONS = ("extend", "sample", "update")
@@ -36,27 +37,16 @@ OPERATIONS = ("extend", "sample", "update")
 
 @dataclass(frozen=True)
 class Args:
-    """What to run."""
+    """The settings of a run; each is a command-line option too."""
 
-    frames: int = 10_000  # environment steps of each agent
-    frames_per_batch: int = 1  # environment steps between two learning steps
-    batch_size: int = 256  # transitions per learning step
-    capacity: int = 100_000  # slots of each buffer
-    warm_up: int = 500  # learning steps that are not counted
-    threads: int = 1  # of torch
-    seed: int = 0
-    json: str = ""  # where the results go; nowhere if empty
-
-
-def arguments() -> Args:
-    """The command line, with the fields' defaults."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    for field in fields(Args):
-        name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(name, type=type(field.default), default=field.default, help=" ")
-    return Args(**vars(parser.parse_args()))
+    frames: int = option(10_000, "environment steps of each agent")
+    frames_per_batch: int = option(1, "environment steps between two learning steps")
+    batch_size: int = option(256, "transitions per learning step")
+    capacity: int = option(100_000, "slots of each buffer")
+    warm_up: int = option(500, "learning steps that are not counted")
+    threads: int = option(1, "of torch")
+    seed: int = option(0, "of torch and the environments")
+    json: str = option("", "where the results go; nowhere if empty")
 
 
 class Agent:
@@ -121,7 +111,7 @@ class Agent:
 
 def main() -> None:
     """Run both agents and print the table."""
-    args = arguments()
+    args = parse_args(Args, __doc__)
     torch.set_num_threads(args.threads)
     ours = TensorDictPrioritizedReplayBuffer(
         alpha=0.6,
@@ -141,10 +131,9 @@ def main() -> None:
             agent.step()
     results = {name: agent.result(args.warm_up) for name, agent in agents.items()}
     one, other = results.values()
-    print(f"{'median us':22}{'extend':>9}{'sample':>9}{'update':>9}{'sum':>9}{'mean sum':>10}")
-    for name, result in results.items():
-        cells = "".join(f"{result[key]:9.0f}" for key in (*OPERATIONS, "sum"))
-        print(f"{name:22}{cells}{result['mean']:10.0f}   return {result['final_return']:.0f}")
+    columns = (*OPERATIONS, "sum", "mean", "final_return")
+    body = [[name, *(f"{found[c]:.0f}" for c in columns)] for name, found in results.items()]
+    print(table(["median us", *columns], body))
     print(f"ratio of the sums {one['sum'] / other['sum']:.2f}, target at most 0.33")
     if args.json:
         path = Path(args.json)

@@ -1,4 +1,4 @@
-"""What every contestant is given: the same transitions, priorities, fresh slots and TD errors."""
+"""The same for every contestant: transitions, priorities, fresh slots and TD errors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-
-__all__ = ["ALPHA", "BETA", "EPS", "SCHEMAS", "Point", "Pool", "priorities", "transitions"]
 
 ALPHA, BETA, EPS = 0.6, 0.4, 1e-6
 
@@ -34,7 +32,7 @@ SCHEMAS: dict[str, Fields] = {
 
 @dataclass(frozen=True)
 class Point:
-    """Where in the grid of a case a contestant is measured.
+    """The point in the grid of a case at which a contestant is measured.
 
     Attributes:
         capacity: slots, all of them filled.
@@ -56,7 +54,7 @@ class Point:
 def transitions(n: int, schema: str, device: str = "cpu") -> TensorDict:
     """`n` transitions whose leaves are random numbers, [n].
 
-    The numbers are a block of 2^16 that repeats: what is in a transition does not matter here, and
+    The numbers are a block of 2^16 that repeats: their values do not matter here, and
     random numbers for 10^8 of them would take longer than the benchmark.
     """
     leaves = {}

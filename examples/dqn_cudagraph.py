@@ -21,66 +21,39 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
 
 import gymnasium as gym
+import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import nn
-from tqdm import tqdm
 
 from per_td import PrioritizedReplayBuffer
 
 ENV_ID = "CartPole-v1"
 WARM_UP = 5  # steps before the clock starts, and on CUDA before the capture
+GAMMA, TAU = 0.99, 0.01  # discount factor; share of the network mixed into the target
+Step = Callable[[], torch.Tensor]
 
 
-def option(default, text):
-    """A dataclass field with its line of help."""
-    return field(default=default, metadata={"help": text})
+def parse_args(argv=None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2_000, help="to time, of each kind")
+    parser.add_argument("--transitions", type=int, default=10_000, help="of a random policy")
+    parser.add_argument("--batch-size", type=int, default=128, help="transitions in a step")
+    parser.add_argument("--seed", type=int, default=0, help="of the environment and torch")
+    parser.add_argument("--device", default="cpu", help="where networks and buffer live")
+    return parser.parse_args(argv)
 
 
-@dataclass
-class Args:
-    """The settings of a run; each is a command-line option too."""
-
-    steps: int = option(2_000, "training steps to time, of each kind")
-    transitions: int = option(10_000, "transitions to collect with a random policy")
-    seed: int = option(0, "seeds the environment and torch")
-    device: str = option("cpu", "where networks and buffer live: cpu, cuda, ...")
-
-    alpha: float = option(0.6, "how strongly priorities skew the draws; 0 is uniform")
-    beta: float = option(0.4, "share of that bias which the weights undo")
-    capacity: int = option(100_000, "transitions that fit in the buffer")
-    batch_size: int = option(128, "transitions in a training step")
-
-    lr: float = option(5e-4, "Adam's learning rate")
-    gamma: float = option(0.99, "discount factor")
-    tau: float = option(0.01, "share of the online network that each step mixes into the target")
-    hidden: int = option(128, "units in each of the two hidden layers")
-
-
-def parse_args(argv=None) -> Args:
-    """`Args` from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    for f in fields(Args):
-        name = "--" + f.name.replace("_", "-")
-        parser.add_argument(name, default=f.default, type=f.type, help=f.metadata["help"])
-    return Args(**vars(parser.parse_args(argv)))
-
-
-# ----------------------------------------------------------------------------- the transitions
-
-
-def collect(args: Args) -> TensorDict:
-    """Transitions of a random policy, a TensorDict [transitions]."""
+def collect(n: int, seed: int) -> TensorDict:
+    """Return transitions of a random policy, a TensorDict [n]."""
     env = gym.make(ENV_ID)
-    env.action_space.seed(args.seed)
+    env.action_space.seed(seed)
     rows = []
-    state, _ = env.reset(seed=args.seed)
-    for _ in tqdm(range(args.transitions), desc=f"random play on {ENV_ID}", leave=False):
+    state, _ = env.reset(seed=seed)
+    for _ in range(n):
         action = env.action_space.sample()
         next_state, reward, terminated, truncated, _ = env.step(action)
         rows.append((state, int(action), float(reward), next_state, float(terminated)))
@@ -89,55 +62,46 @@ def collect(args: Args) -> TensorDict:
     states, actions, rewards, next_states, dones = zip(*rows, strict=True)
     return TensorDict(
         {
-            "state": torch.stack([torch.as_tensor(s) for s in states]),
+            "state": torch.from_numpy(np.stack(states)),
             "action": torch.tensor(actions),
             "reward": torch.tensor(rewards),
-            "next_state": torch.stack([torch.as_tensor(s) for s in next_states]),
+            "next_state": torch.from_numpy(np.stack(next_states)),
             "done": torch.tensor(dones),
         },
-        batch_size=[args.transitions],
+        batch_size=[n],
     )
-
-
-# --------------------------------------------------------------------------- the training step
 
 
 class Learner:
     """Networks, optimizer and buffer, and the step that is to be fast."""
 
-    def __init__(self, transitions: TensorDict, args: Args):
+    def __init__(self, transitions: TensorDict, args: argparse.Namespace):
         torch.manual_seed(args.seed)
-        self.args = args
-        self.network = nn.Sequential(
-            nn.Linear(transitions["state"].shape[1], args.hidden),
-            nn.ReLU(),
-            nn.Linear(args.hidden, args.hidden),
-            nn.ReLU(),
-            nn.Linear(args.hidden, 2),
-        ).to(args.device)
+        layers = nn.Linear(4, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2)
+        self.network = nn.Sequential(*layers).to(args.device)
         self.target = copy.deepcopy(self.network).requires_grad_(False)
         on_cuda = torch.device(args.device).type == "cuda"
         self.optimizer = torch.optim.Adam(
-            self.network.parameters(), lr=args.lr, capturable=on_cuda, foreach=True
+            self.network.parameters(), lr=5e-4, capturable=on_cuda, foreach=True
         )
         self.buffer = PrioritizedReplayBuffer(
-            args.capacity, args.batch_size, alpha=args.alpha, beta=args.beta, device=args.device
+            100_000, args.batch_size, alpha=0.6, beta=0.4, device=args.device
         )
         self.buffer.extend(transitions)
 
     def forward(self) -> tuple[torch.Tensor, TensorDict]:
-        """The loss of a prioritized batch, and the batch with "td_error" [B] in it."""
+        """Return the loss of a prioritized batch, and the batch with "td_error" [B] in it."""
         batch = self.buffer.sample()
         with torch.no_grad():  # double DQN: one network picks the next action, the other values it
             best = self.network(batch["next_state"]).argmax(dim=1, keepdim=True)
             value = self.target(batch["next_state"]).gather(1, best).squeeze(1)
-            wanted = batch["reward"] + self.args.gamma * (1 - batch["done"]) * value
+            wanted = batch["reward"] + GAMMA * (1 - batch["done"]) * value
         chosen = self.network(batch["state"]).gather(1, batch["action"].unsqueeze(1)).squeeze(1)
         batch["td_error"] = wanted - chosen
         return (batch["priority_weight"] * batch["td_error"] ** 2).mean(), batch
 
     def step(self) -> torch.Tensor:
-        """One training step; the loss stays on the device: to look at it would be to wait."""
+        """Train once; the loss stays on the device: to look at it would be to wait."""
         loss, batch = self.forward()
         self.optimizer.zero_grad()
         loss.backward()
@@ -147,27 +111,22 @@ class Learner:
 
     @torch.no_grad()
     def improve(self) -> None:
-        """One step of Adam, of which the target network takes its share."""
+        """Take one step of Adam, and give the target network its share of it."""
         self.optimizer.step()
         pairs = zip(self.target.parameters(), self.network.parameters(), strict=True)
         for slow, fast in pairs:
-            slow.lerp_(fast, self.args.tau)
+            slow.lerp_(fast, TAU)
 
     def update(self, batch: TensorDict) -> None:
-        """Give what was drawn its new priorities."""
+        """Give the transitions of the batch their new priorities."""
         self.buffer.update_tensordict_priority(batch)
 
 
-# ------------------------------------------------------------------------- ways to make it fast
-
-Step = Callable[[], torch.Tensor]
-
-
 def captured(learner: Learner) -> Step:
-    """The step as a CUDA graph."""
+    """Record the step as a CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what is done only once must not be recorded
+    with torch.cuda.stream(side):  # work that is done only once must not be recorded
         for _ in range(WARM_UP):
             learner.step()
     torch.cuda.current_stream().wait_stream(side)
@@ -183,7 +142,7 @@ def captured(learner: Learner) -> Step:
 
 
 def compiled(learner: Learner) -> Step:
-    """The step with its parts compiled, sampling and update in one graph each."""
+    """Compile the parts of the step, sampling and update in one graph each."""
     learner.forward = torch.compile(learner.forward, fullgraph=True)
     learner.improve = torch.compile(learner.improve)
     learner.update = torch.compile(learner.update, fullgraph=True)
@@ -191,62 +150,43 @@ def compiled(learner: Learner) -> Step:
     return learner.step
 
 
-def fastest(transitions: TensorDict, args: Args) -> tuple[str, Step] | None:
-    """The fastest way that there is here, by name; None, after a word why, if there is none."""
-    learner = Learner(transitions, args)
-    if torch.device(args.device).type == "cuda":
-        return "CUDA graph", captured(learner)
-    try:
-        return "torch.compile", compiled(learner)
-    except RuntimeError as error:  # mostly: there is no C++ compiler
-        print(f"torch.compile cannot be used here: {str(error).strip().splitlines()[0]}")
-        return None
+def measure(step: Step, n: int, device: str) -> dict:
+    """Return steps per second, and the mean loss of the last tenth of n steps."""
+    losses = torch.empty(n, device=device)
 
-
-# ----------------------------------------------------------------------------- time and table
-
-
-def measure(name: str, step: Step, args: Args) -> dict:
-    """Steps per second, and the mean loss of the last tenth of the steps."""
-    losses = torch.empty(args.steps, device=args.device)
-
-    def wait() -> float:
+    def now() -> float:
         if losses.is_cuda:
             torch.cuda.synchronize(losses.device)
         return time.perf_counter()
 
     for _ in range(WARM_UP):
         step()
-    start = wait()
-    for k in tqdm(range(args.steps), desc=name, unit=" steps", leave=False):
+    start = now()
+    for k in range(n):
         losses[k] = step()
-    seconds = wait() - start
-    return {
-        "name": name,
-        "steps_per_second": args.steps / seconds,
-        "loss": float(losses[-max(1, args.steps // 10) :].mean()),
-    }
+    seconds = now() - start
+    return {"steps_per_second": n / seconds, "loss": float(losses[-max(1, n // 10) :].mean())}
 
 
-def print_table(rows: list[dict], args: Args) -> None:
-    """One line per way."""
-    device = torch.cuda.get_device_name() if "cuda" in args.device else "CPU"
-    print(f"\nDQN on {ENV_ID}, batch {args.batch_size}, {args.steps:,} steps each, {device}")
-    print(f"{'':<16}{'steps per second':>18}{'us per step':>13}{'ratio':>8}{'last loss':>12}")
-    for row in rows:
+def main(args: argparse.Namespace) -> dict:
+    """Time the step both ways and print the figures; return them by the way's name."""
+    transitions = collect(args.transitions, args.seed)
+    ways = {"plain calls": Learner(transitions, args).step}
+    learner = Learner(transitions, args)
+    if torch.device(args.device).type == "cuda":
+        ways["CUDA graph"] = captured(learner)
+    else:
+        try:
+            ways["torch.compile"] = compiled(learner)
+        except RuntimeError as error:  # mostly: there is no C++ compiler
+            reason = str(error).strip().splitlines()[0]
+            print(f"torch.compile cannot be used here: {reason}")
+    rows = {}
+    for name, step in ways.items():
+        rows[name] = row = measure(step, args.steps, args.device)
         speed = row["steps_per_second"]
-        ratio = speed / rows[0]["steps_per_second"]
-        print(f"{row['name']:<16}{speed:>18,.0f}{1e6 / speed:>13,.0f}{ratio:>8.2f}", end="")
-        print(f"{row['loss']:>12.4f}")
-
-
-def main(args: Args) -> dict:
-    """Time the step both ways and print the table; returns its rows by name."""
-    transitions = collect(args)
-    ways = [("plain calls", Learner(transitions, args).step), fastest(transitions, args)]
-    rows = [measure(*way, args) for way in ways if way is not None]
-    print_table(rows, args)
-    return {row["name"]: row for row in rows}
+        print(f"{name}: {speed:,.0f} steps per second, last loss {row['loss']:.4f}")
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Who takes part, by the name in the tables."""
+"""The contestants, by the name in the tables."""
 
 from benchmarks.contestants import cuda, methods, own, peers, rl, segments
 from benchmarks.contestants.base import Contestant, NotRun

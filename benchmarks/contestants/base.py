@@ -1,4 +1,4 @@
-"""What a contestant is, and how it proves that its priorities take effect."""
+"""The base of all contestants, and the proof that their priorities take effect."""
 
 from importlib.util import find_spec
 
@@ -7,8 +7,6 @@ from torch import Tensor
 
 from benchmarks.race import Part
 from benchmarks.workload import ALPHA, Point, Pool, priorities, transitions
-
-__all__ = ["PARTS", "REHEARSAL", "Contestant", "NotRun", "tensor_bytes"]
 
 PARTS = {
     "sample": "sample",
@@ -32,8 +30,9 @@ class Contestant:
     """A filled buffer whose methods are the parts that are timed.
 
     A subclass offers some of `sample`, `update` (of the batch just drawn), `update_cold` (of slots
-    drawn beforehand), `extend` (of `point.batch` transitions), `add` (of one), and prepares
-    what is not to be timed in `before_<part>`.
+    drawn beforehand), `extend` (of `point.batch` transitions), `add` (of one), `step` (sample and
+    update), and does in `before_<part>` what shall not be timed. `drawn` returns the slots of
+    the last batch.
 
     Args:
         point: sizes, fields, device.

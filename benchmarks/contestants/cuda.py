@@ -1,7 +1,7 @@
 """The contestants on a GPU: per_td eager and in a CUDA graph, flat methods in a graph, and a CPU.
 
-A step is sample + update. In a graph all of it is replayed with one launch: what is drawn differs
-from replay to replay (the generator's state advances), the TD errors are the same.
+A step is sample + update. In a graph all of it is replayed with one launch: the draws differ from
+replay to replay (the generator's state advances), the TD errors are the same.
 """
 
 import dataclasses
@@ -11,22 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from benchmarks.contestants import methods
 from benchmarks.contestants.base import Contestant, NotRun
 from benchmarks.contestants.own import PerTd
 from benchmarks.contestants.rl import InTorchRL, TorchRLPrioritized
 from benchmarks.workload import ALPHA, BETA, EPS, Point
-from per_td import draws
-
-__all__ = [
-    "GraphCumulativeSum",
-    "GraphMultinomial",
-    "InTorchRLOnCuda",
-    "OnCpu",
-    "PerTdEager",
-    "PerTdGraph",
-    "TorchRLOnCuda",
-    "capture",
-]
 
 
 def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -70,7 +59,7 @@ class PerTdEager(PerTd):
         }
 
     def _syncs(self, call: Callable[[], None]) -> float | None:
-        call()  # what is compiled when first used is not meant
+        call()  # the first call may compile something
         if self.point.device != "cuda":
             return None
         torch.cuda.set_sync_debug_mode("error")
@@ -83,10 +72,9 @@ class PerTdEager(PerTd):
         return 0.0
 
 
-class PerTdGraph(PerTd):
-    """per_td, a step captured in a CUDA graph."""
+class Graphed(Contestant):
+    """Puts `_step` of the class beside it into a CUDA graph, which `step` replays."""
 
-    name = "per_td, graph"
     clock = "cuda"
     cuda_only = True
 
@@ -100,8 +88,13 @@ class PerTdGraph(PerTd):
         self.update()
 
     def step(self) -> None:
-        """Replay."""
         self.graph.replay()
+
+
+class PerTdGraph(Graphed, PerTd):
+    """per_td, a step captured in a CUDA graph."""
+
+    name = "per_td, graph"
 
 
 class InTorchRLOnCuda(InTorchRL):
@@ -120,68 +113,41 @@ class TorchRLOnCuda(TorchRLPrioritized):
     options: ClassVar[dict[str, object]] = {"device": "cuda"}
 
 
-class _GraphFlat(Contestant):
+class _Flat(Contestant):
     """Masses in one tensor and nothing above them: drawing is O(N)."""
 
-    clock = "cuda"
-    cuda_only = True
+    draw: Callable[[Tensor, int], Tensor]
 
     def __init__(self, point: Point) -> None:
         super().__init__(point)
         data, self.priority = self.initial()
         self.columns = dict(data.items())
         self.mass = self.priority**ALPHA
-        _, self.td_error = self.pool.next()
         self.sample()
         self.check()
-        self.graph = capture(self._step)
-
-    def draw(self) -> Tensor:
-        """Slots in proportion to mass, int64 [B]."""
-        raise NotImplementedError
 
     def sample(self) -> None:
-        """Draw, gather, weigh."""
-        self.index = index = self.draw()
+        self.index = index = self.draw(self.mass, self.point.batch)
         mass = self.mass[index]
         self.batch = {key: column.index_select(0, index) for key, column in self.columns.items()}
         self.weight = (mass / mass.amin()) ** -BETA
 
     def drawn(self) -> Tensor:
-        """The slots of the last batch."""
         return self.index
 
-    def _step(self) -> None:
-        self.sample()
+    def update(self) -> None:
         self.mass[self.index] = (self.td_error.abs() + EPS) ** ALPHA
 
-    def step(self) -> None:
-        """Replay."""
-        self.graph.replay()
 
-
-class GraphMultinomial(_GraphFlat):
+class GraphMultinomial(Graphed, _Flat):
     """torch.multinomial in float32."""
 
     name = "multinomial, graph"
-
-    def __init__(self, point: Point) -> None:
-        if point.capacity > draws.MULTINOMIAL_LIMIT:
-            raise NotRun("torch.multinomial takes at most 2^24 categories")
-        super().__init__(point)
-
-    def draw(self) -> Tensor:
-        """One call."""
-        return torch.multinomial(self.mass, self.point.batch, replacement=True)
+    draw = staticmethod(methods.multinomial)
 
 
-class GraphCumulativeSum(_GraphFlat):
+class GraphCumulativeSum(Graphed, _Flat):
     """The running sum of all masses in float64, and a binary search in it."""
 
     name = "cumsum + searchsorted, graph"
-
-    def draw(self) -> Tensor:
-        """Three calls."""
-        sums = self.mass.cumsum(0, dtype=torch.float64)
-        point = torch.rand(self.point.batch, dtype=torch.float64, device=sums.device) * sums[-1]
-        return torch.searchsorted(sums, point, right=True).clamp_(max=len(sums) - 1)
+    draw = staticmethod(methods.cumulative_sum)

@@ -10,7 +10,29 @@ from benchmarks.contestants.own import plain_torch
 from benchmarks.workload import ALPHA, Point
 from per_td import SumTree, draws
 
-__all__ = ["CumulativeSum", "ExponentialKeys", "Multinomial", "PlainTree", "Tree"]
+
+def _limited(mass: Tensor) -> None:
+    if len(mass) > draws.MULTINOMIAL_LIMIT:
+        raise NotRun("torch.multinomial takes at most 2^24 categories")
+
+
+def multinomial(mass: Tensor, n: int) -> Tensor:
+    """Draw n slots with torch.multinomial in the masses' own dtype."""
+    _limited(mass)
+    return torch.multinomial(mass, n, replacement=True)
+
+
+def multinomial64(mass: Tensor, n: int, draw: str = "independent") -> Tensor:
+    """Draw n slots as `method="multinomial"` does: in float64."""
+    _limited(mass)
+    return draws.multinomial(mass, n, draw)
+
+
+def cumulative_sum(mass: Tensor, n: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Draw n slots by the running sum of all masses, and a binary search in it."""
+    sums = mass.cumsum(0, dtype=dtype)
+    point = torch.rand(n, dtype=dtype, device=sums.device) * sums[-1]
+    return torch.searchsorted(sums, point, right=True).clamp_(max=len(sums) - 1)
 
 
 class _Method(Contestant):
@@ -30,10 +52,9 @@ class _Method(Contestant):
             self.check()
 
     def prepare(self) -> None:
-        """What is to be done before any draw."""
+        """Prepare for the draws."""
 
     def drawn(self) -> Tensor:
-        """The slots last drawn."""
         return self.index
 
 
@@ -44,12 +65,10 @@ class Tree(_Method):
     most: ClassVar[dict[str, int]] = {}
 
     def prepare(self) -> None:
-        """Fill the tree."""
         self.tree = SumTree(self.point.capacity, self.point.device)
         self.tree.fill(self.mass)
 
     def sample(self) -> None:
-        """Draw."""
         self.index = self.tree.sample(self.point.batch, draw=self.point.draw)
 
 
@@ -59,24 +78,20 @@ class PlainTree(Tree):
     name = "tree, plain torch"
 
     def prepare(self) -> None:
-        """Fill the tree."""
         with plain_torch():
             super().prepare()
 
 
 class Multinomial(_Method):
-    """torch.multinomial, in float64, as `method="multinomial"` uses it."""
+    """torch.multinomial, in float64."""
 
     name = "multinomial"
 
-    def __init__(self, point: Point) -> None:
-        if point.capacity > draws.MULTINOMIAL_LIMIT:
-            raise NotRun("torch.multinomial takes at most 2^24 categories")
-        super().__init__(point)
+    def prepare(self) -> None:
+        _limited(self.mass)
 
     def sample(self) -> None:
-        """Draw."""
-        self.index = draws.multinomial(self.mass, self.point.batch, self.point.draw)
+        self.index = multinomial64(self.mass, self.point.batch, self.point.draw)
 
 
 class CumulativeSum(_Method):
@@ -86,10 +101,7 @@ class CumulativeSum(_Method):
     draws_possible = ("independent",)
 
     def sample(self) -> None:
-        """Draw."""
-        sums = self.mass.cumsum(0, dtype=torch.float64)
-        point = torch.rand(self.point.batch, dtype=torch.float64, device=sums.device) * sums[-1]
-        self.index = torch.searchsorted(sums, point, right=True)
+        self.index = cumulative_sum(self.mass, self.point.batch)
 
 
 class ExponentialKeys(_Method):
@@ -99,6 +111,5 @@ class ExponentialKeys(_Method):
     draws_possible = ("without_replacement",)
 
     def sample(self) -> None:
-        """Draw."""
         keys = torch.empty_like(self.mass, dtype=torch.float64).exponential_() / self.mass
         self.index = keys.topk(self.point.batch, largest=False).indices

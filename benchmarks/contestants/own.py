@@ -1,7 +1,6 @@
 """per_td's buffer, and the floor below its `extend`."""
 
 import contextlib
-import inspect
 import os
 from collections.abc import Iterator
 from typing import ClassVar
@@ -12,17 +11,6 @@ from torch import Tensor
 from benchmarks.contestants.base import Contestant, NotRun, tensor_bytes
 from benchmarks.workload import ALPHA, BETA, EPS, Point
 from per_td import PrioritizedReplayBuffer, SumTree, kernels
-
-__all__ = [
-    "Columns",
-    "CopyColumns",
-    "PerTd",
-    "PlainTorch",
-    "Records",
-    "filled_buffer",
-    "kernels_for",
-    "plain_torch",
-]
 
 
 def filled_buffer(
@@ -55,52 +43,39 @@ class PerTd(Contestant):
 
     def __init__(self, point: Point) -> None:
         super().__init__(point)
-        accepted = inspect.signature(PrioritizedReplayBuffer).parameters
-        for option in self.options:
-            if option not in accepted:
-                raise NotRun(f"PrioritizedReplayBuffer takes no {option!r} in this version")
         data, self.priority = self.initial()
         self.buffer = filled_buffer(point, data, self.priority, **self.options)
         self.incoming, self.single = self.new(), self.new()[0]
         self.check()
 
     def sample(self) -> None:
-        """Draw, gather, weigh."""
         self.batch = self.buffer.sample()
 
     def drawn(self) -> Tensor:
-        """The slots of the last batch."""
         return self.batch["index"]
 
     def before_update(self) -> None:
-        """TD errors for the batch just drawn."""
         _, self.td_error = self.pool.next()
 
     def update(self) -> None:
-        """New priorities for the batch just drawn."""
         batch = self.batch
         self.buffer.update_priority(batch["index"], self.td_error, batch["generation"])
 
     def before_update_cold(self) -> None:
-        """Slots that were not just drawn, and TD errors for them."""
         self.index, self.td_error = self.pool.next()
 
     def update_cold(self) -> None:
-        """New priorities for them."""
         self.buffer.update_priority(self.index, self.td_error)
 
     def step(self) -> None:
-        """What replay adds to a training step: all of the above in one."""
         self.sample()
         self.before_update()
         self.update()
 
     def extend(self) -> None:
-        """Write a batch of transitions."""
         self.buffer.extend(self.incoming)
 
     def add(self) -> None:
-        """Write one transition."""
         self.buffer.add(self.single)
 
     def facts(self) -> dict[str, tuple[float | None, str]]:
@@ -116,7 +91,7 @@ def kernels_for(device: str) -> bool:
 
 @contextlib.contextmanager
 def plain_torch() -> Iterator[None]:
-    """What is made inside does without compiled kernels; NotRun where there are none anyway."""
+    """Switch compiled kernels off for buffers made inside; NotRun where there are none anyway."""
     if not kernels_for("cpu"):
         raise NotRun("there are no compiled kernels here: per_td is this")
     before = os.environ.get(kernels.VARIABLE)
@@ -154,7 +129,7 @@ class Records(PerTd):
 
 
 class CopyColumns(Contestant):
-    """What writing costs at the very least: the same bytes copied into one tensor per field."""
+    """The least that writing can cost: the same bytes copied into one tensor per field."""
 
     name = "copy into columns"
 
@@ -166,7 +141,6 @@ class CopyColumns(Contestant):
 
     @torch.no_grad()
     def extend(self) -> None:
-        """Copy, and move on."""
         end = self.at + self.point.batch
         if end > self.point.capacity:
             self.at, end = 0, self.point.batch

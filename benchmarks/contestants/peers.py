@@ -9,8 +9,6 @@ from torch import Tensor
 from benchmarks.contestants.base import Contestant
 from benchmarks.workload import ALPHA, BETA, EPS, Point
 
-__all__ = ["Cpprb", "Flashbax", "Tianshou"]
-
 NAMES = {"observation": "obs", "next_observation": "next_obs"}  # ours -> the usual ones
 
 
@@ -20,7 +18,6 @@ class _Peer(Contestant):
     peer = True
 
     def write(self, index: np.ndarray, td_error: np.ndarray) -> None:
-        """Set the priorities of some slots."""
         raise NotImplementedError
 
     def fill_priorities(self, priority: Tensor) -> None:
@@ -33,17 +30,14 @@ class _Peer(Contestant):
         self.check()
 
     def before_update(self) -> None:
-        """TD errors for the batch just drawn; peers want their magnitude."""
         self.td_error = self.pool.next(Tensor.numpy)[1]
         self.index = self.drawn()
         np.abs(self.td_error, out=self.td_error)
 
     def update(self) -> None:
-        """New priorities for the batch just drawn."""
         self.write(self.index, self.td_error)
 
     def before_update_cold(self) -> None:
-        """Slots that were not just drawn, and TD errors for them."""
         self.index, self.td_error = self.pool.next(Tensor.numpy)
         np.abs(self.td_error, out=self.td_error)
 
@@ -76,19 +70,15 @@ class Cpprb(_Peer):
         return {NAMES.get(key, key): value.numpy() for key, value in data.items()}
 
     def sample(self) -> None:
-        """Draw, gather, weigh."""
         self.batch = self.buffer.sample(self.point.batch, beta=BETA)
 
     def drawn(self) -> np.ndarray:
-        """The slots of the last batch."""
         return self.batch["indexes"]
 
     def write(self, index: np.ndarray, td_error: np.ndarray) -> None:
-        """Set the priorities of some slots."""
         self.buffer.update_priorities(index, td_error)
 
     def extend(self) -> None:
-        """Write a batch of transitions."""
         self.buffer.add(**self.incoming)
 
 
@@ -142,19 +132,15 @@ class Flashbax(_Peer):
         return {key: self.array(value.numpy()) for key, value in data.items()}
 
     def sample(self) -> None:
-        """Draw and gather."""
         self.batch, self.key = self.wait(self._sample(self.state, self.key))
 
     def drawn(self) -> np.ndarray:
-        """The slots of the last batch."""
         return np.array(self.batch.indices)
 
     def write(self, index: np.ndarray, td_error: np.ndarray) -> None:
-        """Set the priorities of some slots."""
         self.state = self.wait(self._write(self.state, index, td_error))
 
     def extend(self) -> None:
-        """Write a batch of transitions."""
         self.state = self.wait(self._add(self.state, self.incoming))
 
 
@@ -196,18 +182,14 @@ class Tianshou(_Peer):
         ]
 
     def sample(self) -> None:
-        """Draw, gather, weigh."""
         self.batch, self.slots = self.buffer.sample(self.point.batch)
 
     def drawn(self) -> np.ndarray:
-        """The slots of the last batch."""
         return self.slots
 
     def write(self, index: np.ndarray, td_error: np.ndarray) -> None:
-        """Set the priorities of some slots."""
         self.buffer.update_weight(index, td_error)
 
     def extend(self) -> None:
-        """Write transitions, one after the other."""
         for transition in self.incoming:
             self.buffer.add(transition)

@@ -10,8 +10,6 @@ from torch import Tensor
 from benchmarks.contestants.base import Contestant, NotRun
 from benchmarks.workload import ALPHA, BETA, EPS, Point
 
-__all__ = ["InTorchRL", "TorchRLPrioritized", "TorchRLUniform"]
-
 
 class _TorchRL(Contestant):
     requires = "torchrl"
@@ -33,26 +31,21 @@ class _TorchRL(Contestant):
         self.check()
 
     def sampler(self) -> object:
-        """TorchRL's sampler to be measured."""
         raise NotImplementedError
 
     def prioritize(self, priority: Tensor) -> None:
         """Set all priorities."""
 
     def sample(self) -> None:
-        """Draw and gather."""
         self.batch = self.buffer.sample()
 
     def drawn(self) -> Tensor:
-        """The slots of the last batch."""
         return self.batch["index"]
 
     def extend(self) -> None:
-        """Write a batch of transitions."""
         self.buffer.extend(self.incoming)
 
     def add(self) -> None:
-        """Write one transition."""
         self.buffer.add(self.single)
 
 
@@ -62,7 +55,6 @@ class TorchRLUniform(_TorchRL):
     name = "TorchRL uniform"
 
     def sampler(self) -> object:
-        """Uniform draws."""
         from torchrl.data.replay_buffers import RandomSampler
 
         return RandomSampler()
@@ -74,38 +66,31 @@ class InTorchRL(_TorchRL):
     name = "per_td in TorchRL"
 
     def sampler(self) -> object:
-        """per_td's."""
         from per_td.torchrl import PrioritizedSampler
 
         return PrioritizedSampler(self.point.capacity, alpha=ALPHA, beta=BETA, eps=EPS)
 
     def prioritize(self, priority: Tensor) -> None:
-        """Set all priorities."""
         every = torch.arange(len(priority), device=priority.device)
         self.buffer.update_priority(every, priority)
         self.priority = priority
 
     def before_update(self) -> None:
-        """The loss writes its TD errors into the batch."""
         self.batch.set("td_error", self.pool.next()[1].abs())
 
     def update(self) -> None:
-        """New priorities for the batch just drawn."""
         self.buffer.update_tensordict_priority(self.batch)
 
     def step(self) -> None:
-        """What replay adds to a training step: all of the above in one."""
         self.sample()
         self.before_update()
         self.update()
 
     def before_update_cold(self) -> None:
-        """Slots that were not just drawn, and TD errors for them."""
         self.index, td_error = self.pool.next()
         self.td_error = td_error.abs()
 
     def update_cold(self) -> None:
-        """New priorities for them."""
         self.buffer.update_priority(self.index, self.td_error)
 
 
@@ -117,7 +102,6 @@ class TorchRLPrioritized(InTorchRL):
     options: ClassVar[dict[str, object]] = {}
 
     def sampler(self) -> object:
-        """TorchRL's own, if its tree loads."""
         from torchrl.data.replay_buffers import PrioritizedSampler
 
         try:

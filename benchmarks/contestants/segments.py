@@ -11,8 +11,6 @@ from benchmarks.contestants import cuda
 from benchmarks.contestants.base import Contestant
 from benchmarks.workload import ALPHA, BETA, Point, priorities
 
-__all__ = ["PerTdAnew", "PerTdAnewGraph", "PufferLib", "PufferLibGraph"]
-
 SETS = 64  # of priorities, in turn
 
 
@@ -39,7 +37,6 @@ class PerTdAnew(cuda.PerTdEager):
         super().__init__(point)
 
     def step(self) -> None:
-        """Update all, draw."""
         self.buffer.update_priority(self.every, self.sets.next())
         self.sample()
 
@@ -73,7 +70,6 @@ class PufferLib(Contestant):
         self.check()
 
     def sample(self) -> None:
-        """Compute probabilities, draw, gather, weigh."""
         mass = torch.nan_to_num(self.priority**ALPHA, 0, 0, 0)
         probability = (mass + 1e-6) / (mass.sum() + 1e-6)
         self.index = index = torch.multinomial(probability, self.point.batch, replacement=True)
@@ -81,25 +77,17 @@ class PufferLib(Contestant):
         self.batch = {key: column.index_select(0, index) for key, column in self.columns.items()}
 
     def drawn(self) -> Tensor:
-        """Return the slots of the last batch."""
         return self.index
 
     def step(self) -> None:
-        """Take new priorities for all, draw."""
         self.priority = self.sets.next()
         self.sample()
 
 
-class PufferLibGraph(PufferLib):
+class PufferLibGraph(cuda.Graphed, PufferLib):
     """The same in a CUDA graph."""
 
     name = "PufferLib's way, graph"
-    cuda_only = True
 
-    def __init__(self, point: Point) -> None:
-        super().__init__(point)
-        self.graph = cuda.capture(self.sample)
-
-    def step(self) -> None:
-        """Replay."""
-        self.graph.replay()
+    def _step(self) -> None:
+        self.sample()

@@ -1,4 +1,4 @@
-"""Who takes part in the benchmarks: each does what it is timed for."""
+"""Each contestant of the benchmarks does what it is timed for."""
 
 import pytest
 import torch
@@ -71,10 +71,8 @@ def test_a_cuda_contestant_goes_through_a_step(name, monkeypatch):
 
 def test_bytes_are_counted_once_per_memory():
     column = torch.zeros(10)
-    assert (
-        tensor_bytes({"a": column, "view": [column[2:]], "b": torch.zeros(3, dtype=torch.int64)})
-        == 64
-    )
+    held = {"a": column, "view": [column[2:]], "b": torch.zeros(3, dtype=torch.int64)}
+    assert tensor_bytes(held) == 64
 
 
 def test_the_uniform_ring_returns_what_was_pushed():

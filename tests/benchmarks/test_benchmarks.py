@@ -7,17 +7,18 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib")
+pytest.importorskip("ray")
 
-from benchmarks import profiles, report, tables
+from benchmarks import pages, profiles, ray_shards, report
 from benchmarks.__main__ import main
 from benchmarks.case import Case, Goal, Ref, quick
 from benchmarks.cases import CASES
 from benchmarks.contestants import CONTESTANTS
-from benchmarks.contestants.own import PerTd
 from benchmarks.exactness import distance, expected
 from benchmarks.goals import judge
 from benchmarks.race import TOTAL, Entry, Part, race, ratio, spread
-from benchmarks.workload import SCHEMAS, Point, Pool, transitions
+from benchmarks.studies import scale_simulation
+from benchmarks.workload import Point, Pool
 
 
 @pytest.fixture(scope="module")
@@ -30,69 +31,49 @@ def results(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def cases(results):
+    return {case["name"]: case for case in json.loads(results.read_text())["cases"]}
+
+
 # --------------------------------------------------------------------------- results
 
 
 def test_a_run_leaves_json_that_says_where_its_numbers_come_from(results):
     found = json.loads(results.read_text())
-    assert found["format"] == "per_td.benchmarks"
-    assert found["quick"] is True
     assert found["machine"]["threads_used"] == 1
     assert found["versions"]["torch"] == torch.__version__
-    assert {"command", "date", "seed", "commit", "seconds"} <= found.keys()
+    assert {"format", "date", "seed", "commit", "seconds"} <= found.keys()
+    assert found["quick"]
     assert "--quick" in found["command"]
 
 
-def test_every_measured_row_has_a_median_between_its_quartiles(results):
-    cases = {case["name"]: case for case in json.loads(results.read_text())["cases"]}
+def test_every_measured_row_has_a_median_between_its_quartiles(cases):
     rows = cases["growth"]["rows"] + cases["methods-distinct"]["rows"]
     timed = [row for row in rows if row.get("unit") == "us"]
-    assert timed
-    for row in timed:
-        assert 0 < row["q1"] <= row["median"] <= row["q3"]
     assert {row["part"] for row in timed} == {"sample", "update", TOTAL}
+    assert all(0 < row["q1"] <= row["median"] <= row["q3"] for row in timed)
     for goal in cases["growth"]["goals"]:
         assert goal["reached"] == (goal["median"] <= goal["limit"])
 
 
-def test_the_parts_and_the_rest_of_a_call_make_up_all_of_it(results):
-    cases = {case["name"]: case for case in json.loads(results.read_text())["cases"]}
-    parts = [row["part"] for row in cases["profile"]["rows"] if row["contestant"] == "sample"]
-    assert {"draw and weights", "gather and generations", "all of it", "rest"} <= set(parts)
-
-
-def test_no_part_of_a_call_is_left_out_of_the_profile_here():
-    point = Point(500, 20)
-    own = PerTd(point)
-    own.cpu, own.points = torch.device("cpu"), Pool(point)
-    own.points.td_error = torch.rand(len(own.points.index), dtype=torch.float64)
-    for call, parts in profiles.CALLS.items():
-        assert [part.name for part in profiles._possible(own, call)] == [*parts(own, {})]
-
-
-def test_draws_are_as_far_from_the_right_distribution_as_perfect_ones(results):
-    cases = {case["name"]: case for case in json.loads(results.read_text())["cases"]}
+def test_draws_are_as_far_from_the_right_distribution_as_perfect_ones(cases):
     rows = [r for r in cases["exactness"]["rows"] if r["contestant"] == "per_td: tree"]
     assert {row["masses"] for row in rows} == {"equal", "random"}
-    for row in rows:
-        assert row["chi2_p"] > 1e-6
-        assert row["outside"] == 0
+    assert all(row["chi2_p"] > 1e-6 and row["outside"] == 0 for row in rows)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_what_needs_a_missing_device_is_listed_without_a_number(results):
-    cases = {case["name"]: case for case in json.loads(results.read_text())["cases"]}
+def test_what_needs_a_missing_device_is_listed_without_a_number(results, cases):
     cuda = cases["cuda-capacity"]
-    assert cuda["not_run"] == "no CUDA device"
-    assert cuda["rows"] == []
+    assert (cuda["not_run"], cuda["rows"]) == ("no CUDA device", [])
     assert all("median" not in goal for goal in cuda["goals"])
     assert "not run: no CUDA device" in results.with_suffix(".md").read_text()
 
 
-def test_the_page_has_every_case_and_its_plots(results):
+def test_the_page_has_every_case_and_its_plots(results, cases):
     page = results.with_suffix(".md").read_text()
-    for case in json.loads(results.read_text())["cases"]:
-        assert f"## {case['title']}" in page
+    assert all(f"## {case['title']}" in page for case in cases.values())
     for plot in ("growth", "methods-distinct", "exactness", "profile"):
         file = results.with_name(f"{results.stem}-{plot}.png")
         assert file.stat().st_size > 1000
@@ -102,31 +83,39 @@ def test_the_page_has_every_case_and_its_plots(results):
 def test_publishing_fills_the_marked_block_and_nothing_else(results, tmp_path):
     (tmp_path / "cpu.json").write_text(results.read_text())
     page = tmp_path / "speed.md"
-    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    page.write_text(f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n")
     assert report.publish(tmp_path, page)
     once = page.read_text()
-    assert once.startswith(f"before\n{report.BEGIN}")
-    assert once.endswith(f"{report.END}\nafter\n")
+    assert once.startswith(f"before\n{pages.BEGIN}")
+    assert once.endswith(f"{pages.END}\nafter\n")
     assert "old" not in once
     assert "bytes of priority state" in once
     assert report.publish(tmp_path, page)
     assert page.read_text() == once
-
-
-def test_a_page_without_the_block_is_refused(results, tmp_path):
-    (tmp_path / "cpu.json").write_text(results.read_text())
-    page = tmp_path / "speed.md"
     page.write_text("no block")
     with pytest.raises(ValueError, match="expected one block"):
         report.publish(tmp_path, page)
 
 
-def test_the_speed_page_has_its_block():
-    text = report.SPEED_PAGE.read_text()
-    assert text.count(report.BEGIN) == text.count(report.END) == 1
+@pytest.mark.parametrize("page", ["speed", "cartpole_study", "blind_cliffwalk", "settings"])
+def test_the_pages_that_commands_fill_have_one_block(page):
+    text = (pages.DOCS / f"{page}.md").read_text()
+    assert text.count(pages.BEGIN) == text.count(pages.END) == 1
 
 
-# --------------------------------------------------------------------------- machinery
+@pytest.mark.parametrize(("name", "module"), [("ray", ray_shards), ("scale", scale_simulation)])
+def test_the_pages_of_ray_are_those_of_the_results_that_are_kept(name, module):
+    results = json.loads((pages.RESULTS / f"{name}.json").read_text())
+    assert (pages.RESULTS / f"{name}.md").read_text() == module.page(results) + "\n"
+
+
+def test_the_parts_and_the_rest_of_a_call_make_up_all_of_it(cases):
+    rows = cases["profile"]["rows"]
+    assert {row["contestant"] for row in rows} == {"sample", "update", "extend"}
+    for call in profiles.CALLS:
+        found = {row["part"]: row["median"] for row in rows if row["contestant"] == call}
+        assert {profiles.WHOLE, profiles.REST} < found.keys()
+        assert all(value > 0 for part, value in found.items() if part != profiles.REST)
 
 
 def test_a_race_gives_every_entry_the_same_number_of_rounds():
@@ -145,12 +134,10 @@ def test_a_race_gives_every_entry_the_same_number_of_rounds():
     assert {len(values) for e in entries for values in e.rounds.values()} == {rounds}
 
 
-def test_a_ratio_is_of_medians_and_its_quartiles_of_rounds():
+def test_ratios_are_of_medians_and_their_quartiles_of_rounds():
     assert vars(spread([1.0, 2.0, 3.0, 4.0, 5.0])) == {"median": 3.0, "q1": 2.0, "q3": 4.0}
     found = ratio([2.0, 4.0, 60.0], [1.0, 2.0, 3.0])
-    assert found.median == 2.0
-    assert found.q1 == 2.0
-    assert found.q3 == 11.0
+    assert vars(found) == {"median": 2.0, "q1": 2.0, "q3": 11.0}
 
 
 def test_goals_compare_rows_and_give_reasons():
@@ -159,8 +146,7 @@ def test_goals_compare_rows_and_give_reasons():
     entries = [Entry({"contestant": n}, [], rounds={"x": [v]}) for n, v in (("a", 1.0), ("b", 4.0))]
     rows = [{"contestant": "a", "part": "bytes", "median": 9.0, "unit": "bytes per slot"}]
     relative, absolute = judge(case, entries, rows)
-    assert relative["median"] == 0.25
-    assert relative["reached"]
+    assert (relative["median"], relative["reached"]) == (0.25, True)
     assert not absolute["reached"]
     missing = judge(case, entries[:1], [{"contestant": "b", "part": None, "not_run": "no b"}])
     assert [goal["not_run"] for goal in missing] == ["b: no b", "a: not measured"]
@@ -178,12 +164,6 @@ def test_cases_have_names_of_their_own_and_known_contestants():
             assert reduced.of.capacity in (None, *small.capacities)
 
 
-def test_numbers_are_short():
-    assert [tables.number(x) for x in (0, 0.3333, 1.5, 42.42, 1234.5)] == [
-        "0", "0.333", "1.5", "42.4", "1,234",
-    ]  # fmt: skip
-
-
 def test_the_suggested_limit_is_the_largest_capacity_at_which_the_flat_method_wins():
     medians = {"tree": (5.0, 5.0, 5.0), "multinomial": (1.0, 4.0, 9.0)}
     rows = [
@@ -191,18 +171,10 @@ def test_the_suggested_limit_is_the_largest_capacity_at_which_the_flat_method_wi
         for name, values in medians.items()
         for capacity, value in zip((10, 20_000, 300), values, strict=True)
     ]
-    assert "multinomial up to 20,000 slots" in tables.suggested_limit({"rows": rows})
+    assert "multinomial up to 20,000 slots" in report.suggested_limit({"rows": rows})
 
 
 # --------------------------------------------------------------------------- workload
-
-
-@pytest.mark.parametrize("schema", SCHEMAS)
-def test_transitions_have_the_fields_of_their_schema(schema):
-    data = transitions(70_000, schema) if schema != "large" else transitions(7, schema)
-    assert {k: (v.shape[1:], v.dtype) for k, v in data.items()} == {
-        k: (torch.Size(shape), dtype) for k, (shape, dtype) in SCHEMAS[schema].items()
-    }
 
 
 def test_the_pool_hands_out_fresh_slots_until_all_are_used():

@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import blind_cliffwalk as cliffwalk
-from benchmarks import blind_cliffwalk_agents as agents
-from benchmarks import blind_cliffwalk_report as report
+from benchmarks.studies.blind_cliffwalk import __main__ as cliffwalk
+from benchmarks.studies.blind_cliffwalk import agents, report
 
 ROOT = Path(__file__).parents[2]
 REPRESENTATIONS = ("tabular", "linear")
@@ -78,11 +77,6 @@ def test_memory_holds_every_transition_of_every_sequence_of_actions(n):
     assert lived[2 * (n - 1) + (n - 1) % 2] == 1  # one success only
 
 
-def test_memory_comes_in_an_order_that_the_seed_decides():
-    assert problem(6, seed=1).memory.tolist() == problem(6, seed=1).memory.tolist()
-    assert problem(6, seed=1).memory.tolist() != problem(6, seed=2).memory.tolist()
-
-
 @pytest.mark.parametrize("n", [2, 3, 7, 16])
 def test_true_values_solve_the_bellman_equation(n):
     true = agents.true_values(n)
@@ -138,17 +132,12 @@ def test_every_agent_arrives(name, representation):
         assert np.isfinite(median_updates(name, n, 3, representation=representation))
 
 
-def test_oracle_arrives_with_a_table():
-    for n in (2, 3, 6, 8):
-        assert median_updates("oracle", n, 3) < 60 * n
-
-
 def test_order_of_the_agents_at_eight_states():
     counts = {name: median_updates(name, 8, 11) for name in ALWAYS_ARRIVE}
     assert 4_000 < counts["uniform"] < 12_000
     assert counts["proportional"] < 0.35 * counts["uniform"]
     assert counts["greedy TD error"] < counts["proportional"]
-    assert median_updates("oracle", 8, 11) < counts["greedy TD error"]
+    assert median_updates("oracle", 8, 11) < min(480, counts["greedy TD error"])
 
 
 @pytest.mark.slow
@@ -169,13 +158,9 @@ def test_limit_is_kept_and_hopeless_settings_are_given_up():
     assert report.count_cell(record) == "not by 100, 0 of 3 seeds done"
     for name in ("uniform", "greedy TD error"):
         assert agents.AGENTS[name](problem(8), np.random.default_rng(0), 100) is None
-
-
-def test_diverging_weights_count_as_not_converged():
-    rng = np.random.default_rng(0)
-    one = problem(4)
-    one.theta[:] = 1e8
-    assert agents.prioritized(one, rng, 10_000) is None
+    diverging = problem(4)
+    diverging.theta[:] = 1e8
+    assert agents.prioritized(diverging, np.random.default_rng(0), 10_000) is None
 
 
 def test_intervals_and_ratios_are_those_of_known_samples():
@@ -201,17 +186,6 @@ def test_new_records_replace_those_of_the_same_kind_in_the_file(tmp_path):
     assert [run["args"] for run in kept["runs"]] == [1, 2]
 
 
-def test_page_is_filled_between_its_marks_and_refused_without(tmp_path, monkeypatch):
-    page = tmp_path / "page.md"
-    monkeypatch.setitem(report.PAGES, "study", page)
-    page.write_text(f"before {report.MARKS[0]} old {report.MARKS[1]} after")
-    report.publish("study", "new")
-    assert page.read_text() == f"before {report.MARKS[0]}\n\nnew\n\n{report.MARKS[1]} after"
-    page.write_text("no marks")
-    with pytest.raises(ValueError, match="expected one block"):
-        report.publish("study", "new")
-
-
 @pytest.mark.parametrize("extra", [[], ["--ablation"]])
 def test_quick_run_prints_a_row_for_each_n_or_setting(extra, capsys):
     cliffwalk.main(["--quick", "--max-states", "2", *extra])
@@ -221,11 +195,8 @@ def test_quick_run_prints_a_row_for_each_n_or_setting(extra, capsys):
     assert len(rows) == (3 + settings if extra else 4 * 2)
 
 
-def test_picture_is_drawn(tmp_path):
-    records = [
-        cliffwalk.measure(agents.AGENTS[name], n, 2, 5000, representation=kind, agent=name)
-        for name, n, kind in itertools.product(("uniform", "proportional"), (2, 4), REPRESENTATIONS)
-    ]
+def test_picture_is_drawn_from_the_results_that_are_kept(tmp_path):
+    records = json.loads((ROOT / cliffwalk.Args.json).read_text())["study"]["records"]
     report.plot(records, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
 
@@ -233,7 +204,7 @@ def test_picture_is_drawn(tmp_path):
 @pytest.mark.parametrize("name", ["study", "ablation"])
 def test_pages_show_the_results_that_are_kept(name):
     results = json.loads((ROOT / cliffwalk.Args.json).read_text())[name]["records"]
-    page = (ROOT / report.PAGES[name]).read_text()
+    page = report.PAGES[name].read_text()
     for record in results:
         middle = report.median(record["updates"])
         reached = np.isfinite(middle)

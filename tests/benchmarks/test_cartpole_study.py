@@ -5,24 +5,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tensordict import TensorDict
 from torch import nn
-
-from tests.support.parameters import slow_but
 
 pytest.importorskip("gymnasium")
 pytest.importorskip("matplotlib")
 
 import gymnasium
 
-from benchmarks.cartpole_study import __main__ as study
-from benchmarks.cartpole_study import jobs, report, training
-from benchmarks.cartpole_study.comparisons import Row
-from benchmarks.cartpole_study.learner import Learners
-from benchmarks.cartpole_study.results import Record, at_episodes, at_steps, curve_points, load
-from benchmarks.cartpole_study.settings import UNIFORM, VARIANTS, Replay, Settings, Variant
-from benchmarks.cartpole_study.tasks import MountainCars
-from per_td import PrioritizedReplayBuffer
+from benchmarks.pages import BEGIN, DOCS, END
+from benchmarks.studies.cartpole import __main__ as study
+from benchmarks.studies.cartpole import jobs, report, training
+from benchmarks.studies.cartpole.comparisons import Row
+from benchmarks.studies.cartpole.learner import Learners
+from benchmarks.studies.cartpole.results import Record, at_episodes, at_steps, curve_points, load
+from benchmarks.studies.cartpole.settings import UNIFORM, VARIANTS, Replay, Settings, Variant
+from benchmarks.studies.cartpole.tasks import MountainCars
 
 SMALL = Settings(
     steps=120, hidden=(8, 6), batch_size=8, capacity=50, learning_starts=20, evaluate_every=60,
@@ -30,56 +27,24 @@ SMALL = Settings(
 )  # fmt: skip
 
 
-class SeparateBuffers:
-    """One ordinary buffer per run: what a buffer for many runs must be like."""
+class Stored:
+    """A buffer that keeps the rows of each run, for tests that look at them."""
 
     def __init__(self, settings, replay, runs, generator):
-        self.buffers = [
-            PrioritizedReplayBuffer(
-                settings.capacity,
-                settings.batch_size,
-                alpha=replay.alpha,
-                beta=replay.beta,
-                beta_increment=replay.beta_increment,
-                eps=replay.eps,
-                generator=generator,
-            )
-            for _ in range(runs)
-        ]
+        self.rows = [[] for _ in range(runs)]
 
     def __len__(self):
-        return min(map(len, self.buffers))
+        return min(map(len, self.rows))
 
     def extend(self, rows, mask):
-        for buffer, row, stored in zip(self.buffers, rows, mask, strict=True):
+        for kept, row, stored in zip(self.rows, rows, mask, strict=True):
             if stored:
-                buffer.extend(row)
-
-    def sample(self, batch_size):
-        return torch.stack([buffer.sample(batch_size) for buffer in self.buffers])
-
-    def update_priority(self, index, td_error, generation):
-        for values in zip(self.buffers, index, td_error, generation, strict=True):
-            values[0].update_priority(*values[1:])
-
-    @property
-    def beta(self):
-        return self.buffers[0].beta
-
-    @beta.setter
-    def beta(self, value):
-        for buffer in self.buffers:
-            buffer.beta = value
-
-    def increase_beta(self):
-        for buffer in self.buffers:
-            buffer.increase_beta()
+                kept.append(row[0])
 
 
-@pytest.fixture(params=slow_but(["many"], ["separate", "many"]))
-def buffers(request, monkeypatch):
-    if request.param == "separate":
-        monkeypatch.setattr(training, "make_buffer", SeparateBuffers)
+@pytest.fixture
+def stored(monkeypatch):
+    monkeypatch.setattr(training, "make_buffer", Stored)
 
 
 # --------------------------------------------------------------------------- the learner
@@ -148,11 +113,10 @@ def test_learners_in_lockstep_are_separate_networks_with_separate_adams():
 
 
 def test_networks_start_as_torch_starts_a_linear_layer_each_differently():
-    learners = Learners(
-        20, (4, 64, 2), lr=0.01, gamma=0.9, generator=torch.Generator().manual_seed(0)
-    )
-    for (weight, bias), n in zip(learners.layers, (4, 64), strict=True):
-        for leaf in (weight, bias):
+    g = torch.Generator().manual_seed(0)
+    learners = Learners(20, (4, 64, 2), lr=0.01, gamma=0.9, generator=g)
+    for layer, n in zip(learners.layers, (4, 64), strict=True):
+        for leaf in layer:
             assert leaf.abs().max() <= n**-0.5
             assert leaf.std() == pytest.approx((n * 3) ** -0.5, rel=0.15)
     assert len(learners.parameters.unique(dim=0)) == 20
@@ -186,80 +150,83 @@ def test_mountain_cars_move_as_gymnasiums_does():
 
 
 def test_mountain_cars_stop_after_200_steps_and_reset_in_the_step_after():
-    cars = MountainCars(2)
+    cars, still = MountainCars(2), np.array([1, 1])
     cars.reset(seed=0)
     for _ in range(199):
-        assert not any(map(np.any, cars.step(np.array([1, 1]))[2:4]))
-    assert cars.step(np.array([1, 1]))[3].all()
-    observation, reward, terminated, truncated, _ = cars.step(np.array([2, 2]))
+        assert not np.any(cars.step(still)[2:4])
+    assert cars.step(still)[3].all()
+    observation, *others, _ = cars.step(np.array([2, 2]))
     assert ((observation[:, 0] >= -0.6) & (observation[:, 0] <= -0.4)).all()
-    assert not reward.any()
     assert not observation[:, 1].any()
-    assert not terminated.any()
-    assert not truncated.any()
+    assert not np.any(others)  # no reward, no end
 
 
 @pytest.mark.parametrize("task", ["CartPole-v1", "MountainCar-v0"])
-def test_the_step_in_which_an_environment_resets_is_never_stored(task, monkeypatch):
-    monkeypatch.setattr(training, "make_buffer", SeparateBuffers)
-    settings = replace(SMALL, task=task, capacity=2_000)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_step_in_which_an_environment_resets_is_never_stored(task, sparse, stored):
+    settings = replace(SMALL, task=task, failure_reward=sparse)
     lockstep = training.Lockstep(settings, UNIFORM, runs=3, seed=0)
     for _ in range(450):
         lockstep.step(0)  # random actions
-    for run, buffer in enumerate(lockstep.buffer.buffers):
-        rows = buffer.transitions
+    for run, kept in enumerate(lockstep.buffer.rows):
+        rows = torch.stack(kept)
         assert len(rows) == lockstep.steps[run] == 450 - len(lockstep.episodes[run])
         ends = np.cumsum(lockstep.episodes[run])
         assert len(ends) >= 2
         first = np.setdiff1d(np.arange(len(rows)), ends)[1:]  # rows that follow another
         assert torch.equal(rows["observation"][first], rows["next_observation"][first - 1])
+        step_reward = 1.0
         if task == "CartPole-v1":
             assert np.array_equal(rows["terminated"].nonzero()[:, 0] + 1, ends)
             assert (rows["observation"][ends[ends < len(rows)]].abs() <= 0.05).all()
-            assert (rows["reward"] == 1).all()
         else:
             assert not rows["terminated"].any()  # the end of time is no end of value
-            assert (rows["reward"] == -1).all()
-
-
-def test_a_sparse_reward_is_minus_one_where_the_pole_falls(monkeypatch):
-    monkeypatch.setattr(training, "make_buffer", SeparateBuffers)
-    settings = replace(SMALL, failure_reward=True, capacity=500)
-    lockstep = training.Lockstep(settings, UNIFORM, runs=2, seed=0)
-    for _ in range(100):
-        lockstep.step(0)
-    rows = lockstep.buffer.buffers[0].transitions
-    assert rows["terminated"].any()
-    assert torch.equal(rows["reward"], -rows["terminated"].float())
+            step_reward = -1.0
+        reward = -rows["terminated"].float() if sparse else torch.full((len(rows),), step_reward)
+        assert torch.equal(rows["reward"], reward)
 
 
 # --------------------------------------------------------------------------- training
 
 
-def test_the_same_seed_and_name_give_the_same_runs_and_others_do_not(buffers):
-    def lengths(**kwargs):
-        return training.train(SMALL, Replay(), runs=2, **kwargs).lengths
-
-    first = lengths(seed=0, name="a")
-    assert np.array_equal(first, lengths(seed=0, name="a"))
-    assert not np.array_equal(first, lengths(seed=1, name="a"))
-    assert not np.array_equal(first, lengths(seed=0, name="b"))
-
-
-def test_training_ends_when_every_run_has_its_episodes(buffers):
-    outcome = training.train(replace(SMALL, episodes=2), UNIFORM, runs=3, seed=0)
-    assert (outcome.lengths > 0).sum(1).min() == 2
-    assert outcome.steps.max() < SMALL.steps
-    assert (outcome.lengths.sum(1) <= outcome.steps).all()
+def test_the_same_seed_and_name_give_the_same_runs_and_others_do_not():
+    first, again, other_seed, other_name = (
+        training.train(SMALL, Replay(), runs=2, seed=seed, name=name).lengths
+        for seed, name in ((0, "a"), (0, "a"), (1, "a"), (0, "b"))
+    )
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other_seed)
+    assert not np.array_equal(first, other_name)
 
 
-def test_gradient_steps_come_as_often_as_asked_for(monkeypatch):
-    monkeypatch.setattr(training, "make_buffer", SeparateBuffers)
+@pytest.mark.parametrize(
+    "replay", [Replay(beta_per_episode=0.01), Replay(beta_per_episode=0.0, beta_increment=1e-3)]
+)
+def test_beta_grows_with_the_episodes_or_with_the_gradient_steps(replay):
+    lockstep = training.Lockstep(SMALL, replay, runs=2, seed=0)
+    for step in range(150):
+        lockstep.step(step)
+        if len(lockstep.buffer) >= SMALL.learning_starts:
+            lockstep.learn()
+    finished = sum(map(len, lockstep.episodes)) / 2
+    assert min(finished, lockstep.updates) > 3
+    grown = replay.beta_per_episode * finished + replay.beta_increment * lockstep.updates
+    assert lockstep.buffer.beta == pytest.approx(0.4 + grown)
+
+
+def test_gradient_steps_come_as_often_as_asked_for(stored, monkeypatch):
     made = []
     monkeypatch.setattr(training.Lockstep, "learn", lambda self: made.append(self.steps.min()))
     training.train(replace(SMALL, update_every=4), UNIFORM, runs=2, seed=0)
     assert made[0] >= SMALL.learning_starts
     assert 20 <= len(made) <= 25
+
+
+def test_training_ends_when_every_run_has_its_episodes():
+    outcome = training.train(replace(SMALL, episodes=2), UNIFORM, runs=3, seed=0)
+    assert (outcome.lengths > 0).sum(1).min() == 2
+    assert outcome.steps.max() < SMALL.steps
+    assert (outcome.lengths.sum(1) <= outcome.steps).all()
 
 
 # --------------------------------------------------------------------------- comparisons
@@ -272,32 +239,22 @@ def record(lengths, steps=None, task="CartPole-v1"):
     return Record(lengths, np.array([[9.0, 8.0]]), np.array(steps), about)
 
 
-def test_matched_steps_compare_the_episodes_that_end_in_the_same_steps():
+def test_windows_leave_out_the_runs_that_did_not_come_so_far():
     runs = record([[2, 3, 5, 10, 0], [4, 4, 4, 4, 4]])  # ends 2 5 10 20, 4 8 12 16 20
-    np.testing.assert_array_equal(at_steps(runs, 0, 5), [2.5, 4])
-    np.testing.assert_array_equal(at_steps(runs, 5, 20), [7.5, 4])
-    np.testing.assert_array_equal(at_steps(runs, 10, 15), [np.nan, 4])
-    np.testing.assert_array_equal(at_steps(runs, 10, 21), [np.nan, np.nan])
-
-
-def test_matched_episodes_leave_out_the_runs_that_did_not_come_so_far():
-    runs = record([[2, 3, 5, 10, 0], [4, 4, 4, 4, 4]])
-    np.testing.assert_array_equal(at_episodes(runs, 1, 2), [2.5, 4])
-    np.testing.assert_array_equal(at_episodes(runs, 4, 5), [np.nan, 4])
-    np.testing.assert_array_equal(at_episodes(runs, 4, 6), [np.nan, np.nan])
-
-
-def test_a_return_in_mountain_car_is_less_the_longer_the_episode():
-    runs = record([[200, 100]], task="MountainCar-v0")
-    assert at_episodes(runs, 1, 2) == [-150]
-    assert at_steps(runs, 200, 300) == [-100]
-
-
-def test_a_curve_ends_where_the_first_run_does():
-    runs = record([[2, 3, 5, 10, 0], [4, 4, 4, 4, 4]])
+    for window, expected in {
+        (0, 5): [2.5, 4], (5, 20): [7.5, 4], (10, 15): [np.nan, 4], (10, 21): [np.nan, np.nan],
+    }.items():  # fmt: skip
+        np.testing.assert_array_equal(at_steps(runs, *window), expected)
+    for window, expected in {
+        (1, 2): [2.5, 4], (4, 5): [np.nan, 4], (4, 6): [np.nan, np.nan],
+    }.items():  # fmt: skip
+        np.testing.assert_array_equal(at_episodes(runs, *window), expected)
     ends, values = curve_points(runs, by_step=False, width=2, limit=5)
     np.testing.assert_array_equal(ends, [2, 4])
     np.testing.assert_array_equal(values, [[2.5, 7.5], [4, 4]])
+    longer_is_worse = record([[200, 100]], task="MountainCar-v0")
+    assert at_episodes(longer_is_worse, 1, 2) == [-150]
+    assert at_steps(longer_is_worse, 200, 300) == [-100]
 
 
 def test_a_verdict_needs_an_interval_without_one_half():
@@ -314,8 +271,8 @@ def test_what_most_runs_did_not_reach_is_not_compared():
     assert row.censored
     assert not row.comparable
     line = report._line(row)
-    assert "reached by 4 / 9 runs" in line
-    assert "too few" in line
+    assert "reached by 4 / 9 runs" in line[0]
+    assert line[-1] == "too few runs"
 
 
 # --------------------------------------------------------------------------- the command
@@ -327,12 +284,11 @@ def tiny(monkeypatch):
     agents = {"uniform": UNIFORM, "prioritized": Replay(), "alpha 1": Replay(alpha=1.0)}
     table = {"tiny": variant, "several": replace(variant, title="More", agents=agents)}
     monkeypatch.setattr(study, "VARIANTS", table)
-    return table
 
 
-def test_the_study_leaves_files_tables_plots_and_a_filled_page(buffers, tiny, tmp_path, capsys):
+def test_the_study_leaves_files_tables_plots_and_a_filled_page(tiny, tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(f"before\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
+    page.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n")
     options = ["--seeds", "3", "--out", str(tmp_path), "--page", str(page)]
     study.main(options)
     assert {file.name for file in tmp_path.glob("*.npz")} == {
@@ -341,24 +297,17 @@ def test_the_study_leaves_files_tables_plots_and_a_filled_page(buffers, tiny, tm
     }  # fmt: skip
     found = load(tmp_path / "tiny.prioritized.npz")
     assert found.about["replay"]["alpha"] == 0.6
-    assert found.lengths.dtype == np.uint16
     assert found.greedy.shape == (3, 2)
     text = page.read_text()
-    assert text.startswith("before")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    assert "### Tiny" in text
     assert re.search(r"\| steps 20 to 80 \| [\d.]+ \| ", text)
     assert re.search(r"\| alpha 1 \| [\d.]+ \[", text)
-    assert (tmp_path / "curves.png").stat().st_size > 1_000
-    assert (tmp_path / "improvement.png").stat().st_size > 1_000
-
-    capsys.readouterr()
+    for picture in ("curves", "improvement"):
+        assert (tmp_path / f"{picture}.png").stat().st_size > 1_000
     study.main([*options, "--report"])
     assert page.read_text() == text
 
 
-def test_what_is_there_already_is_not_run_again(buffers, tiny, tmp_path, capsys, monkeypatch):
+def test_what_is_there_already_is_not_run_again(tiny, tmp_path, capsys, monkeypatch):
     options = ["--variants", "tiny", "--seeds", "2", "--out", str(tmp_path)]
     study.main(options)
     runs = []
@@ -374,42 +323,13 @@ def test_what_is_there_already_is_not_run_again(buffers, tiny, tmp_path, capsys,
     assert runs[1:] == ["tiny/uniform", "tiny/prioritized"]
 
 
-def test_a_page_without_the_marks_is_refused(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text("nothing here")
-    with pytest.raises(ValueError, match="expected one block"):
-        report.publish(page, "text")
-
-
-def test_uniform_replay_is_the_same_buffer_with_equal_masses_and_weights(buffers):
-    buffer = training.make_buffer(SMALL, UNIFORM, 2, torch.Generator().manual_seed(0))
-    rows = TensorDict({"x": torch.arange(2.0)[:, None]}, [2, 1])
-    for _ in range(10):
-        buffer.extend(rows, mask=torch.ones(2, 1, dtype=torch.bool))
-    batch = buffer.sample(4)
-    buffer.update_priority(batch["index"], torch.rand(2, 4), batch["generation"])
-    assert (buffer.sample(8)["priority_weight"] == 1).all()
-
-
 def test_every_variant_compares_agents_that_differ_in_their_replay_alone():
     for variant in VARIANTS.values():
-        assert next(iter(variant.agents)) == "uniform"
-        assert variant.agents["uniform"] == UNIFORM
+        assert next(iter(variant.agents.items())) == ("uniform", UNIFORM)
         assert len(set(variant.agents.values())) == len(variant.agents)
 
 
-def test_beta_grows_with_the_episodes_or_with_the_gradient_steps(buffers):
-    settings = replace(SMALL, steps=150)
-    for replay in (
-        Replay(beta_per_episode=0.01),
-        Replay(beta_per_episode=0.0, beta_increment=1e-3),
-    ):
-        lockstep = training.Lockstep(settings, replay, runs=2, seed=0)
-        for step in range(settings.steps):
-            lockstep.step(step)
-            if len(lockstep.buffer) >= settings.learning_starts:
-                lockstep.learn()
-        finished = sum(map(len, lockstep.episodes)) / 2
-        assert min(finished, lockstep.updates) > 3
-        grown = replay.beta_per_episode * finished + replay.beta_increment * lockstep.updates
-        assert lockstep.buffer.beta == pytest.approx(0.4 + grown)
+def test_the_results_that_are_kept_give_the_tables_on_the_page():
+    block = report.block(VARIANTS, report.read(VARIANTS, study.OUT))
+    assert f"{block}\n" == (study.OUT / "tables.md").read_text()
+    assert block in (DOCS / "cartpole_study.md").read_text()

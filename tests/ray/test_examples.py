@@ -10,16 +10,15 @@ EXAMPLE = ROOT / "examples" / "apex_ray.py"
 
 
 @pytest.mark.slow
-def test_apex_ray_runs_and_draws_its_picture(cluster, tmp_path, capsys):
+def test_apex_ray_runs_with_its_actors_and_shards(cluster, capsys):
     spec = importlib.util.spec_from_file_location("apex_ray", EXAMPLE)
     apex = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(apex)
-    arguments = ["--total-steps", "600", "--learning-starts", "200", "--chunk", "50"]
-    arguments += ["--eval-episodes", "1", "--out", str(tmp_path), "--batch-size", "16"]
+    arguments = ["--total-steps", "2000", "--learning-starts", "200", "--chunk", "50"]
+    arguments += ["--eval-episodes", "1", "--batch-size", "16"]
     summary = apex.main(apex.parse_args(arguments))
-    assert summary["gradient_steps"] > 10
+    assert summary["gradient steps"] > 10
     assert summary["episodes"] > 3
-    assert Path(summary["picture"]).read_bytes().startswith(b"\x89PNG")
     assert "samples per second" in capsys.readouterr().out
 
 

@@ -1,20 +1,18 @@
-"""What `benchmarks.blind_cliffwalk` has counted, as tables and as a picture.
+"""Tables and the picture of what the agents needed.
 
 A record is a dict: "representation", "agent", "n", "batch" and "section" (ablation only), "limit",
 and "updates", a count per seed, None where it did not converge within the limit.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Count", "Record", "finite", "median", "page_block", "plot", "publish"]
+from benchmarks.pages import DOCS, look, picture, table
 
 BOOTSTRAP = 10_000  # resamples for an interval
-PAGES = {"study": "docs/blind_cliffwalk.md", "ablation": "docs/settings.md"}
-MARKS = "<!-- blind cliffwalk:begin -->", "<!-- blind cliffwalk:end -->"
+PAGES = {"study": DOCS / "blind_cliffwalk.md", "ablation": DOCS / "settings.md"}
 TITLES = {"tabular": "Tabular", "linear": "Linear with bias"}
 
 Count = int | None
@@ -22,17 +20,17 @@ Record = dict[str, Any]
 
 
 def median(updates: list[Count]) -> float:
-    """Median over seeds, infinite where that seed did not converge."""
+    """Return the median over seeds, infinite where that seed did not converge."""
     return float(np.median([np.inf if count is None else count for count in updates]))
 
 
 def finite(value: float) -> str:
-    """A count for people to read."""
+    """Write a count for people to read."""
     return f"{value:,.0f}" if np.isfinite(value) else "never"
 
 
 def interval(updates: list[Count], over: list[Count] | None = None) -> tuple[float, float]:
-    """Bootstrap 95% interval of the median, or of the ratio of the medians `over` / `updates`."""
+    """Return a 95% bootstrap interval: of the median, or of the ratio of medians over / updates."""
     rng = np.random.default_rng(0)
 
     def medians(counts: list[Count]) -> np.ndarray:
@@ -45,7 +43,7 @@ def interval(updates: list[Count], over: list[Count] | None = None) -> tuple[flo
 
 
 def count_cell(record: Record) -> str:
-    """Median and interval, and how many seeds arrived if not all did."""
+    """Write median and interval, and how many seeds arrived if not all did."""
     updates = record["updates"]
     done = sum(count is not None for count in updates)
     seeds = "" if done == len(updates) else f", {done} of {len(updates)} seeds done"
@@ -56,7 +54,7 @@ def count_cell(record: Record) -> str:
 
 
 def ratio_cell(record: Record, uniform: Record) -> str:
-    """How many times fewer updates than the uniform agent, with interval."""
+    """Write how many times fewer updates than the uniform agent it took, with interval."""
     ratio = median(uniform["updates"]) / median(record["updates"])
     if not ratio:
         return ""
@@ -65,49 +63,43 @@ def ratio_cell(record: Record, uniform: Record) -> str:
     return f"{middle} ({low} to {high})"
 
 
-def table(rows: list[list[Any]]) -> str:
-    """A Markdown table, the first row being its head."""
-    head, *body = ["| " + " | ".join(map(str, cells)) + " |" for cells in rows]
-    return "\n".join([head, "|" + " ---: |" * len(rows[0]), *body])
-
-
 def study_tables(records: list[Record]) -> list[str]:
-    """Counts and ratios, a row per n and a column per agent."""
+    """Make tables of counts and ratios, a row per n and a column per agent."""
     parts = []
     for kind, title in TITLES.items():
         found = {(r["agent"], r["n"]): r for r in records if r["representation"] == kind}
         names = list(dict.fromkeys(agent for agent, _ in found))
         sizes = sorted({n for _, n in found})
-        counts, ratios = [["n", *names]], [["n", *names[1:]]]
+        counts, ratios = [], []
         for n in sizes:
             here = [found.get((name, n)) for name in names]
             counts.append([n, *(count_cell(r) if r else "" for r in here)])
             ratios.append([n, *(ratio_cell(r, found["uniform", n]) if r else "" for r in here[1:])])
-        parts += [f"### {title}: updates, median (95% interval)", table(counts)]
-        parts += [f"### {title}: uniform / agent", table(ratios)]
+        parts += [f"### {title}: updates, median (95% interval)", table(["n", *names], counts)]
+        parts += [f"### {title}: uniform / agent", table(["n", *names[1:]], ratios)]
     return parts
 
 
 def ablation_tables(records: list[Record]) -> list[str]:
-    """A row per setting, and for each n counts and ratios."""
+    """Make a table with a row per setting, and for each n counts and ratios."""
     found = {(r.get("section", "uniform"), r["agent"], r["batch"], r["n"]): r for r in records}
     sizes = sorted({r["n"] for r in records})
     head = ["varied", "value", "batch"]
     for n in sizes:
         seeds = len(found["uniform", "uniform", 1, n]["updates"])
         head += [f"n = {n}, {seeds} seeds: updates", f"n = {n}: uniform / this"]
-    rows: list[list[Any]] = [head]
+    rows: list[list[Any]] = []
     for section, agent, batch in dict.fromkeys(key[:3] for key in found):
         rows.append(["" if section == agent else section, agent, batch])
         for n in sizes:
             record = found.get((section, agent, batch, n))
             uniform = found["uniform", "uniform", batch, n]
             rows[-1] += [count_cell(record), ratio_cell(record, uniform)] if record else ["", ""]
-    return [table(rows)]
+    return [table(head, rows)]
 
 
 def page_block(name: str, results: Record) -> str:
-    """Where the figures of a study or an ablation come from, and its tables."""
+    """Say where the figures of a study or an ablation come from, and make its tables."""
     runs = results["runs"]
     minutes = sum(run["seconds"] for run in runs) / 60
     origin = {f"{run['machine']['cpu']}, torch {run['versions']['torch']}" for run in runs}
@@ -116,39 +108,21 @@ def page_block(name: str, results: Record) -> str:
     return "\n\n".join([made, *parts(results["records"])])
 
 
-def publish(name: str, text: str) -> None:
-    """Fill the marked block of the page."""
-    page = Path(__file__).parents[1] / PAGES[name]
-    block = f"{MARKS[0]}\n\n{text}\n\n{MARKS[1]}"
-    filled, count = re.subn(
-        f"{MARKS[0]}.*?{MARKS[1]}", lambda _: block, page.read_text(), flags=re.S
-    )
-    if count != 1:
-        raise ValueError(f"{page}: expected one block {MARKS[0]} ... {MARKS[1]}, got {count}")
-    page.write_text(filled)
-
-
 def plot(records: list[Record], path: Path) -> None:
-    """The paper's figure: medians over the size of the memory, faint lines from least to most."""
-    from benchmarks.plots import COLOURS, MARKERS, STYLE, plt
-
+    """Draw the paper's figure: medians over the size of the memory, faint lines least and most."""
     names = dict.fromkeys(record["agent"] for record in records)
-    with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, 2, figsize=(11, 4.8), sharey=True, layout="constrained")
+    with picture(path, ncols=2, figsize=(11, 4.8), sharey=True) as panels:
         for axes, kind in zip(panels, TITLES, strict=True):
-            for name, colour, marker in zip(names, COLOURS, MARKERS, strict=False):
+            for i, name in enumerate(names):
                 found = [r for r in records if (r["representation"], r["agent"]) == (kind, name)]
                 found = [r for r in sorted(found, key=lambda r: r["n"]) if all(r["updates"])]
                 size = [2 ** (r["n"] + 1) - 2 for r in found]
-                style = {"color": colour, "marker": marker, "label": name, "markersize": 5}
-                axes.plot(size, [median(r["updates"]) for r in found], **style)
+                middle = [median(r["updates"]) for r in found]
+                axes.plot(size, middle, label=name, markersize=5, **look(i))
                 for extreme in (min, max):
                     ends = [extreme(r["updates"]) for r in found]
-                    axes.plot(size, ends, color=colour, lw=0.7, alpha=0.4)
+                    axes.plot(size, ends, color=look(i)["color"], lw=0.7, alpha=0.4)
             axes.set(xscale="log", yscale="log", xlabel="transitions in the memory")
             axes.set_title(TITLES[kind])
         panels[0].set_ylabel("updates until converged")
         panels[0].legend(fontsize=8)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
-        plt.close(figure)

@@ -1,4 +1,4 @@
-"""The cliff walk of `benchmarks.blind_cliffwalk`, its learner, and the agents that replay it."""
+"""The cliff walk, its learner, and the agents that replay it."""
 
 import heapq
 from collections.abc import Callable
@@ -11,10 +11,8 @@ import torch
 from numba import njit
 from numpy.random import Generator
 
-from benchmarks.blind_cliffwalk_report import Count
+from benchmarks.studies.blind_cliffwalk.report import Count
 from per_td import PrioritizedReplayBuffer
-
-__all__ = ["AGENTS", "Agent", "Problem", "prioritized", "scripted"]
 
 STEP_SIZE = 0.25
 TOLERANCE = 1e-3  # mean squared error over all state-action values at which an agent is done
@@ -169,7 +167,7 @@ def follow_largest(
 
 
 Agent = Callable[[Problem, Generator, int], Count]
-"""How many updates it took until the values were right; None: not within the limit."""
+"""Counts the updates until the values were right; None: not within the limit."""
 
 
 def scripted(

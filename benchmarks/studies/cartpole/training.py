@@ -10,19 +10,17 @@ from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
 
-from benchmarks.cartpole_study.learner import Learners
-from benchmarks.cartpole_study.settings import Replay, Settings
-from benchmarks.cartpole_study.tasks import make
+from benchmarks.studies.cartpole.learner import Learners
+from benchmarks.studies.cartpole.settings import Replay, Settings
+from benchmarks.studies.cartpole.tasks import make
 from per_td import PrioritizedReplayBuffer
-
-__all__ = ["Outcome", "make_buffer", "train"]
 
 SHAPES = {"CartPole-v1": (4, 2), "MountainCar-v0": (2, 3)}  # observation, actions
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What S runs did."""
+    """The episodes of S runs."""
 
     lengths: NDArray  # uint16 [S, most episodes]: steps of each finished episode, then 0
     greedy: NDArray  # float32 [S, evaluations]: mean steps of an episode without exploration
@@ -79,7 +77,7 @@ class Lockstep:
         self.updates = 0
 
     def _seen(self, observation: NDArray) -> Tensor:
-        """What the networks are given, [n, obs]."""
+        """Scale observations for the networks, [n, obs]."""
         return torch.from_numpy(observation) * self.scale
 
     def act(self, step: int) -> Tensor:
@@ -91,7 +89,7 @@ class Lockstep:
         return torch.where(torch.rand(self.runs, generator=self.generator) < share, anything, best)
 
     def step(self, step: int) -> None:
-        """One step of every environment; what is a transition is stored."""
+        """Step every environment; store the steps that are transitions."""
         action = self.act(step)
         observation, reward, terminated, truncated, _ = self.environments.step(action.numpy())
         if self.settings.failure_reward:

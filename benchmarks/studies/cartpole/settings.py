@@ -1,13 +1,11 @@
-"""What is run: a table of settings, each with uniform and with prioritized replay."""
+"""The settings of the study, each with uniform and with prioritized replay."""
 
 from dataclasses import dataclass, field, replace
-
-__all__ = ["VARIANTS", "Replay", "Settings", "Variant", "quick"]
 
 
 @dataclass(frozen=True)
 class Replay:
-    """How transitions are drawn; the defaults are those of the course's buffer."""
+    """The way transitions are drawn; the defaults are those of the course's buffer."""
 
     alpha: float = 0.6
     beta: float = 0.4
@@ -133,7 +131,7 @@ VARIANTS = {
 
 
 def quick(variant: Variant) -> Variant:
-    """The same, for a few thousand steps: it shows that all runs, not what is better."""
+    """Shorten a variant to a few thousand steps: enough to see that it runs."""
     steps = min(variant.settings.steps, 3_000)
     settings = replace(variant.settings, steps=steps, evaluate_every=1_500)
     windows = ((500, 1_500), (1_500, 2_500))

@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["bootstrap", "improvement", "improvement_interval", "iqm", "mean"]
-
 REPETITIONS = 2_000
 LEVEL = 0.95
 CHUNK = 2**22  # numbers in memory at once
@@ -88,7 +86,7 @@ def improvement(x: NDArray, y: NDArray) -> float:
 
 
 def _drawn_counts(random: np.random.Generator, runs: int, repetitions: int) -> NDArray:
-    """How often each run is drawn, as a share: [repetitions, runs]."""
+    """Draw the share of the draws that each run gets: [repetitions, runs]."""
     return random.multinomial(runs, np.full(runs, 1 / runs), size=repetitions) / runs
 
 

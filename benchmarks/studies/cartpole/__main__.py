@@ -6,11 +6,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.cartpole_study import report
-from benchmarks.cartpole_study.jobs import work
-from benchmarks.cartpole_study.settings import VARIANTS, Variant, quick
+from benchmarks.pages import RESULTS
+from benchmarks.studies.cartpole import report
+from benchmarks.studies.cartpole.jobs import work
+from benchmarks.studies.cartpole.settings import VARIANTS, Variant, quick
 
-OUT = Path(__file__).parents[1] / "results" / "cartpole_study"
+OUT = RESULTS / "cartpole_study"
 QUICK_OUT = Path("runs/cartpole_study")
 QUICK_SEEDS = 10
 
@@ -18,7 +19,7 @@ QUICK_SEEDS = 10
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cartpole_study", description=__doc__
+        prog="python -m benchmarks.studies.cartpole", description=__doc__
     )
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, help="runs of each agent; 100, with --quick 10")
@@ -49,7 +50,7 @@ def variants(args: argparse.Namespace) -> dict[str, Variant]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run what is not there yet, then report."""
+    """Run the agents that have no file yet, then report."""
     args = parse(argv)
     chosen = variants(args)
     if not args.report:

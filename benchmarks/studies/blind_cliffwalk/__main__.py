@@ -6,16 +6,15 @@ rewarded, with 1. The memory holds what all 2^n sequences of actions bring about
 differ only in which transition they learn from next; proportional and rank-based draws are those of
 `per_td.PrioritizedReplayBuffer`. docs/blind_cliffwalk.md says what came out.
 
-    python -m benchmarks.blind_cliffwalk --publish
-    python -m benchmarks.blind_cliffwalk --ablation --max-states 8 --publish
-    python -m benchmarks.blind_cliffwalk --ablation --seeds 7 --cap 0.3 --publish
+    python -m benchmarks.studies.blind_cliffwalk --publish
+    python -m benchmarks.studies.blind_cliffwalk --ablation --max-states 8 --publish
+    python -m benchmarks.studies.blind_cliffwalk --ablation --seeds 7 --cap 0.3 --publish
 """
 
-import argparse
 import json
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,36 +22,33 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.blind_cliffwalk_agents import (
+from benchmarks.arguments import option, parse_args
+from benchmarks.machine import machine, versions
+from benchmarks.pages import fill
+from benchmarks.studies.blind_cliffwalk.agents import (
     AGENTS,
     Agent,
     Problem,
     prioritized,
     scripted,
 )
-from benchmarks.blind_cliffwalk_report import (
+from benchmarks.studies.blind_cliffwalk.report import (
+    PAGES,
     Count,
     Record,
     finite,
     median,
     page_block,
     plot,
-    publish,
 )
-from benchmarks.machine import machine, versions
 
 GIVE_UP_AFTER = 3  # seeds that all failed: the others are not tried
 ORACLE_LIMIT = 100_000  # updates of the oracles, which either are fast or do not arrive
 
 
-def option(default: Any, text: str) -> Any:
-    """A field of `Args` with its line of help."""
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True)
 class Args:
-    """What to run."""
+    """The settings of a run; each is a command-line option too."""
 
     max_states: int = option(16, "largest n; all even n from 2 on are run")
     seeds: int = option(21, "initial parameters, orders of the memory and random draws")
@@ -157,7 +153,7 @@ def ablation(args: Args) -> Iterator[Record]:
 
 
 def about(args: Args, seconds: float) -> Record:
-    """Where and how the figures were made."""
+    """Tell where the figures were made, and with which arguments."""
     return {"args": asdict(args), "seconds": seconds, "machine": machine(), "versions": versions()}
 
 
@@ -174,21 +170,9 @@ def merge(path: Path, name: str, run: Record) -> Record:
     return results
 
 
-def arguments(argv: list[str] | None = None) -> Args:
-    """The command line, with the fields' defaults."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    for one in fields(Args):
-        kind = {"action": "store_true"} if one.default is False else {"type": type(one.default)}
-        name = f"--{one.name.replace('_', '-')}"
-        parser.add_argument(name, default=one.default, help=one.metadata["help"], **kind)
-    return Args(**vars(parser.parse_args(argv)))
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the study or the ablation, print its tables, keep the results."""
-    args = arguments(argv)
+    args = parse_args(Args, __doc__, argv)
     if args.quick:
         small = {"max_states": min(args.max_states, 6), "seeds": min(args.seeds, 3)}
         args = replace(args, **small, json="", plot="", publish=False)
@@ -203,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.plot and not args.ablation:
         plot(records, Path(args.plot))
     if args.publish:
-        publish(name, text)
+        fill(PAGES[name], text)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cartpole_study import results
-from benchmarks.cartpole_study.settings import Variant
-from benchmarks.cartpole_study.training import train
 from benchmarks.machine import machine, versions
-
-__all__ = ["work"]
+from benchmarks.studies.cartpole import results
+from benchmarks.studies.cartpole.settings import Variant
+from benchmarks.studies.cartpole.training import train
 
 
 def work(name: str, agent: str, variant: Variant, runs: int, seed: int, out: Path) -> str:

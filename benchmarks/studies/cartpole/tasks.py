@@ -5,25 +5,13 @@ resets in the *next* step, which ignores the action. Such a step is no transitio
 stored. The observation that comes with `done` is the true final one.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Environments", "MountainCars", "make"]
-
 Step = tuple[NDArray, NDArray, NDArray, NDArray, dict[str, Any]]
-
-
-class Environments(Protocol):
-    """What training needs of a set of environments."""
-
-    def reset(self, *, seed: int | None = None) -> tuple[NDArray, dict[str, Any]]:
-        """First observations [n, obs]."""
-
-    def step(self, action: NDArray) -> Step:
-        """Observations, rewards, terminated, truncated, information."""
 
 
 class MountainCars:
@@ -71,7 +59,7 @@ class MountainCars:
         return self.state.T.astype(np.float32), reward, terminated, truncated, {}
 
 
-def make(task: str, n: int) -> Environments:
+def make(task: str, n: int) -> Any:
     """`n` environments of the task: "CartPole-v1" or "MountainCar-v0"."""
     if task == "MountainCar-v0":
         return MountainCars(n)

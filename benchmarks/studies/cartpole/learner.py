@@ -6,8 +6,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-__all__ = ["Learners"]
-
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """[S, B, in] by weights [S, out, in] and biases [S, 1, out] -> [S, B, out]."""

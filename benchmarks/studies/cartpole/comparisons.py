@@ -6,11 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.cartpole_study.results import Record, at_episodes, at_steps
-from benchmarks.cartpole_study.settings import Variant
-from benchmarks.statistics_of_runs import bootstrap, improvement_interval, iqm, mean
-
-__all__ = ["Row", "compare", "greedy_at", "windows"]
+from benchmarks.studies.cartpole.results import Record, at_episodes, at_steps
+from benchmarks.studies.cartpole.settings import Variant
+from benchmarks.studies.statistics_of_runs import bootstrap, improvement_interval, iqm, mean
 
 MOST = 0.5  # of the runs must have come as far, else there is nothing to compare
 Measure = Callable[[Record], NDArray]
@@ -27,22 +25,22 @@ class Row:
 
     @property
     def censored(self) -> bool:
-        """Whether some runs did not come so far: what remains is no fair sample then."""
+        """True if some runs did not come so far: those that did are no fair sample then."""
         return any(len(s) < n for s, n in zip(self.scores, self.runs, strict=True))
 
     @property
     def comparable(self) -> bool:
-        """Whether enough runs came so far."""
+        """True if enough runs came so far."""
         return all(len(s) >= MOST * n for s, n in zip(self.scores, self.runs, strict=True))
 
     @property
     def probability(self) -> tuple[float, float, float]:
-        """That the agent is better than the baseline, and its 95% interval."""
+        """Probability that the agent is better than the baseline, and its 95% interval."""
         return improvement_interval([(self.scores[1], self.scores[0])])
 
     @property
     def verdict(self) -> str:
-        """What the interval says."""
+        """The interval in words."""
         _, low, high = self.probability
         if low <= 0.5 + 1e-9 and high >= 0.5 - 1e-9:  # all ties are 0.5 up to rounding
             return "not apart"

@@ -1,6 +1,6 @@
-"""What limits a sharded replay of 10^3 shards: the learner's work per batch, and stale totals.
+"""The limits of a replay of 10^3 shards: the learner's work per batch, and stale totals.
 
-    python -m benchmarks.scale_simulation      # writes benchmarks/results/scale.{json,md}
+    python -m benchmarks.studies.scale_simulation      # writes benchmarks/results/scale.{json,md}
 
 No shard is started: answers are made up, and what the learner does with them is timed (`Batches`
 without Ray; the process's own time, whatever else the machine does). How fast Ray carries small
@@ -8,36 +8,33 @@ messages is measured with two actors. Stale totals are simulated: bias and sprea
 mean, summed up exactly over all shards.
 """
 
-import json
 import pickle
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import ray
 import torch
 
-from benchmarks.arguments import parse_args
-from benchmarks.machine import commit, machine, versions
+from benchmarks.arguments import option, parse_args
+from benchmarks.machine import about
+from benchmarks.pages import RESULTS, save, table
 from per_td.ray.batches import Batches
 from per_td.ray.counts import counts_of, shares_of
 from per_td.ray.ledger import Ledger
 from per_td.ray.shard import Drawn, Report
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass
 class Args:
     """The settings of a run; each is a command-line option too."""
 
-    shards: int = field(default=1000, metadata={"help": "shards K"})
-    messages: int = field(default=4000, metadata={"help": "calls of the message measurement"})
-    repeats: int = field(default=15, metadata={"help": "of each timing; the median counts"})
-    out: str = field(default=str(RESULTS / "scale"), metadata={"help": "files, without suffix"})
+    shards: int = option(1000, "shards K")
+    messages: int = option(4000, "calls of the message measurement")
+    repeats: int = option(15, "of each timing; the median counts")
+    out: str = option(str(RESULTS / "scale"), "files, without suffix")
 
 
 def median_us(
@@ -64,7 +61,7 @@ class NoReplies:
 
 
 def answer(number: int, n: int, serial: int = 0) -> Drawn:
-    """What a shard with CartPole-like transitions would send."""
+    """Make the answer that a shard with CartPole-like transitions would send."""
     report = Report(1e8 * (1 + number % 7), np.inf, 10**9, 10**9, 0, 0, 1, serial)
     packed = [  # arrays of their own: pickle would send one that occurs twice only once
         (("state",), "float32", np.zeros((n, 4), np.float32)),
@@ -119,7 +116,7 @@ def coordinator(batch: int, args: Args) -> dict:
 
 
 def messages(args: Args) -> dict:
-    """How many small calls of two actors one process gets answered per second."""
+    """Count the small calls of two actors that one process gets answered per second."""
 
     class Shard:
         def sample(self, n: int) -> int:
@@ -177,21 +174,18 @@ def staleness(moved: float, args: Args) -> dict:
     }
 
 
-def table(results: dict) -> str:
-    """The results in Markdown."""
+def page(results: dict) -> str:
+    """Write the results in Markdown."""
     info = results["machine"]
-    lines = [
+    parts = [
         "# A thousand shards, on paper",
-        "",
-        f"`python -m benchmarks.scale_simulation` on {info['cpu']}, {info['cores']} cores, load"
-        f" before {info['load_before']}; {results['args']['shards']:,} shards.",
+        f"`python -m benchmarks.studies.scale_simulation` on {info['cpu']}, {info['cores']} cores,"
+        f" load before {info['load_before']}; {results['args']['shards']:,} shards.",
     ]
     for title in ("coordinator", "messages", "staleness"):
-        rows = results[title]
-        lines += ["", f"## {title}", "", "| " + " | ".join(rows[0]) + " |"]
-        lines.append("|" + "---:|" * len(rows[0]))
-        lines += ["| " + " | ".join(f"{v:,}" for v in r.values()) + " |" for r in rows]
-    return "\n".join(lines) + "\n"
+        body = [[f"{value:,}" for value in row.values()] for row in results[title]]
+        parts += [f"## {title}", table([*results[title][0]], body)]
+    return "\n\n".join(parts)
 
 
 def main(args: Args) -> dict:
@@ -199,18 +193,13 @@ def main(args: Args) -> dict:
     torch.set_num_threads(1)
     results = {
         "args": asdict(args),
-        "machine": machine(),
-        "versions": versions(),
+        **about(),
         "ray": ray.__version__,
-        "commit": commit(),
         "coordinator": [coordinator(batch, args) for batch in (256, 1024, 4096, 65536)],
         "messages": [messages(args)],
         "staleness": [staleness(moved, args) for moved in (0.0, 0.01, 0.1, 0.5, 1.0)],
     }
-    print(table(results))
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.out + ".json").write_text(json.dumps(results, indent=1) + "\n")
-    Path(args.out + ".md").write_text(table(results))
+    save(args.out, results, page(results))
     return results
 
 

@@ -1,4 +1,4 @@
-"""What runs did, as files, and how they are compared at matched episodes and matched steps."""
+"""The runs as files, and measures of them at matched episodes and matched steps."""
 
 import json
 import os
@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.cartpole_study.settings import Replay, Settings
-from benchmarks.cartpole_study.training import Outcome
-
-__all__ = ["Record", "at_episodes", "at_steps", "curve_points", "describe", "load", "path", "save"]
+from benchmarks.studies.cartpole.settings import Replay, Settings
+from benchmarks.studies.cartpole.training import Outcome
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Record:
 
 
 def describe(settings: Settings, replay: Replay, *, runs: int, seed: int) -> dict[str, Any]:
-    """What makes a result reproducible, and one file comparable with another run's wish."""
+    """Describe runs, so that they can be made again and told from others."""
     about = {
         "settings": asdict(settings), "replay": asdict(replay), "runs": runs, "seed": seed,
     }  # fmt: skip
@@ -40,7 +38,7 @@ def describe(settings: Settings, replay: Replay, *, runs: int, seed: int) -> dic
 
 
 def path(folder: Path, variant: str, agent: str) -> Path:
-    """Where an agent's runs lie."""
+    """Return the file of an agent's runs."""
     return folder / f"{variant}.{re.sub(r'[^a-z0-9]+', '-', agent.lower()).strip('-')}.npz"
 
 

@@ -1,20 +1,13 @@
 """Pictures of the study."""
 
 from pathlib import Path
+from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-
-from benchmarks.cartpole_study.comparisons import Row
-from benchmarks.cartpole_study.results import Record, curve_points
-from benchmarks.cartpole_study.settings import Variant
-from benchmarks.plots import COLOURS, STYLE
-from benchmarks.statistics_of_runs import bootstrap
-
-__all__ = ["curves", "forest"]
+from benchmarks.pages import COLOURS, picture
+from benchmarks.studies.cartpole.comparisons import Row
+from benchmarks.studies.cartpole.results import Record, curve_points
+from benchmarks.studies.cartpole.settings import Variant
+from benchmarks.studies.statistics_of_runs import bootstrap
 
 REPETITIONS = 500
 POINTS = 40  # of a learning curve, about
@@ -26,7 +19,7 @@ def _width(limit: int, least: int) -> int:
     return max(1, min(limit, max(1, round(limit / POINTS / least)) * least))
 
 
-def _curve(axes: Axes, records: dict[str, Record], *, by_step: bool) -> None:
+def _curve(axes: Any, records: dict[str, Record], *, by_step: bool) -> None:
     for colour, (agent, record) in zip(COLOURS, records.items(), strict=False):
         episodes = int((record.lengths > 0).sum(axis=1).min())
         limit = int(record.steps.min()) if by_step else episodes
@@ -45,18 +38,14 @@ def curves(variants: dict[str, Variant], records: dict[str, dict[str, Record]], 
     shown = {name: found for name, found in records.items() if len(variants[name].agents) == 2}
     if not shown:
         return False
-    with plt.rc_context(STYLE):
-        size = (11, 2.9 * len(shown))
-        figure, grid = plt.subplots(len(shown), 2, figsize=size, squeeze=False, sharey="row")
+    layout = {"nrows": len(shown), "ncols": 2, "figsize": (11, 2.9 * len(shown))}
+    with picture(file, dpi=90, squeeze=False, sharey="row", **layout) as grid:
         for row, (name, found) in zip(grid, shown.items(), strict=True):
             _curve(row[0], found, by_step=False)
             _curve(row[1], found, by_step=True)
             row[0].set(title=variants[name].title, ylabel="return, IQM")
         if grid[0, 1].lines:
             grid[0, 1].legend()
-        figure.tight_layout()
-        figure.savefig(file, dpi=90, bbox_inches="tight")
-        plt.close(figure)
     return True
 
 
@@ -66,8 +55,7 @@ def forest(rows: dict[str, list[Row]], file: Path) -> bool:
     shown = [(name, row) for name, row in shown if row.window.startswith(("steps", "episodes"))]
     if not shown:
         return False
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(9, 0.21 * len(shown) + 1.2))
+    with picture(file, dpi=90, figsize=(9, 0.21 * len(shown) + 1.2)) as axes:
         for place, (_, row) in enumerate(shown):
             middle, low, high = row.probability
             colour = VERDICTS[row.verdict]
@@ -82,7 +70,4 @@ def forest(rows: dict[str, list[Row]], file: Path) -> bool:
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.axvline(0.5, color="black", lw=0.8)
         axes.set(xlim=(0, 1), xlabel="P(better than uniform), 95% interval (* not all runs)")
-        figure.tight_layout()
-        figure.savefig(file, dpi=90, bbox_inches="tight")
-        plt.close(figure)
     return True

@@ -1,4 +1,0 @@
-"""DQN from uniform and from prioritized replay, many independent runs of each in lockstep.
-
-`python -m benchmarks.cartpole_study --help` has the options, docs/cartpole_study.md the results.
-"""

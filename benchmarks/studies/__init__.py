@@ -1,0 +1,1 @@
+"""Studies of learning, and of what cannot be measured here: see docs/."""
