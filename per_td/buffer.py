@@ -2,8 +2,8 @@
 
 import os
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Self, SupportsIndex
 
@@ -200,7 +200,7 @@ class PrioritizedReplayBuffer(Copied):
             self._require_shareable(memory, prioritization, example)
             memory = Memory("shared")
         self._guard: Guard | None = None
-        self._changing = False
+        self._busy = False
         self._ahead: Prefetcher | None = None
         self._threads = bool(threads or prefetch)
         self._prefetch = validation.integer("prefetch", prefetch, 0) if prefetch else 0
@@ -361,7 +361,7 @@ class PrioritizedReplayBuffer(Copied):
             self._guard.note.begin(*ring.runs(n, mask))
         before = ring.ring_count()
         try:
-            self._changing = True
+            self._busy = True
             self._write(leaves, n, index, priority, mask)
         except PerTdError:  # ours come before any writing
             raise
@@ -372,15 +372,15 @@ class PrioritizedReplayBuffer(Copied):
                 self._write(leaves, n, index, priority, mask)
             raise
         finally:
-            self._changing = False
+            self._busy = False
         return index
 
     def _require_rest(self) -> None:
-        """Refuse a call in the middle of a change, where nothing fits together."""
-        if self._changing:
+        """Refuse a call in the middle of another, where nothing fits together."""
+        if self._busy:
             raise PerTdError(
-                "expected no call from within a call that changes the buffer, got one, such as from"
-                " a signal handler"
+                "expected no call from within another call of the buffer, got one, such as from a"
+                " signal handler"
             )
 
     def _write(
@@ -421,11 +421,21 @@ class PrioritizedReplayBuffer(Copied):
                 "empty: expected a buffer that is not shared, got one whose other processes would"
                 " not know which generations are stale"
             )
-        with self._lock:
-            self._require_rest()
+        with self._at_rest():
             self._storage.empty()
             self._priorities.empty()
             self._drop_ahead()
+
+    @contextmanager
+    def _at_rest(self) -> Iterator[None]:
+        """Hold the lock, and refuse calls from within."""
+        with self._lock:
+            self._require_rest()
+            try:
+                self._busy = True
+                yield
+            finally:
+                self._busy = False
 
     # --- drawing ----------------------------------------------------------------------------------
 
@@ -493,6 +503,7 @@ class PrioritizedReplayBuffer(Copied):
                     f" without replacement, got {n}"
                 )
         try:
+            self._busy = True
             rows, index, weight, generation = sample_rows(
                 self._priorities, ring, n, self.generator, beta=self._beta, size=size
             )
@@ -503,6 +514,8 @@ class PrioritizedReplayBuffer(Copied):
                     f"expected transitions to sample from in every buffer, got empty ones{which}"
                 ) from None
             raise
+        finally:
+            self._busy = False
         return rows, index, weight, ring.in_batch(generation)
 
     def _batch_size(self, batch_size: int | None) -> int:
@@ -571,7 +584,7 @@ class PrioritizedReplayBuffer(Copied):
                 mask = self._as_mask(mask, index.shape)
             self._require_rest()
             try:
-                self._changing = True
+                self._busy = True
                 stale = self._priorities.update(
                     index, td_error, written=ring.written, generation=generation, mask=mask
                 )
@@ -581,7 +594,7 @@ class PrioritizedReplayBuffer(Copied):
                 self._priorities.rebuild()
                 raise
             finally:
-                self._changing = False
+                self._busy = False
             self._drop(stale)
 
     def update_tensordict_priority(self, batch: Any) -> None:
@@ -666,10 +679,8 @@ class PrioritizedReplayBuffer(Copied):
                 f"{name}: expected no change once a shared buffer is made, got {value!r}: other"
                 " processes would not know; the constructor takes it"
             )
-        with self._lock:
-            self._require_rest()
+        with self._at_rest():
             try:
-                self._changing = True
                 if choice:
                     self._priorities.choose(**{name: value})
                     self._drop_ahead()
@@ -680,8 +691,6 @@ class PrioritizedReplayBuffer(Copied):
             except BaseException:  # an interrupt, say
                 self._priorities.rebuild()
                 raise
-            finally:
-                self._changing = False
 
     @property
     def batch_size(self) -> int | None:
@@ -897,7 +906,7 @@ class PrioritizedReplayBuffer(Copied):
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot: tensors and plain values, as `torch.load(weights_only=True)` reads them."""
-        with self._lock:
+        with self._at_rest():
             return self._state(copy=True)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -918,8 +927,7 @@ class PrioritizedReplayBuffer(Copied):
             SchemaError: its transitions are not like those that this buffer was made for.
         """
         checked = states.check(state)
-        with self._lock:
-            self._require_rest()
+        with self._at_rest():
             if self._guard is not None:
                 self._begin_load(checked, self._guard.note)
             states.restore(self._parts, checked)
@@ -942,7 +950,7 @@ class PrioritizedReplayBuffer(Copied):
         Raises:
             OSError: it cannot be written, such as on a full disk; the old file is as it was.
         """
-        with self._lock:
+        with self._at_rest():
             checkpoint.write(path, self._state(copy=False))
 
     def restore(self, path: str | os.PathLike[str]) -> None:

@@ -23,8 +23,8 @@ from tests.support import processes
 KINDS = ("signals", "threads", "prefetch", "forks", "copies", "shared", "killed")
 
 
-class RaisedError(Exception):
-    """What a signal handler may raise."""
+class RaisedError(BaseException):
+    """What a signal handler raises, as Ctrl-C does."""
 
 
 def call(buffer, dice: random.Random, start: list[int]) -> None:
@@ -69,7 +69,7 @@ def signals(until: float, seed: int) -> None:
     start = [10**12]
 
     def handle(*_):
-        if inside:
+        if inside or time.monotonic() > until:
             return
         inside.append(None)
         with suppress(PerTdError):
@@ -81,10 +81,12 @@ def signals(until: float, seed: int) -> None:
     buffer.extend(processes.transitions(range(500)))
     signal.signal(signal.SIGALRM, handle)
     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0007)
-    while time.monotonic() < until:
-        with suppress(RaisedError):
-            calls(buffer, dice.randrange(1000), until)
-    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    try:
+        while time.monotonic() < until:
+            with suppress(RaisedError):
+                calls(buffer, dice.randrange(1000), until)
+    finally:
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
     buffer.check_valid()
     assert processes.torn(buffer.transitions) == 0
 
