@@ -488,8 +488,11 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             index = first_of_each(index, data.ndim)
         with self._replay_lock, self._write_lock:
             self._catch_up()
-            sampler._follow(storage)
-            device, squared, stamps = sampler.device, sampler.td_error_unit == "squared", None
+            stamps = None if generation is None else privates.generations(self, sampler.device)
+            if stamps is None or len(stamps) != sampler.max_size:
+                sampler._follow(storage)
+                stamps = None
+            device, squared = sampler.device, sampler.td_error_unit == "squared"
             shape = None if td_error.is_nested else td_error.shape
             if shape == (rows, 1):
                 td_error = td_error.squeeze(-1)
@@ -505,7 +508,6 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                         f"index_generation: expected one for each of {len(slot)} indices,"
                         f" got {len(generation)}"
                     )
-                stamps = privates.generations(self, device)
                 if stamps is None or self._sample_unit is not None:  # then 0 marks live updates
                     now = validation.to_device(self._writer.generations_of(index), device)
                     generation, stamps = (generation != now).long(), None

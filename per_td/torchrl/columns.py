@@ -134,7 +134,7 @@ class Columns:
 
     def __init__(self, root: _Node, columns: list[Tensor], generation: Tensor) -> None:
         self._root, self._columns, self._generation = root, columns, generation
-        self.capacity = len(generation)
+        self.capacity, self._device = len(generation), generation.device
         self._expected: _Node | None = None  # for the batch size that came last
         self._keys = set(_keys(root))
         self._index = at = root.leaves["index"].place
@@ -187,8 +187,7 @@ class Columns:
         if not _collect(self._expected, data, rows, skip="index"):
             return None
         rows[self._index] = self._no_slots  # until `write` knows them
-        device = self._generation.device
-        return [plain_rows(row, device) for row in rows]
+        return [plain_rows(row, self._device) for row in rows]
 
     def write(self, rows: list[Tensor], start: int, n: int) -> Tensor:
         """Write rows and their slots, and count up their generations.
@@ -201,8 +200,7 @@ class Columns:
         Returns:
             The slots, one after the other and around the end, int64 [n].
         """
-        device = self._generation.device  # which need not be torch's default
-        rows[self._index] = index = torch.empty(n, dtype=torch.int64, device=device)
+        rows[self._index] = index = torch.empty(n, dtype=torch.int64, device=self._device)
         runs = array("q", (start, n))
         self._ops.write_rows(self._written, rows, n, runs, stamps=self._generation, index=index)
         return index

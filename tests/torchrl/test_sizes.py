@@ -212,6 +212,7 @@ def test_a_tensor_without_memory_is_refused_before_anything_is_written(choice, m
         ({"priority": torch.full((20,), torch.nan)}, "priority: expected finite values"),
         ({"priority": torch.full((20,), -1.0)}, "priority: expected finite values"),
         ({"ever_max": torch.tensor(torch.inf)}, "ever_max: expected finite values"),
+        ({"max_capacity": None}, "expected a state of max_capacity 20, got None"),
         ({"ever_max": torch.ones(2)}, "ever_max: expected float32"),
         ({"alpha": -1.0}, "alpha: expected"),
         ({"beta": "x"}, "beta: expected"),
