@@ -197,6 +197,9 @@ def test_what_shards_would_refuse_is_refused_where_it_comes_from(sharded, number
         writer.extend(numbered(0, 4).set("s", list("abcd")))
     with pytest.raises(PriorityError, match="at least 0"):
         writer.extend(numbered(0, 2), [1.0, -1.0])
+    for wrong in (torch.ones(2), "x", math.nan):
+        with pytest.raises(PriorityError, match="priority: expected"):
+            writer.add(numbered(0, 1)[0], wrong)
     assert len(buffer) == 0
 
 
