@@ -21,7 +21,7 @@ from per_td.torchrl import privates
 from per_td.torchrl.plain import as_plain, from_plain
 from per_td.torchrl.sampler import PrioritizedSampler
 from per_td.torchrl.slices import PrioritizedSliceSampler
-from per_td.torchrl.td_errors import REDUCTIONS, first_of_each, magnitudes, required
+from per_td.torchrl.td_errors import first_of_each, magnitudes, required
 from per_td.torchrl.writer import GenerationWriter, slots_of
 from per_td.weights import priority_of
 
@@ -59,23 +59,17 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         priority_key: entry in which losses leave their TD errors.
         eps: added to every priority; None is 1e-8.
         storage: a TorchRL storage, or a callable that makes one; None is a `ListStorage(1000)`.
-        sample_unit: as in TorchRL.
         sampler_device: where the priorities live; None follows the storage.
         sync: False leaves the priorities to the process that samples: writers in other processes
             never touch them, and the next draw takes up their writes.
-        collate_fn: as in TorchRL.
-        pin_memory: as in TorchRL.
         prefetch: number of batches drawn ahead, by threads.
-        transform: as in TorchRL.
         reduction: makes one priority of several TD errors of an element: "max", "min", "mean",
             "median", "sum" or "r2d2" (0.9 max + 0.1 mean); None is "max".
         batch_size: of `sample()`.
-        dim_extend: as in TorchRL.
         generator: source of the random numbers.
         shared: other processes write to the buffer.
-        compilable: as in TorchRL.
-        transport: as in TorchRL.
-        transport_options: as in TorchRL.
+        sample_unit, collate_fn, pin_memory, transform, dim_extend, compilable, transport,
+            transport_options: as in TorchRL.
         draw: "independent", "stratified" or "without_replacement".
         method: "auto", "tree" or "multinomial".
         weight_normalization: "buffer" as TorchRL does, "batch" or "none".
@@ -139,8 +133,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         kept: Storage = self._maybe_make_storage(storage, compilable)
         if not sync and kept.ndim != 1:
             raise ConfigurationError(
-                f"sync: expected True for a storage of several dimensions, got False with"
-                f" kept.ndim={kept.ndim}"
+                f"sync: expected True for a storage of several dimensions, got False with {kept.ndim}"
             )
         capacity = slots_of(kept)
         if sampler is None:
@@ -149,7 +142,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                 alpha,
                 beta,
                 _EPS if eps is None else eps,
-                reduction=validation.one_of("reduction", reduction or "max", REDUCTIONS),
+                reduction=reduction or "max",
                 max_priority_within_buffer=max_priority_within_buffer,
                 device=sampler_device,
                 draw=draw,

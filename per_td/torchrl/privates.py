@@ -182,17 +182,19 @@ def write(
     Returns:
         The first slot, and all slots, int64 [n].
     """
-    storage, writer = buffer._storage, buffer._writer
+    storage, writer, capacity = buffer._storage, buffer._writer, columns.capacity
     table = buffer._sampler._table if marks else None
-    start = writer.next_slot()
+    # the lock keeps other writers out, so the numbers, which processes share, are read and set past
+    # their own locks
+    cursor, length = writer._cursor_value.get_obj(), storage._len_value.get_obj()
+    start = cursor.value % capacity  # a state may hold any
     index = columns.write(rows, start, n)
-    writer.claim(start, n)
-    # the storage has to know of the rows; the lock keeps other writers out, so the numbers, which
-    # processes share, are set past their own locks
-    end, length = start + n, storage._len_value.get_obj()
+    end = start + n
+    cursor.value = end % capacity
+    writer._write_count_value.get_obj().value += n
     storage._last_cursor = index
-    storage._last_cursor_index_value.get_obj().value = (end - 1) % storage.max_size
-    length.value = min(max(length.value, end), storage.max_size)
+    storage._last_cursor_index_value.get_obj().value = (end - 1) % capacity
+    length.value = min(max(length.value, end), capacity)
     # a change by somebody else in between leaves the revisions unequal, which is safe
     storage._mutation_revision_value.get_obj().value += 1
     cache.revision += 1

@@ -64,11 +64,20 @@ def unravelled(index: Tensor, shape: torch.Size | tuple[int, ...]) -> tuple[Tens
     return tuple(reversed(places))
 
 
+def _of_table(name: str, doc: str) -> Any:
+    """A setting that a sampler keeps in its table, which checks it."""
+    return property(
+        lambda self: getattr(self._table, name),
+        lambda self, value: setattr(self._table, name, value),
+        doc=doc,
+    )
+
+
 class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
     """Drop-in for `torchrl.data.replay_buffers.PrioritizedSampler`; nothing compiled is needed.
 
     Same arguments and behaviour; TorchRL recognises it as its own. Where it differs: sums are
-    float64 whatever `dtype` says, raw priorities are kept (alpha may leave 0), torch's generators
+    float64 at any `dtype`, raw priorities are kept (alpha may leave 0), torch's generators
     seed the draws, NaN and infinite priorities are refused, and other processes may get it (spawned
     ones share its memory).
 
@@ -180,14 +189,10 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         """Device of the priorities."""
         return self._table.device
 
-    @property
-    def alpha(self) -> float:
-        """Exponent of the priorities; setting it costs O(N) and is exact, also from 0."""
-        return self._table.alpha
-
-    @alpha.setter
-    def alpha(self, value: float) -> None:
-        self._table.alpha = value
+    alpha: float = _of_table(
+        "alpha", "Exponent of the priorities; setting it costs O(N) and is exact, also from 0."
+    )
+    eps: float = _of_table("eps", "Added to |TD error| by the updates from now on.")
 
     @property
     def beta(self) -> float:
@@ -197,15 +202,6 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
     @beta.setter
     def beta(self, value: float) -> None:
         self._beta = validation.real("beta", value)
-
-    @property
-    def eps(self) -> float:
-        """Added to |TD error| by the updates from now on."""
-        return self._table.eps
-
-    @eps.setter
-    def eps(self, value: float) -> None:
-        self._table.eps = value
 
     @property
     def reduction(self) -> str:

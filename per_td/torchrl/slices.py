@@ -29,11 +29,8 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
     whichever was given, `cache_values`, `truncated_key`, `init_key`, `strict_length` and `span`.
 
     Args:
-        max_capacity: see `PrioritizedSampler`.
-        alpha: exponent of the priorities; may be set at any time.
-        beta: exponent of the importance-sampling weights; may be set at any time.
-        eps: added to every priority.
-        dtype: accepted for compatibility.
+        max_capacity, alpha, beta, eps, dtype, max_priority_within_buffer, method, td_error_unit:
+            see `PrioritizedSampler`.
         reduction: makes one priority of a slice, in `slice_priorities`: "max", "min", "mean",
             "median", "sum", or "r2d2" (0.9 max + 0.1 mean).
         num_slices: slices in a batch. Exactly one of this and `slice_len` must be given.
@@ -54,13 +51,10 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
         span: records of a slice that may be missing on the right because its trajectory ends: an
             int for so many, True for all but the first. Never on the left. Of a tuple or list of
             two, the second.
-        max_priority_within_buffer: see `PrioritizedSampler`.
         draw: "independent", "stratified" or "without_replacement" (different first records).
-        method: "auto", "tree" or "multinomial".
         weight_normalization: "buffer" as TorchRL does, by the smallest priority in the buffer,
             even where no slice can begin; "batch", by that of the slices drawn; "none" for
             (S P)^-beta over the S records that can begin one.
-        td_error_unit: "abs" or "squared".
 
     Raises:
         ConfigurationError: an argument is not one of those accepted (a ValueError).

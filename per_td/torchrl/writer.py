@@ -84,17 +84,3 @@ class GenerationWriter(TensorDictRoundRobinWriter):
         known = generation.reshape(-1)[: len(fitted)]
         fitted[: len(known)] = known
         self._generation = fitted
-
-    def next_slot(self) -> int:
-        """The slot of a 1-d storage that is written next; see `claim` for the lock."""
-        slot: int = self._cursor_value.get_obj().value % self._storage.max_size  # of any state
-        return slot
-
-    def claim(self, start: int, n: int) -> None:
-        """Count n rows written from the slot `start` on, but not their generations.
-
-        The caller holds the lock that keeps other writers out: the numbers, which processes share,
-        are read and written past their own locks.
-        """
-        self._cursor_value.get_obj().value = (start + n) % self._storage.max_size
-        self._write_count_value.get_obj().value += n
