@@ -8,7 +8,7 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from torch import Tensor
 
 from per_td import validation
@@ -111,9 +111,15 @@ class ShardedReplayBuffer:
             "draw": validation.one_of("draw", draw, _DRAWS),
             "layout": layout,
         }
-        # Holds settings, and refuses those that a shard would refuse; it never gets data
+        # Holds settings, and refuses arguments that a shard would refuse; it never gets data
         self._rules = PrioritizedReplayBuffer(
-            1, batch_size, beta=beta, beta_increment=beta_increment, device="cpu", **shared
+            1,
+            batch_size,
+            beta=beta,
+            beta_increment=beta_increment,
+            device="cpu",
+            example=example,
+            **shared,
         )
         self._settings: dict[str, Any] = {
             **shared,
@@ -125,10 +131,13 @@ class ShardedReplayBuffer:
         self._prefetch = validation.integer("prefetch", prefetch, 0)
         self._timeout_s = validation.real("timeout_s", timeout_s)
         self._start_timeout_s = validation.real("start_timeout_s", start_timeout_s)
+        refresh_s = validation.real("refresh_s", refresh_s)
         if checkpoint_every is not None:
             checkpoint_every = validation.positive_int("checkpoint_every", checkpoint_every)
+        given: Any = example
+        given = given.cpu() if is_tensor_collection(given) else given
         self._shards = self._start(
-            self._settings | {"example": None if example is None else example.cpu()},
+            self._settings | {"example": given},
             checkpoint_dir,
             name,
             actor_options or {},
@@ -136,12 +145,7 @@ class ShardedReplayBuffer:
             checkpoint_every=checkpoint_every,
         )
         self._ledger = Ledger(num_shards)
-        self._replies = Replies(
-            self._shards,
-            self._ledger,
-            self._configure,
-            refresh_s=validation.real("refresh_s", refresh_s),
-        )
+        self._replies = Replies(self._shards, self._ledger, self._configure, refresh_s=refresh_s)
         self._batches = Batches(
             self._shards,
             self._ledger,

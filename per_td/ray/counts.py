@@ -21,7 +21,7 @@ def shares_of(totals: Tensor) -> Tensor:
 def counts_of(
     totals: Tensor, n: int, draw: str = "independent", generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw the number of draws in each shard, in proportion to the totals.
+    """Spread `n` draws over the shards at random, in proportion to the totals.
 
     Args:
         totals: total masses of the shards, float64 [K], not negative; 0 is never drawn.

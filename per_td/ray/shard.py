@@ -89,7 +89,7 @@ class Shard:
             self._log = log
 
     def _begin_epoch(self) -> None:
-        """Let updates for batches drawn before now count as stale: slots may hold others."""
+        """Make updates for batches drawn before now stale: slots may hold other transitions."""
         self._epoch = int.from_bytes(os.urandom(4), "little") >> 1
         self._serial = 0
 

@@ -133,7 +133,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         kept: Storage = self._maybe_make_storage(storage, compilable)
         if not sync and kept.ndim != 1:
             raise ConfigurationError(
-                f"sync: expected True for a storage of several dimensions, got False with {kept.ndim}"
+                f"sync: expected True for a storage of {kept.ndim} dimensions, got False"
             )
         capacity = slots_of(kept)
         if sampler is None:
@@ -518,7 +518,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
     def _anchored(
         self, data: TensorDictBase, slot: Tensor, td_error: Tensor, late: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The same for the anchors of windows, which a sample unit draws.
+        """Replace the records of windows, which a sample unit draws, by their anchors.
 
         Args:
             data: the batch.
@@ -600,7 +600,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:
-        """Keep out all that writes or draws, once the priorities know of every write."""
+        """Hold all locks, with priorities that know of every write."""
         with self._futures_lock:
             self.synchronize()  # threads that draw ahead need the locks below
             with self._replay_lock, self._write_lock:

@@ -53,7 +53,7 @@ def generations(buffer: ReplayBuffer, device: torch.device) -> Tensor | None:
 
 
 def forget(storage: Storage, buffer: ReplayBuffer) -> None:
-    """Have a storage not tell a buffer of writes any more."""
+    """Stop a storage from telling a buffer of writes."""
     storage._attached_entities.remove(buffer)
 
 
@@ -142,7 +142,7 @@ class ColumnCache:
 
 
 def _plain_generations(buffer: ReplayBuffer) -> Tensor | None:
-    """`generations` of a buffer of which nothing but transforms may ask for TorchRL's methods."""
+    """`generations` of a plain buffer; None if a part of it asks for TorchRL's methods."""
     storage, writer = buffer._storage, buffer._writer
     plain = (
         type(storage) in (LazyTensorStorage, LazyMemmapStorage)

@@ -49,7 +49,7 @@ def flat_index(index: Any, shape: torch.Size | tuple[int, ...], device: torch.de
 
 
 def unravelled(index: Tensor, shape: torch.Size | tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Indices in each dimension of a storage, the inverse of `flat_index`; ndim int64 [B].
+    """Indices in each dimension of a storage, one int64 [B] each: undoes `flat_index`.
 
     `torch.unravel_index` makes the host wait on CUDA.
 
@@ -205,7 +205,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
 
     @property
     def reduction(self) -> str:
-        """Makes one priority of several TD errors of an element, from now on."""
+        """Reduction of several TD errors of an element to one priority, from now on."""
         return self._reduction
 
     @reduction.setter

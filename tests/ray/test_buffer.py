@@ -240,13 +240,20 @@ def test_shards_take_dicts(sharded, numbered):
         ({"beta": 2.0}, "beta"),
         ({"new_priority": "?"}, "new_priority"),
         ({"timeout_s": -1.0}, "timeout_s"),
+        ({"refresh_s": -1.0}, "refresh_s"),
         ({"checkpoint_every": 0}, "checkpoint_every"),
+        ({"example": {"index": torch.zeros(())}}, "example: 'index' is a reserved key"),
+        ({"example": 5}, "example: expected a TensorDict"),
     ],
 )
-def test_wrong_arguments_are_refused_before_an_actor_starts(options, match):
+def test_wrong_arguments_are_refused_before_an_actor_starts(options, match, monkeypatch):
     from per_td.ray import ShardedReplayBuffer
 
-    with pytest.raises(ConfigurationError, match=match):
+    def start(_):
+        raise AssertionError("expected no actor")
+
+    monkeypatch.setattr(ray, "remote", start)
+    with pytest.raises((ConfigurationError, SchemaError), match=match):
         ShardedReplayBuffer(**{"num_shards": 2, "capacity_per_shard": 8} | options)
 
 
