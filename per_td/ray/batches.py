@@ -1,4 +1,4 @@
-"""Batches: one draw spread over the shards, and put together again."""
+"""Batches: one draw is spread over the shards, and their parts are joined."""
 
 from typing import Any, NamedTuple
 
@@ -11,16 +11,14 @@ from torch import Tensor
 
 from per_td.errors import SchemaError
 from per_td.ray import wire
-from per_td.ray.counts import batch_weights, counts_of, probabilities, shares_of
-from per_td.ray.errors import ShardError
+from per_td.ray.counts import counts_of, probabilities, shares_of
+from per_td.ray.errors import ShardError, raised_by
 from per_td.ray.ledger import Ledger
 from per_td.ray.replies import Replies
 from per_td.ray.shard import Drawn
 from per_td.ray.wire import Array
-from per_td.ray.writer import told_by
 from per_td.storage.leaves import Key, Leaves, nested
-
-__all__ = ["Batches", "Request"]
+from per_td.weights import importance_weights
 
 _Part = tuple[int, Drawn]
 
@@ -30,9 +28,9 @@ class Request(NamedTuple):
 
     n: int
     totals: Tensor
-    """The total masses from which the counts were drawn, float64 [K]."""
+    """Total masses of the shards, from which the counts were drawn, float64 [K]."""
     asked: dict[Any, int]
-    """The answers to come, and their shards."""
+    """The shard of each answer to come."""
 
 
 class Batches:
@@ -45,8 +43,8 @@ class Batches:
         draw: "independent" or "stratified".
         weight_normalization: as for the local buffer.
         generator: source of the counts.
-        timeout_s: how long to wait for the shards before their part is drawn from others, seconds.
-        device: where batches go.
+        timeout_s: seconds to wait for the shards before their part is drawn from others.
+        device: of the batches.
     """
 
     def __init__(
@@ -71,7 +69,7 @@ class Batches:
         self._device = device
 
     def request(self, n: int) -> Request:
-        """Ask the shards for a batch of `n`, each for its part.
+        """Ask each shard for its part of a batch of `n`.
 
         Raises:
             EmptyBufferError: no living shard has anything to draw.
@@ -81,7 +79,7 @@ class Batches:
         return Request(n, totals, self._ask(totals, n))
 
     def _totals(self) -> Tensor:
-        """The totals as last heard, float64 [K]; where that is nothing, all shards are asked.
+        """The totals as last heard, float64 [K]; if all are 0, ask all shards first.
 
         Raises:
             ShardError: none answers.
@@ -104,9 +102,9 @@ class Batches:
         }
 
     def collect(self, request: Request, beta: float) -> TensorDict:
-        """Wait for a batch. Whatever a shard does not give in time is drawn from the others.
+        """Wait for a batch; draw from the others the part of a shard that fails or is late.
 
-        A round of waiting takes `timeout_s` at most; there is another one only if a shard failed.
+        A round of waiting takes at most `timeout_s`; another one follows only if a shard failed.
 
         Args:
             request: from `request`.
@@ -122,8 +120,8 @@ class Batches:
             failed = self._receive(asked, parts)
             if not failed:
                 return self._together(parts, totals, beta)
-            # All that a failed shard gave is drawn anew, so that the others' shares are those that
-            # they have without it.
+            # Also what a failed shard gave before is drawn anew, so that the others have the shares
+            # that they have without it.
             parts = [part for part in parts if part[0] not in failed]
             totals[sorted(failed)] = 0.0
             if not totals.sum() > 0:
@@ -132,11 +130,7 @@ class Batches:
         raise ShardError(f"expected a batch of {n}, got shards that fail one after the other")
 
     def _receive(self, asked: dict[Any, int], parts: list[_Part]) -> set[int]:
-        """Add the answers to `parts`.
-
-        Returns:
-            The shards that gave none.
-        """
+        """Add the answers to `parts`, and return the shards that gave none."""
         answers = list(asked)
         ready, late = ray.wait(answers, num_returns=len(answers), timeout=self._timeout_s)
         failed = {asked[answer] for answer in late}
@@ -150,7 +144,7 @@ class Batches:
                 failed.add(shard)
                 self._replies.lose(shard)
             except RayTaskError as error:
-                raise told_by(error) from None
+                raise raised_by(error) from None
             else:
                 empty = not isinstance(drawn, Drawn)
                 self._replies.note(shard, drawn if empty else drawn.report)
@@ -161,6 +155,7 @@ class Batches:
         return failed
 
     def _together(self, parts: list[_Part], totals: Tensor, beta: float) -> TensorDict:
+        """Join the parts to a batch, shard after shard, and weigh it."""
         parts.sort(key=lambda part: part[0])
         sizes = torch.as_tensor([len(drawn.slot) for _, drawn in parts], device="cpu")
 
@@ -174,15 +169,15 @@ class Batches:
             total=each([drawn.report.total for _, drawn in parts], torch.float64),
             counted_with=totals,
         )
-        weight = batch_weights(
+        weight = importance_weights(
             probability,
             beta,
+            total=torch.ones((), dtype=torch.float64, device="cpu"),
             size=self._ledger.size,
-            normalization=self._normalization,
             smallest=self._smallest(totals),
+            normalization=self._normalization,
         )
-        leaves = _leaves(parts)
-        tree = nested(leaves.items())
+        tree = nested(_leaves(parts).items())
         tree |= {
             "index": _joined([drawn.slot for _, drawn in parts]),
             "generation": _joined([drawn.generation for _, drawn in parts]),
@@ -193,14 +188,14 @@ class Batches:
         return batch if self._device.type == "cpu" else batch.to(self._device)
 
     def _smallest(self, totals: Tensor) -> Tensor:
-        """The smallest probability of any transition, as far as is known."""
+        """The smallest probability of any transition, as last heard."""
         known = (totals > 0) & (self._ledger.total > 0)
         ratio = self._ledger.smallest / self._ledger.total
         return torch.where(known, shares_of(totals) * ratio, torch.inf).amin()
 
 
 def _joined(parts: list[Array]) -> Tensor:
-    """One tensor in memory of its own, made in one copy: the parts may be read-only."""
+    """One tensor in memory of its own: the parts may be read-only."""
     return torch.from_numpy(np.concatenate(parts))
 
 
@@ -227,4 +222,5 @@ def _leaves(parts: list[_Part]) -> Leaves:
 
 
 def _kind(drawn: Drawn) -> dict[Key, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of each leaf of a transition."""
     return {key: (dtype, values.shape[1:]) for key, dtype, values in drawn.packed}

@@ -7,23 +7,32 @@ from typing import Any
 
 import ray
 import torch
-from tensordict import TensorDict, TensorDictBase
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from tensordict import TensorDict, TensorDictBase, is_tensor_collection
 from torch import Tensor
 
 from per_td import validation
 from per_td.buffer import PrioritizedReplayBuffer
 from per_td.errors import ConfigurationError
-from per_td.ray import actors, saving, updates, wire
+from per_td.ray import saving, updates, wire
 from per_td.ray.batches import Batches, Request
+from per_td.ray.errors import ShardError, raised_by
 from per_td.ray.ledger import Ledger
 from per_td.ray.replies import Replies
-from per_td.ray.shard import Report
+from per_td.ray.shard import Report, Shard
 from per_td.ray.writer import Receipt, Writer
 from per_td.storage.leaves import entries_of
 
-__all__ = ["ShardedReplayBuffer"]
-
 _DRAWS = ("independent", "stratified")
+
+
+def _of_rules(name: str, doc: str) -> Any:
+    """A setting that `ShardedReplayBuffer` keeps in its `_rules`, which check it."""
+    return property(
+        lambda self: getattr(self._rules, name),
+        lambda self, value: setattr(self._rules, name, value),
+        doc=doc,
+    )
 
 
 class ShardedReplayBuffer:
@@ -34,7 +43,7 @@ class ShardedReplayBuffer:
     actor or task, write to the shards directly; one learner samples and updates.
 
     Args:
-        num_shards: how many actors.
+        num_shards: number of actors.
         capacity_per_shard: slots of each.
         batch_size: default for `sample`.
         alpha, beta, eps, beta_increment, weight_normalization: as for `PrioritizedReplayBuffer`.
@@ -42,19 +51,19 @@ class ShardedReplayBuffer:
         draw: "independent" or "stratified".
         layout: as for `PrioritizedReplayBuffer`.
         example: one transition; shards then refuse others from the beginning.
-        shard_device: where the shards keep transitions and priorities; for "cuda", ask Ray for GPUs
-            with `actor_options`.
-        device: where batches go; None is torch's default device.
+        shard_device: of the transitions and priorities; for "cuda", ask Ray for GPUs with
+            `actor_options`.
+        device: of the batches; None is torch's default device.
         generator: source of the counts, and of the seeds of the shards' draws, on the CPU.
         prefetch: batches asked for ahead. They do not know of the updates that came after.
-        timeout_s: how long a batch waits for shards before it is drawn from the others, seconds.
-        refresh_s: shards not heard from for so long are asked how they stand, seconds.
-        start_timeout_s: how long the shards may take to start, restoring included, seconds.
+        timeout_s: seconds that a batch waits for a shard before its part is drawn from the others.
+        refresh_s: shards that were silent for so many seconds are asked for a report.
+        start_timeout_s: seconds that the shards may take to start, restoring included.
         checkpoint_dir: folder, reachable from wherever a shard may start, for checkpoints and logs.
-            With it, what was acknowledged is restored when a shard starts again, also in another
-            run; without it, shards start empty.
+            With it, a shard that starts again, also in another run, restores all acknowledged
+            changes; without it, shards start empty.
         checkpoint_every: transitions that a shard writes between two checkpoints; None: capacity.
-        fsync: whether acknowledged also means written to the disk, and not only to the file.
+        fsync: acknowledge only changes that are on the disk, and not only in the file.
         name: lets the shards outlive this process; a learner that gives the same name (and Ray
             namespace) later finds them again.
         actor_options: Ray's options of the actors, such as num_cpus, num_gpus, resources,
@@ -102,9 +111,15 @@ class ShardedReplayBuffer:
             "draw": validation.one_of("draw", draw, _DRAWS),
             "layout": layout,
         }
-        # Holds alpha, beta and eps, and refuses what a shard would refuse; no data ever goes there
+        # Holds settings, and refuses arguments that a shard would refuse; it never gets data
         self._rules = PrioritizedReplayBuffer(
-            1, batch_size, beta=beta, beta_increment=beta_increment, device="cpu", **shared
+            1,
+            batch_size,
+            beta=beta,
+            beta_increment=beta_increment,
+            device="cpu",
+            example=example,
+            **shared,
         )
         self._settings: dict[str, Any] = {
             **shared,
@@ -116,25 +131,21 @@ class ShardedReplayBuffer:
         self._prefetch = validation.integer("prefetch", prefetch, 0)
         self._timeout_s = validation.real("timeout_s", timeout_s)
         self._start_timeout_s = validation.real("start_timeout_s", start_timeout_s)
+        refresh_s = validation.real("refresh_s", refresh_s)
         if checkpoint_every is not None:
             checkpoint_every = validation.positive_int("checkpoint_every", checkpoint_every)
-        self._shards = actors.start(
-            num_shards,
-            self._settings | {"example": None if example is None else example.cpu()},
-            generator=generator,
-            folder=checkpoint_dir,
-            name=name,
-            options=actor_options or {},
+        given: Any = example
+        given = given.cpu() if is_tensor_collection(given) else given
+        self._shards = self._start(
+            self._settings | {"example": given},
+            checkpoint_dir,
+            name,
+            actor_options or {},
             fsync=fsync,
             checkpoint_every=checkpoint_every,
         )
         self._ledger = Ledger(num_shards)
-        self._replies = Replies(
-            self._shards,
-            self._ledger,
-            self._configure,
-            refresh_s=validation.real("refresh_s", refresh_s),
-        )
+        self._replies = Replies(self._shards, self._ledger, self._configure, refresh_s=refresh_s)
         self._batches = Batches(
             self._shards,
             self._ledger,
@@ -147,11 +158,41 @@ class ShardedReplayBuffer:
         )
         self._ahead: deque[Request] = deque()
         self._writer = self.writer(0)
-        self._await_start()
+        self._take_up([shard.report.remote() for shard in self._shards])
 
-    def _await_start(self) -> None:
+    def _start(
+        self,
+        settings: dict[str, Any],
+        folder: str | os.PathLike[str] | None,
+        name: str | None,
+        options: dict[str, Any],
+        **durable: Any,
+    ) -> list[Any]:
+        """Start the actors; with a name, those that are there already are used.
+
+        Args:
+            settings: of each shard's buffer.
+            folder, name, options: see the constructor.
+            durable: other arguments of `Shard`.
+        """
+        remote, shards = ray.remote(Shard), []
+        # torch's own generator is the same in every process
+        seeds = torch.randint(2**62, (self.num_shards,), generator=self.generator, device="cpu")
+        for number, seed in enumerate(seeds.tolist()):
+            own = {"max_restarts": -1} | options
+            if name is not None:
+                own |= {"name": f"{name}-{number}", "lifetime": "detached", "get_if_exists": True}
+            place = None
+            if folder is not None:
+                place = os.fspath(Path(folder).absolute() / f"shard-{number:05d}")
+            actor = remote.options(**own)
+            shards.append(actor.remote(settings, seed=seed, folder=place, **durable))
+        return shards
+
+    def _take_up(self, answers: list[Any]) -> None:
+        """Wait for the reports of all shards; where one fails, end them all."""
         try:
-            reports = self._get([shard.report.remote() for shard in self._shards])
+            reports = self._get(answers)
         except BaseException:
             self.close()
             raise
@@ -159,7 +200,18 @@ class ShardedReplayBuffer:
             self._replies.note(shard, report)
 
     def _get(self, answers: list[Any]) -> list[Any]:
-        return actors.answers_of(answers, self._start_timeout_s)
+        """The answers of all shards.
+
+        Raises:
+            ShardError: a shard is lost, or takes longer than `start_timeout_s`.
+        """
+        try:
+            found: list[Any] = ray.get(answers, timeout=self._start_timeout_s)
+        except (RayActorError, GetTimeoutError) as error:
+            raise ShardError(f"expected answers of all shards, got {error}") from error
+        except RayTaskError as error:
+            raise raised_by(error) from None
+        return found
 
     def __repr__(self) -> str:
         return (
@@ -168,7 +220,7 @@ class ShardedReplayBuffer:
         )
 
     def __len__(self) -> int:
-        """Number of transitions in the living shards, which are asked."""
+        """Number of transitions in the living shards, asked now."""
         self._replies.wait(self._timeout_s)
         return self._ledger.size
 
@@ -179,14 +231,14 @@ class ShardedReplayBuffer:
         self.close()
 
     def close(self) -> None:
-        """End the shards, also those with a name. What is in their folders remains."""
+        """End the shards, also those with a name. Their folders remain."""
         for shard in self._shards:
             ray.kill(shard, no_restart=True)
 
     # --- settings ---------------------------------------------------------------------------------
 
     num_shards: int = validation.fixed("num_shards", lambda self: self._num_shards)
-    """How many actors."""
+    """Number of actors."""
 
     capacity: int = validation.fixed(
         "capacity", lambda self: self.num_shards * self._settings["capacity"]
@@ -194,55 +246,34 @@ class ShardedReplayBuffer:
     """Number of slots in all shards."""
 
     device: torch.device = validation.fixed("device", lambda self: self._device)
-    """Where batches go."""
+    """Device of the batches."""
 
     generator: torch.Generator | None = validation.fixed("generator", lambda self: self._generator)
     """Source of the counts."""
 
-    draw: str = validation.fixed("draw", lambda self: self._settings["draw"])
-    """How indices are drawn."""
+    draw: str = validation.fixed("draw", lambda self: self._rules.draw)
+    """Way to draw: "independent" or "stratified"."""
 
     weight_normalization: str = validation.fixed(
-        "weight_normalization", lambda self: self._settings["weight_normalization"]
+        "weight_normalization", lambda self: self._rules.weight_normalization
     )
-    """What weights are divided by."""
+    """Divisor of the weights."""
 
-    new_priority: str = validation.fixed(
-        "new_priority", lambda self: self._settings["new_priority"]
-    )
-    """What transitions get that nobody gives a priority."""
+    new_priority: str = validation.fixed("new_priority", lambda self: self._rules.new_priority)
+    """Priority of new transitions that bring none."""
 
     prefetch: int = validation.fixed("prefetch", lambda self: self._prefetch)
-    """How many batches are asked for ahead."""
+    """Number of batches asked for ahead."""
 
     epsilon = validation.fixed("epsilon", instead="expected eps, which can be set")
 
-    @property
-    def batch_size(self) -> int | None:
-        """Default for `sample`; may be set at any time."""
-        return self._rules.batch_size
-
-    @batch_size.setter
-    def batch_size(self, value: int | None) -> None:
-        self._rules.batch_size = value
-
-    @property
-    def beta_increment(self) -> float:
-        """Added to beta by `increase_beta`, at least 0; may be set at any time."""
-        return self._rules.beta_increment
-
-    @beta_increment.setter
-    def beta_increment(self, value: float) -> None:
-        self._rules.beta_increment = value
-
-    @property
-    def beta(self) -> float:
-        """Exponent of the importance-sampling weights, in [0, 1]."""
-        return self._rules.beta
-
-    @beta.setter
-    def beta(self, value: float) -> None:
-        self._rules.beta = value
+    batch_size: int | None = _of_rules(
+        "batch_size", "Default for `sample`; may be set at any time."
+    )
+    beta_increment: float = _of_rules(
+        "beta_increment", "Added to beta by `increase_beta`, at least 0; may be set at any time."
+    )
+    beta: float = _of_rules("beta", "Exponent of the importance-sampling weights, in [0, 1].")
 
     def increase_beta(self) -> None:
         """Add `beta_increment` to beta, up to 1."""
@@ -257,8 +288,7 @@ class ShardedReplayBuffer:
     def alpha(self, value: float) -> None:
         self._rules.alpha = value
         self._ahead.clear()
-        for shard in range(self.num_shards):
-            self._configure(shard)
+        self._configure()
         self._replies.wait(self._timeout_s)
 
     @property
@@ -269,17 +299,18 @@ class ShardedReplayBuffer:
     @eps.setter
     def eps(self, value: float) -> None:
         self._rules.eps = value
-        for shard in range(self.num_shards):
-            self._configure(shard)
+        self._configure()
 
-    def _configure(self, shard: int) -> None:
-        answer = self._shards[shard].configure.remote(alpha=self.alpha, eps=self.eps)
-        self._replies.expect(answer, shard, 0)
+    def _configure(self, *shards: int) -> None:
+        """Send alpha and eps to these shards, or to all."""
+        for shard in shards or range(self.num_shards):
+            answer = self._shards[shard].configure.remote(alpha=self.alpha, eps=self.eps)
+            self._replies.expect(answer, shard, 0)
 
     # --- writing ----------------------------------------------------------------------------------
 
     def writer(self, first: int = 0, *, timeout_s: float = 30.0) -> Writer:
-        """A handle for another actor or task, which begins with the shard `first`; see `Writer`."""
+        """A `Writer` for another actor or task; it begins with the shard `first`."""
         return Writer(self._shards, first=first, timeout_s=timeout_s)
 
     def extend(self, transitions: Any, priority: Any = None) -> Receipt:
@@ -297,7 +328,8 @@ class ShardedReplayBuffer:
 
         Returns:
             TensorDict [B] on `device`, shard after shard: transitions, "index" int64, "generation"
-            int64 (of the shard's start, too), "shard" int64, "priority_weight" float32, all [B].
+            int64 (another one after each start of the shard), "shard" int64, "priority_weight"
+            float32, all [B].
 
         Raises:
             ConfigurationError: no batch size was given, here or to the constructor.
@@ -321,7 +353,7 @@ class ShardedReplayBuffer:
     def update_priority(
         self, index: Any, td_error: Any, generation: Any = None, *, shard: Any
     ) -> None:
-        """Send new priorities, |td_error| + eps, to the shards; they are not waited for.
+        """Send new priorities, |td_error| + eps, to the shards, without waiting for them.
 
         Args:
             index, td_error, generation: as for `PrioritizedReplayBuffer.update_priority`, [B].
@@ -351,7 +383,7 @@ class ShardedReplayBuffer:
         self.update_priority(index, td_error, batch.get("generation", None), shard=shard)
 
     def flush(self) -> None:
-        """Wait until the shards have taken up all updates.
+        """Wait until the shards have answered all updates.
 
         Raises:
             ShardError: one does not answer within `timeout_s`.
@@ -359,16 +391,16 @@ class ShardedReplayBuffer:
         """
         self._replies.settle(self._timeout_s)
 
-    # --- what is in it ----------------------------------------------------------------------------
+    # --- contents -------------------------------------------------------------------------------
 
     @property
     def priority(self) -> Tensor:
-        """Raw priorities, float32 [len], shard after shard, fetched from them."""
+        """Raw priorities of all shards, float32 [len], one shard after the other, asked now."""
         parts = self._get([shard.priority.remote() for shard in self._shards])
         return torch.cat([wire.tensor(part) for part in parts])
 
     def reports(self) -> list[Report | None]:
-        """What each shard says about itself, asked now; None for those that are lost."""
+        """The report of each shard, asked now; None for lost ones."""
         self._replies.wait(self._timeout_s)
         pairs = zip(self._ledger.reports, self._ledger.living, strict=True)
         return [report if lives else None for report, lives in pairs]
@@ -378,8 +410,8 @@ class ShardedReplayBuffer:
 
         Returns:
             "written", "stale_updates", "refused_priorities": those of the shards, as last heard;
-            "lost_updates": not taken up since the shard was lost; "shards_living": now;
-            "shards_lost": how often a shard was lost or late.
+            "lost_updates": updates lost with their shard; "shards_living": now; "shards_lost":
+            number of times that a shard was lost or late.
         """
         self._replies.wait(self._timeout_s)
         return {
@@ -394,7 +426,7 @@ class ShardedReplayBuffer:
     # --- saving -----------------------------------------------------------------------------------
 
     def checkpoint(self) -> None:
-        """Let all shards take a checkpoint now.
+        """Have all shards take a checkpoint now.
 
         Raises:
             CheckpointError: there is no `checkpoint_dir`.
@@ -405,7 +437,7 @@ class ShardedReplayBuffer:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the state of all shards and of this object to a folder that all of them reach.
 
-        Until everything is written, the folder holds what was saved there before.
+        Until everything is written, the folder holds the save before.
 
         Raises:
             ShardError: a shard is lost.
@@ -431,7 +463,7 @@ class ShardedReplayBuffer:
         """A buffer with the settings and the state that `save` wrote.
 
         Args:
-            folder: where.
+            folder: of the save.
             options: arguments of the constructor that are not part of the state: devices,
                 generator (takes over the state of the one saved), checkpoint_dir, timeouts, ...
 
@@ -453,12 +485,5 @@ class ShardedReplayBuffer:
             generator.set_state(state["generator"])
         files = [saving.file_of(folder, k, state["token"]) for k in range(buffer.num_shards)]
         pairs = zip(buffer._shards, files, strict=True)
-        answers = [shard.load.remote(file) for shard, file in pairs]
-        try:
-            reports = buffer._get(answers)
-        except BaseException:
-            buffer.close()
-            raise
-        for shard, report in enumerate(reports):
-            buffer._replies.note(shard, report)
+        buffer._take_up([shard.load.remote(file) for shard, file in pairs])
         return buffer

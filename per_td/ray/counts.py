@@ -1,19 +1,16 @@
 """The arithmetic of one draw over many shards: pure functions on tensors.
 
-A shard k is drawn with the share s_k that it was believed to hold of the total mass, and within it
-a transition i with m_i / T_k, by its mass and the shard's total at that moment. One draw therefore
-picks i with probability q_i = s_k m_i / T_k, whatever has changed since s_k was set, and weights
-made from q_i are right also where totals have moved. With current totals s_k = T_k / sum_j T_j,
-and q_i is the probability of equation 1 in Schaul et al. 2015 (arXiv 1511.05952).
+A shard k is drawn with its share s_k of the total mass, as last heard, and in it a transition i
+with m_i / T_k, from its mass and the shard's total at that moment. One draw therefore picks i with
+probability q_i = s_k m_i / T_k, and weights made from q_i are right also where totals have moved
+since. With current totals s_k = T_k / sum_j T_j, and q_i is the probability of equation 1 in Schaul
+et al. 2015 (arXiv 1511.05952).
 """
 
 import torch
 from torch import Tensor
 
 from per_td.errors import EmptyBufferError
-from per_td.weights import importance_weights
-
-__all__ = ["batch_weights", "counts_of", "probabilities", "shares_of"]
 
 
 def shares_of(totals: Tensor) -> Tensor:
@@ -24,11 +21,11 @@ def shares_of(totals: Tensor) -> Tensor:
 def counts_of(
     totals: Tensor, n: int, draw: str = "independent", generator: torch.Generator | None = None
 ) -> Tensor:
-    """How many of `n` draws fall to each shard, in proportion to the totals.
+    """Spread `n` draws over the shards at random, in proportion to the totals.
 
     Args:
         totals: total masses of the shards, float64 [K], not negative; 0 is never drawn.
-        n: how many draws in all.
+        n: number of draws in all shards.
         draw: "independent": multinomial counts; "stratified": one draw in each of n equal parts of
             the sum of the totals, so that a count is within 2 of its expectation.
         generator: source of the random numbers, on the device of `totals`.
@@ -52,44 +49,14 @@ def counts_of(
 
 
 def probabilities(shard: Tensor, mass: Tensor, *, total: Tensor, counted_with: Tensor) -> Tensor:
-    """The probability q with which one draw picked each transition, float64 [B].
+    """Probability q of each transition in one draw, float64 [B].
 
     Args:
-        shard: which shard each was drawn from, int64 [B].
-        mass: their masses when they were drawn, [B].
-        total: total mass of its shard when each was drawn, float64 [B].
-        counted_with: the total masses from which the counts were drawn, float64 [K]; 0 for shards
-            that gave nothing to this batch because they were lost or late.
+        shard: of each transition, int64 [B].
+        mass: of each when it was drawn, [B].
+        total: mass of its shard at that moment, float64 [B].
+        counted_with: total masses from which the counts were drawn, float64 [K]; 0 for shards that
+            gave nothing to this batch because they were lost or late.
     """
-    # Given that a shard gave nothing, the other counts are multinomial with the shares that remain.
+    # Given that a shard gave nothing, the other counts are multinomial with the remaining shares.
     return shares_of(counted_with)[shard] * mass.double() / total
-
-
-def batch_weights(
-    probability: Tensor,
-    beta: float,
-    *,
-    size: int,
-    normalization: str,
-    smallest: Tensor | None = None,
-) -> Tensor:
-    """Importance-sampling weights (N q)^-beta (section 3.4), normalised over the whole batch.
-
-    Args:
-        probability: q of each transition, float64 [B].
-        beta: how much of the bias is corrected.
-        size: N, the number of transitions in all living shards.
-        normalization: "batch", "buffer" or "none", as for the local buffer.
-        smallest: the smallest q of any transition, 0-dim; needed for "buffer" only.
-
-    Returns:
-        float32 [B].
-    """
-    return importance_weights(
-        probability,
-        beta,
-        total=torch.ones((), dtype=torch.float64, device="cpu"),
-        size=size,
-        smallest=smallest,
-        normalization=normalization,
-    )

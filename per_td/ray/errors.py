@@ -1,9 +1,15 @@
-"""What may go wrong beside the errors of the local buffer."""
+"""Errors beside those of the local buffer."""
+
+from ray.exceptions import RayTaskError
 
 from per_td.errors import PerTdError
-
-__all__ = ["ShardError"]
 
 
 class ShardError(PerTdError, RuntimeError):
     """Shards that do not answer."""
+
+
+def raised_by(error: RayTaskError) -> Exception:
+    """The error that a shard raised: without Ray's traceback if it is one of per_td's."""
+    cause = error.cause
+    return cause if isinstance(cause, PerTdError) else error

@@ -1,4 +1,4 @@
-"""Ledger: what the learner last heard from each shard."""
+"""Ledger: the last report of each shard."""
 
 import time
 
@@ -6,11 +6,9 @@ import torch
 
 from per_td.ray.shard import Report
 
-__all__ = ["Ledger"]
-
 
 class Ledger:
-    """The last report of every shard; one that is lost has no mass and no transitions.
+    """The last report of every shard; a lost shard has no mass and no transitions.
 
     Args:
         num_shards: K.
@@ -34,15 +32,11 @@ class Ledger:
         )
 
     def note(self, shard: int, report: Report) -> bool:
-        """Take up a report.
-
-        Returns:
-            Whether the shard has started anew since the last one.
-        """
+        """Take up a report. True if the shard has started anew since the last one."""
         last = self.reports[shard]
         anew = last is None or last.epoch != report.epoch
         if not anew and last is not None and last.serial > report.serial and self.living[shard]:
-            return False  # overtaken by a later one
+            return False  # a later one has overtaken it
         self.reports[shard] = report
         self.total[shard] = report.total
         self.smallest[shard] = report.smallest

@@ -1,13 +1,13 @@
-"""Journal: checkpoints of one shard, and a write-ahead log of what came after the last of them.
+"""WriteAheadLog: checkpoints of one shard, and a log of all changes after the last of them.
 
-A folder holds `000007.pt`, the checkpoint number 7, and `000007.log`, what happened after it. A
+A folder holds `000007.pt`, the checkpoint number 7, and `000007.log`, the changes after it. A
 checkpoint is taken in an order that a crash may cut anywhere: a new, empty log; the checkpoint,
 whole or not at all; then the old files go. Restoring reads the newest checkpoint and every log from
 its number on.
 
 A record is a head (magic, CRC-32 and length of the rest, CRC-32 of the head), a JSON description
 and the raw bytes of arrays; nothing in it is executed. A record that the file's end cuts off was
-never acknowledged: it is dropped. Damage elsewhere raises, since what comes after was acknowledged.
+never acknowledged: it is dropped. Damage elsewhere raises: later records were acknowledged.
 """
 
 import fcntl
@@ -25,8 +25,6 @@ import numpy as np
 from per_td.errors import CheckpointError
 from per_td.ray.wire import Packed
 
-__all__ = ["Journal", "Record"]
-
 _HEAD = struct.Struct("<4sIQI")
 _LENGTH = struct.Struct("<I")
 _MAGIC = b"PTDL"
@@ -34,20 +32,20 @@ _LOCK_WAIT_S = 10.0
 
 
 class Record(NamedTuple):
-    """One thing that happened: its kind, plain values, and arrays."""
+    """One change: its kind, plain values, and arrays."""
 
     kind: str
     values: dict[str, Any]
     arrays: Packed
 
 
-class Journal:
+class WriteAheadLog:
     """The files of one shard.
 
     Args:
-        folder: where they are; made if need be.
-        fsync: whether `append` waits until the disk has the record. Without it an acknowledged
-            record survives the death of the process, but not that of the machine.
+        folder: of the files; made if need be.
+        fsync: let `append` wait until the disk has the record. Without it an acknowledged record
+            survives the death of the process, but not that of the machine.
 
     Raises:
         CheckpointError: another process uses the folder, or a log is damaged.
@@ -66,7 +64,7 @@ class Journal:
         return max(self.folder.glob("*.pt"), default=None)
 
     def replay(self) -> Iterator[Record]:
-        """All records since the newest checkpoint; then the journal is ready for `append`."""
+        """All records since the newest checkpoint; then the log is ready for `append`."""
         first = 0 if self.checkpoint is None else int(self.checkpoint.stem)
         logs = sorted(p for p in self.folder.glob("*.log") if int(p.stem) >= first)
         for path in logs:
@@ -117,7 +115,7 @@ class Journal:
         self._sync_names()
 
     def _sync_names(self) -> None:
-        """With `fsync`, let the disk have the folder's entries: without them a file is lost."""
+        """With `fsync`, bring the folder's entries to the disk: without them a file is lost."""
         if self.fsync:
             folder = os.open(self.folder, os.O_RDONLY)
             try:
@@ -127,7 +125,7 @@ class Journal:
 
 
 def _locked(path: Path) -> BinaryIO:
-    """The open file `path`, locked; the process that died last may take a moment to let go."""
+    """The open file `path`, locked; a process that just died may take a moment to let go."""
     file = path.open("ab")
     until = time.monotonic() + _LOCK_WAIT_S
     while True:
@@ -180,10 +178,10 @@ def _decoded(payload: bytes) -> Record:
 
 
 def _records(file: BinaryIO) -> Iterator[Record]:
-    """The whole records of a log; a torn one at its end is cut off.
+    """The whole records of a log; cuts off a torn one at its end.
 
     Raises:
-        CheckpointError: what is damaged is not the last record.
+        CheckpointError: a record before the last one is damaged.
     """
     at, size = 0, os.fstat(file.fileno()).st_size
     damage = f"{file.name}: expected a whole record at byte {{}}"

@@ -1,4 +1,4 @@
-"""Replies: the small answers that nobody waits for, and what they say about the shards."""
+"""Replies: the answers of shards to updates and polls, which nobody waits for."""
 
 import time
 from collections.abc import Callable
@@ -7,25 +7,22 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from per_td.ray.errors import ShardError
+from per_td.ray.errors import ShardError, raised_by
 from per_td.ray.ledger import Ledger
 from per_td.ray.shard import Report
-from per_td.ray.writer import told_by
-
-__all__ = ["Replies"]
 
 
 class Replies:
-    """Answers under way: those to updates, and to polls of shards that were silent for long.
+    """Answers under way: to updates, and to polls of shards that were silent for long.
 
-    A shard that is lost is polled too: Ray restarts it, and its answer says that it is back.
+    A lost shard is polled too: Ray restarts it, and its answer says that it is back.
 
     Args:
         shards: the actors.
         ledger: takes up the reports.
         on_restart: called with a shard that started anew.
-        refresh_s: how old a report may be before its shard is asked for another, in seconds.
-        most: so many updates may be unanswered per shard.
+        refresh_s: age in seconds of a report at which its shard is asked for another.
+        most: number of updates per shard that may be unanswered.
     """
 
     def __init__(
@@ -52,17 +49,17 @@ class Replies:
             self._on_restart(shard)
 
     def lose(self, shard: int) -> None:
-        """A shard failed, or was late: it counts nothing until it answers a poll."""
+        """Count nothing for a shard that failed or was late, until it answers a poll."""
         self._ledger.lose(shard)
         if shard not in self._polls.values():
             self._polls[self._shards[shard].report.remote()] = shard
 
     def expect(self, update: Any, shard: int, n: int) -> None:
-        """Look after the answer to an update of `n` priorities."""
+        """Expect the answer to an update of `n` priorities."""
         self._updates[update] = (shard, n)
 
     def listen(self) -> None:
-        """Take up all answers that have come, and poll the shards that were silent for long."""
+        """Take up the answers that have come, and poll the shards that were silent for long."""
         now, polled = time.monotonic(), set(self._polls.values())
         for shard, actor in enumerate(self._shards):
             if shard not in polled and now - self._ledger.heard[shard] > self._refresh_s:
@@ -86,7 +83,7 @@ class Replies:
             self._take(left, updates_only=True)
 
     def make_room(self, timeout_s: float) -> None:
-        """Wait where too many updates are under way; after `timeout_s`, count the rest as lost."""
+        """Wait while too many updates are under way; after `timeout_s`, count the rest as lost."""
         until = time.monotonic() + timeout_s
         while len(self._updates) > self._most:
             left = until - time.monotonic()
@@ -98,7 +95,7 @@ class Replies:
                 self._take(left, updates_only=True)
 
     def wait(self, timeout_s: float) -> None:
-        """Ask all shards how they stand, and wait up to `timeout_s` seconds for their answers."""
+        """Ask all shards for reports, and wait up to `timeout_s` seconds for them."""
         asked = {actor.report.remote(): shard for shard, actor in enumerate(self._shards)}
         self._polls.update(asked)
         until = time.monotonic() + timeout_s
@@ -108,6 +105,7 @@ class Replies:
             self._ledger.lose(asked[poll])
 
     def _take(self, timeout_s: float, *, updates_only: bool = False) -> None:
+        """Take up answers: one within `timeout_s` seconds, or, for 0, all that have come."""
         pending = [*self._updates] if updates_only else [*self._updates, *self._polls]
         if not pending:
             return
@@ -124,4 +122,4 @@ class Replies:
                 self._ledger.lose(shard)
                 self._ledger.heard[shard] = time.monotonic()  # polled again in refresh_s
             except RayTaskError as error:
-                raise told_by(error) from None
+                raise raised_by(error) from None

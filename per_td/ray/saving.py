@@ -11,18 +11,16 @@ from typing import Any
 
 from per_td.checkpoint import file as checkpoint
 
-__all__ = ["FORMAT", "file_of", "new_token", "read", "write"]
-
 FORMAT = "per_td.ray.ShardedReplayBuffer"
 
 
 def new_token() -> str:
-    """What tells the files of one save from those of all others."""
+    """A name that the files of one save share."""
     return uuid.uuid4().hex[:12]
 
 
 def file_of(folder: str | os.PathLike[str], shard: int, token: str) -> str:
-    """The file of a shard, for every process."""
+    """The path of a shard's file, absolute: other processes use it."""
     return os.fspath(Path(folder).absolute() / f"shard-{shard:05d}-{token}.pt")
 
 
@@ -35,10 +33,10 @@ def write(folder: str | os.PathLike[str], state: dict[str, Any], token: str) -> 
 
 
 def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `write` wrote.
+    """Read a state that `write` wrote.
 
     Raises:
-        CheckpointError: it is something else.
+        CheckpointError: the file holds something else.
     """
     state: dict[str, Any] = checkpoint.read(Path(folder) / "learner.pt", FORMAT)
     return state

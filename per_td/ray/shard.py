@@ -1,7 +1,6 @@
-"""Shard: a prioritized buffer that answers messages. Made to be a Ray actor, and works without."""
+"""Shard: a prioritized buffer that answers messages, as a Ray actor or in the same process."""
 
 import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -10,16 +9,14 @@ from tensordict import TensorDict
 from per_td.buffer import PrioritizedReplayBuffer
 from per_td.errors import CheckpointError
 from per_td.ray import wire
-from per_td.ray.log import Journal, Record
+from per_td.ray.log import Record, WriteAheadLog
 from per_td.ray.wire import Array, Packed
-
-__all__ = ["Drawn", "Report", "Shard"]
 
 _EPOCH_BITS = 32
 
 
 class Report(NamedTuple):
-    """What every answer says about a shard."""
+    """The state of a shard, which every answer brings."""
 
     total: float
     """Sum of all masses."""
@@ -30,11 +27,11 @@ class Report(NamedTuple):
     written: int
     """Transitions ever written."""
     stale: int
-    """Updates dropped because the transition had been overwritten, or lost with its shard."""
+    """Updates dropped because their transition had been overwritten, or lost with its shard."""
     refused: int
     """Invalid priorities refused on CUDA."""
     epoch: int
-    """Another one after each start: what the learner knew about the shard may be wrong then."""
+    """A number that changes with each start, after which slots may hold other transitions."""
     serial: int
     """Number of the report in this epoch."""
 
@@ -47,22 +44,22 @@ class Drawn(NamedTuple):
     slot: Array
     """int64 [n]."""
     generation: Array
-    """int64 [n], also of the shard: of another start, another generation."""
+    """int64 [n]; generations of different epochs differ."""
     mass: Array
-    """Masses when they were drawn, float32 [n]."""
+    """float32 [n], at the moment of the draw."""
 
 
 class Shard:
     """A part of a `ShardedReplayBuffer`.
 
-    With a folder, whatever changes the buffer is in a log before it is acknowledged, and a new
-    start takes up where the last one ended, to the bit.
+    With a folder, every change of the buffer is in a log before it is acknowledged, and a new start
+    goes on where the last one ended, to the bit.
 
     Args:
         settings: arguments of `PrioritizedReplayBuffer`, without its generator.
         seed: of the draws.
         folder: for checkpoints and the log; None keeps nothing.
-        fsync: see `Journal`.
+        fsync: see `WriteAheadLog`.
         checkpoint_every: transitions written between two checkpoints.
     """
 
@@ -80,26 +77,26 @@ class Shard:
         self._buffer.generator = torch.Generator(self._buffer.device).manual_seed(seed)
         self._begin_epoch()
         self._every = checkpoint_every or self._buffer.capacity
-        self._journal: Journal | None = None
+        self._log: WriteAheadLog | None = None
         self._log_is_behind = False
         if folder is not None:
-            journal = Journal(folder, fsync=fsync)
-            if journal.checkpoint is not None:
-                self._read(journal.checkpoint)
+            log = WriteAheadLog(folder, fsync=fsync)
+            if log.checkpoint is not None:
+                self._buffer.restore(log.checkpoint)
             self._due = self._buffer.write_count + self._every
-            for record in journal.replay():
+            for record in log.replay():
                 self._apply(record)
-            self._journal = journal
+            self._log = log
 
     def _begin_epoch(self) -> None:
-        """Let updates for batches drawn before now count as stale: slots may hold others."""
+        """Make updates for batches drawn before now stale: slots may hold other transitions."""
         self._epoch = int.from_bytes(os.urandom(4), "little") >> 1
         self._serial = 0
 
     # --- messages ---------------------------------------------------------------------------------
 
     def report(self) -> Report:
-        """How the shard stands."""
+        """The state of the shard."""
         self._serial += 1
         stats = self._buffer.stats()
         return Report(
@@ -125,29 +122,30 @@ class Shard:
         given = None if priority is None else wire.tensor(priority)
         index = self._buffer.extend_leaves(wire.unpack(packed), given)
         extra: Packed = [] if priority is None else [(("priority",), "float32", priority)]
-        self._log("extend", {"given": priority is not None}, [*extra, *packed])
-        if self._journal is not None and self._buffer.write_count >= self._due:
+        self._note("extend", {"given": priority is not None}, [*extra, *packed])
+        if self._log is not None and self._buffer.write_count >= self._due:
             self.checkpoint()
         return self.report(), wire.array(index)
 
     def sample(self, n: int) -> Drawn | Report:
-        """Draw `n` transitions; only a report where there is nothing to draw."""
+        """Draw `n` transitions; returns only a report if there is nothing to draw."""
         if not self._buffer.total_mass > 0:
             return self.report()
         drawn = self._buffer.draw_leaves(n)
         packed = wire.pack(drawn.leaves)
-        told = wire.array(drawn.generation) + (self._epoch << _EPOCH_BITS)
-        return Drawn(self.report(), packed, wire.array(drawn.slot), told, wire.array(drawn.mass))
+        generation = wire.array(drawn.generation) + (self._epoch << _EPOCH_BITS)
+        slot, mass = wire.array(drawn.slot), wire.array(drawn.mass)
+        return Drawn(self.report(), packed, slot, generation, mass)
 
     def update(self, index: Array, td_error: Array, generation: Array | None = None) -> Report:
-        """Set priorities to |td_error| + eps; what is stale is dropped and counted.
+        """Set priorities to |td_error| + eps; stale updates are dropped and counted.
 
         Raises:
             IndexRangeError, PriorityError: as for `PrioritizedReplayBuffer.update_priority`.
         """
         lost = 0
         if generation is not None:
-            # Of another epoch, an index may lie beyond what the shard holds now: so here, not below
+            # an index of another epoch may name no filled slot now, so the buffer must not see it
             live = (generation >> _EPOCH_BITS) == self._epoch
             lost = int((~live).sum())
             index, td_error = index[live], td_error[live]
@@ -159,7 +157,7 @@ class Shard:
             self._update(named)
         self._buffer.count_stale(lost)  # once nothing has been refused
         if len(index):
-            self._log("update", {}, named)
+            self._note("update", {}, named)
         return self.report()
 
     def configure(self, *, alpha: float, eps: float) -> Report:
@@ -167,7 +165,7 @@ class Shard:
         changed = (alpha, eps) != (self._buffer.alpha, self._buffer.eps)
         self._buffer.alpha, self._buffer.eps = alpha, eps
         if changed:
-            self._log("configure", {"alpha": alpha, "eps": eps}, [])
+            self._note("configure", {"alpha": alpha, "eps": eps}, [])
         return self.report()
 
     def priority(self) -> Array:
@@ -184,9 +182,9 @@ class Shard:
         Raises:
             CheckpointError: the shard has no folder.
         """
-        if self._journal is None:
+        if self._log is None:
             raise CheckpointError("expected a buffer with a checkpoint_dir, got one without")
-        self._journal.rotate(self._buffer.save)
+        self._log.rotate(self._buffer.save)
         self._log_is_behind = False
         self._due = self._buffer.write_count + self._every
 
@@ -195,31 +193,28 @@ class Shard:
         self._buffer.save(path)
 
     def load(self, path: str) -> Report:
-        """Take over the state in a file that `save` wrote."""
-        self._read(Path(path))
+        """Take over a state that `save` wrote."""
+        self._buffer.restore(path)
         self._begin_epoch()
-        if self._journal is not None:
-            self.checkpoint()  # or the log would go on from a state that it does not know
+        if self._log is not None:
+            self.checkpoint()  # the log goes on from the new state
         return self.report()
 
     # --- restoring --------------------------------------------------------------------------------
 
-    def _read(self, path: Path) -> None:
-        self._buffer.restore(path)
-
-    def _log(self, kind: str, values: dict[str, Any], arrays: Packed) -> None:
-        """Write down what was done. After a failure only a checkpoint makes the log true again."""
-        if self._journal is None:
+    def _note(self, kind: str, values: dict[str, Any], arrays: Packed) -> None:
+        """Log a change. After a failure only a checkpoint makes the log complete again."""
+        if self._log is None:
             return
         if self._log_is_behind:
             self.checkpoint()
             return
         self._log_is_behind = True
-        self._journal.append(Record(kind, values, arrays))
+        self._log.append(Record(kind, values, arrays))
         self._log_is_behind = False
 
     def _apply(self, record: Record) -> None:
-        """Do again what was logged."""
+        """Repeat a logged change."""
         kind, values, arrays = record
         if kind == "extend":
             given = int(values["given"])

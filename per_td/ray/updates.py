@@ -1,4 +1,4 @@
-"""Priority updates: checked in the learner, and sorted by the shards that they go to."""
+"""Priority updates: checked in the learner, and sorted by shard."""
 
 from typing import Any
 
@@ -10,13 +10,11 @@ from per_td import validation
 from per_td.errors import IndexRangeError
 from per_td.ray.wire import Array, array
 
-__all__ = ["checked", "per_shard"]
-
 
 def checked(
     index: Any, td_error: Any, generation: Any, shard: Any, num_shards: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """An update on the CPU: shards, and the columns index, td_error and maybe generation, [B].
+    """Check an update: its shards, and index, td_error and maybe generation, [B], on the CPU.
 
     Raises:
         IndexRangeError: shapes differ, or there is no such shard.
@@ -43,9 +41,9 @@ def checked(
 
 
 def per_shard(shard: Tensor, columns: list[Tensor]) -> list[tuple[int, list[Array]]]:
-    """The columns [B] taken apart by shard; the order within a shard is kept.
+    """Split the columns [B] by shard.
 
-    Order matters: where an index occurs twice in an update, the last one holds.
+    The order within a shard is kept: of equal indices in an update, the last one holds.
     """
     order = shard.argsort(stable=True)
     ordered = [array(column[order]) for column in columns]

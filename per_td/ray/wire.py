@@ -1,8 +1,8 @@
-"""Transitions as numpy arrays, in which form Ray ships them without pickling their content.
+"""Transitions as numpy arrays, which Ray ships without pickling their content.
 
-Ray puts the bytes of an array into its object store as they are, and whoever reads on the same
-machine gets a read-only view of them. `tensor` makes such a view a tensor without a copy; the
-storage of the shard, or torch.cat in the learner, then makes the only one.
+Ray puts the bytes of an array into its object store as they are, and a reader on the same machine
+gets a read-only view of them. `tensor` makes such a view a tensor without a copy; the storage of
+the shard, or the learner's join, then makes the only one.
 """
 
 from typing import Any
@@ -13,8 +13,6 @@ from torch import Tensor
 
 from per_td.storage.leaves import Key, Leaves
 
-__all__ = ["Array", "Packed", "array", "nbytes", "pack", "tensor", "unpack"]
-
 Array = np.ndarray[Any, Any]
 
 Packed = list[tuple[Key, str, Array]]
@@ -24,10 +22,10 @@ _AS_INTEGERS = {1: torch.uint8, 2: torch.int16}
 
 
 class _Readable:
-    """An array's memory under the pretence that it may be written, which torch.from_numpy wants."""
+    """An array's memory, declared writable, as torch.from_numpy demands."""
 
     def __init__(self, kept: Array) -> None:
-        self._kept = kept  # the memory lives as long as this object, which is the view's base
+        self._kept = kept  # the memory lives as long as this object, the view's base
         interface = kept.__array_interface__
         self.__array_interface__ = interface | {"data": (interface["data"][0], False)}
 
@@ -57,7 +55,7 @@ def pack(leaves: Leaves) -> Packed:
 
 
 def unpack(packed: Packed) -> Leaves:
-    """The leaves in `packed`, in its memory: to be read, not written."""
+    """The leaves in `packed`, in its memory: never write to them."""
     leaves: Leaves = {}
     for key, dtype, values in packed:
         leaf = tensor(values)

@@ -10,21 +10,19 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from torch import Tensor
 
 from per_td import validation
-from per_td.errors import PerTdError, SchemaError
+from per_td.errors import SchemaError
 from per_td.ray import wire
-from per_td.ray.errors import ShardError
+from per_td.ray.errors import ShardError, raised_by
 from per_td.storage.leaves import Leaves, count
 from per_td.storage.schema import Schema
 
-__all__ = ["Receipt", "Writer", "told_by"]
-
 _AVOID_S = 1.0
-"""How long a shard that failed is not tried first again."""
+"""Seconds during which a shard that failed is tried last."""
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """Where transitions were written."""
+    """The shard and slots of transitions that were written."""
 
     shard: int
     index: Tensor
@@ -37,7 +35,7 @@ class Writer:
     Args:
         shards: the actors.
         first: the shard to begin with; writers that begin elsewhere keep out of each other's way.
-        timeout_s: how long to wait for a shard before another is tried, in seconds.
+        timeout_s: seconds to wait for a shard before another is tried.
     """
 
     def __init__(self, shards: list[Any], *, first: int = 0, timeout_s: float = 30.0) -> None:
@@ -55,7 +53,7 @@ class Writer:
         Args:
             transitions: TensorDict [n], or a dict of tensors or arrays [n, ...].
             priority: raw priorities [n], finite and not negative; None: the largest of the shard.
-            key: names the shard, by its remainder; None takes one after the other.
+            key: names the shard, by its remainder; None takes the shards in turn.
 
         Raises:
             SchemaError, PriorityError: as for the local buffer; nothing has been written.
@@ -75,7 +73,7 @@ class Writer:
             except (RayActorError, GetTimeoutError):
                 self._avoid[shard] = time.monotonic() + _AVOID_S
             except RayTaskError as error:
-                raise told_by(error) from None
+                raise raised_by(error) from None
             else:
                 self._avoid.pop(shard, None)
                 return Receipt(shard, torch.from_numpy(index.copy()))
@@ -86,11 +84,10 @@ class Writer:
 
     def add(self, transition: Any, priority: Any = None) -> Receipt:
         """Write one transition, a TensorDict [] or a dict; see `extend`. Batches cost less."""
-        given = None if priority is None else torch.as_tensor(priority).reshape(1)
-        return self._write(checked(transition, batched=False), given, None)
+        return self._write(checked(transition, batched=False), priority, None)
 
     def _order(self, key: int | None) -> list[int]:
-        """The shards to be tried: the one whose turn it is, those after it; failed ones last."""
+        """The shards to be tried: the next in turn, those after it; failed ones last."""
         if key is None:
             first = self._next
             self._next = (first + 1) % len(self._shards)
@@ -102,10 +99,10 @@ class Writer:
 
 
 def checked(transitions: Any, *, batched: bool = True) -> Leaves:
-    """The leaves [n, ...] of transitions [n], or of one [], if a shard can store them.
+    """The leaves [n, ...] of transitions [n], or of one [].
 
     Raises:
-        SchemaError: it cannot.
+        SchemaError: a shard cannot store them.
     """
     leaves, _ = Schema().check(transitions, batched=batched)
     if ("shard",) in leaves:
@@ -114,15 +111,10 @@ def checked(transitions: Any, *, batched: bool = True) -> Leaves:
 
 
 def _priority(priority: Any, n: int) -> Any:
+    """Priorities [n] as a shard takes them; None stays None."""
     if priority is None:
         return None
     index = torch.empty(n, dtype=torch.int64, device="cpu")
     values = validation.as_values("priority", priority, index).cpu()
     validation.require_finite("priority", values, low=0.0)
     return wire.array(values)
-
-
-def told_by(error: RayTaskError) -> Exception:
-    """What the shard raised, without Ray's traceback where it is one of per_td's errors."""
-    cause = error.cause
-    return cause if isinstance(cause, PerTdError) else error

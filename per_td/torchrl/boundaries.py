@@ -1,4 +1,4 @@
-"""Where trajectories end in a storage, and which of its records may begin a slice."""
+"""The ends of trajectories in a storage, and the records that may begin a slice."""
 
 import warnings
 from collections.abc import Sequence
@@ -10,23 +10,8 @@ from tensordict import is_tensor_collection
 from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.data import find_start_stop_traj
-from torchrl.data.replay_buffers.storages import Storage
 
 from per_td.errors import ConfigurationError
-
-__all__ = [
-    "END_KEYS",
-    "TRAJECTORY_KEYS",
-    "Starts",
-    "end_flags",
-    "ends_of",
-    "find_starts",
-    "given_flags",
-    "last_rows",
-    "longest",
-    "right_span",
-    "shortest_slice",
-]
 
 TRAJECTORY_KEYS: tuple[NestedKey, ...] = (("collector", "traj_ids"), "episode")
 END_KEYS: tuple[NestedKey, ...] = (("next", "done"), ("next", "truncated"), ("next", "terminated"))
@@ -56,7 +41,7 @@ def _per_record(name: str, values: Tensor, shape: torch.Size) -> Tensor:
 
 
 def ends_of(trajectory: Tensor) -> Tensor:
-    """Where the next record, and after the last row the first, is of another trajectory.
+    """True where the next record, after the last row the first, is of another trajectory.
 
     Args:
         trajectory: ids, time along the first dimension, [T, ...].
@@ -74,14 +59,14 @@ def end_flags(
     traj_key: NestedKey | None,
     end_keys: Sequence[NestedKey] | None,
 ) -> Tensor:
-    """Which records are the last of their trajectory, as far as the data says.
+    """True for the last record of each trajectory, as far as the data says.
 
     Args:
         data: the contents of a storage, a tensordict.
         shape: of the storage, [T, ...].
         traj_key: holds trajectory ids, which then decide alone; if it is absent, flags do.
-        end_keys: hold flags, of which any ends a trajectory; absent ones are skipped. Where
-            neither is given, every known flag and the first known id that is there end one.
+        end_keys: hold flags, of which any ends a trajectory; absent ones are skipped. Without
+            either, every known flag and the first known id that is there end one.
 
     Returns:
         bool, a new tensor of that shape.
@@ -123,10 +108,10 @@ def end_flags(
 
 
 def given_flags(end: Tensor, shape: torch.Size) -> Tensor:
-    """Flags that a user gave, for the rows of a storage that are filled.
+    """Flags that a user gave, cut to the filled rows of a storage.
 
     Args:
-        end: for all rows of the storage, or those that are filled, [T, ...].
+        end: for all rows of the storage, or the filled ones, [T, ...].
         shape: of the filled part of the storage.
 
     Raises:
@@ -143,10 +128,10 @@ def given_flags(end: Tensor, shape: torch.Size) -> Tensor:
 def right_span(
     span: bool | int | Sequence[bool | int],
 ) -> tuple[bool | int, bool | int]:
-    """Span to the left, which is always off, and to the right.
+    """Spans to the left, always off, and to the right.
 
     Args:
-        span: for both, or a tuple or list of the two.
+        span: for both sides, or a tuple or list of two.
 
     Raises:
         ConfigurationError: one is negative or no number, or there are not two.
@@ -163,7 +148,7 @@ def right_span(
 
 
 def shortest_slice(missing: bool | int, length: int) -> int:
-    """The fewest records of a slice, of which so many may be missing (True: all but one).
+    """The fewest records of a slice, if so many may be missing (True: all but one).
 
     Raises:
         ConfigurationError: nothing would be left.
@@ -177,25 +162,8 @@ def shortest_slice(missing: bool | int, length: int) -> int:
     return length - int(missing)
 
 
-def last_rows(storage: Storage) -> list[int]:
-    """Rows behind which the next write goes: what follows them is older.
-
-    Usually one. A storage that was just loaded does not know it, only its buffer's writer does;
-    where the two differ, both are taken.
-    """
-    rows = set()
-    known = getattr(storage, "_last_cursor_index", None)
-    if known is not None:
-        rows.add(int(known) % storage.shape[0])
-    for buffer in getattr(storage, "_attached_entities", ()):
-        writer = getattr(buffer, "_writer", None)
-        if getattr(writer, "_write_count", 0):
-            rows.add((int(getattr(writer, "_cursor", 0)) - 1) % storage.shape[0])
-    return sorted(rows)
-
-
 def _any_ahead(flags: Tensor, rows: int) -> Tensor:
-    """Whether one of so many rows has its flag set, from each row on and around; [T, ...]."""
+    """True if one of `rows` rows has its flag set, from each row on and around; [T, ...]."""
     seen, result = 1, flags
     while seen < rows:
         shift = min(seen, rows - seen)
@@ -205,7 +173,7 @@ def _any_ahead(flags: Tensor, rows: int) -> Tensor:
 
 
 def _in_short_ones(end: Tensor, length: int) -> Tensor:
-    """Which records belong to trajectories of fewer than `length` records, bool [T, ...]."""
+    """True for records of trajectories of fewer than `length` records, bool [T, ...]."""
     begin, _, lengths = find_start_stop_traj(end=end, at_capacity=True)
     begin, lengths = begin[lengths < length], lengths[lengths < length]
     short = torch.zeros_like(end)
@@ -222,12 +190,12 @@ def find_starts(
 
     Args:
         end: last records of trajectories, bool, time along the first dimension, [T, ...].
-        full: whether the row after the last is the first, as in a ring that has been filled.
+        full: the row after the last is the first, as in a ring that has been filled.
         cursor: the rows after which a full ring will be overwritten.
         length: records in a slice, L.
-        shortest: the fewest that a slice may have for it to begin inside a trajectory.
-        strict: whether trajectories shorter than `length` are left out; otherwise their first
-            records may begin a slice too.
+        shortest: the fewest records of a slice that begins inside a trajectory.
+        strict: leave out trajectories shorter than `length`; otherwise their first records may
+            begin a slice too.
     """
     end = end.clone()
     end[list(cursor) if full else -1] = True

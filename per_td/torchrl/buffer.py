@@ -8,20 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.data import replay_buffers as torchrl_buffers
 from torchrl.data.replay_buffers import ReplayBuffer, TensorDictReplayBuffer
 from torchrl.data.replay_buffers.samplers import RandomSampler, Sampler
 from torchrl.data.replay_buffers.storages import Storage
 
 from per_td import validation
-from per_td.errors import ConfigurationError
-from per_td.torchrl.fast import ColumnCache
+from per_td.errors import ConfigurationError, IndexRangeError, PriorityError
+from per_td.torchrl import privates
 from per_td.torchrl.plain import as_plain, from_plain
-from per_td.torchrl.reductions import REDUCTIONS
-from per_td.torchrl.replay import PrioritizedReplay
 from per_td.torchrl.sampler import PrioritizedSampler
+from per_td.torchrl.slices import PrioritizedSliceSampler
+from per_td.torchrl.td_errors import first_of_each, magnitudes, required
 from per_td.torchrl.writer import GenerationWriter, slots_of
-
-__all__ = ["TensorDictPrioritizedReplayBuffer"]
+from per_td.weights import priority_of
 
 _EPS = 1e-8
 
@@ -38,10 +40,10 @@ _OF_SAMPLER = frozenset(
         "max_priority_within_buffer",
     )
 )
-"""Settings that have no effect on the buffer."""
+"""Settings without effect on the buffer."""
 
 
-class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
+class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
     """Drop-in for `torchrl.data.TensorDictPrioritizedReplayBuffer`; nothing compiled is needed.
 
     Same arguments, same interface. Batches also carry "index_generation", by which a priority
@@ -57,28 +59,22 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
         priority_key: entry in which losses leave their TD errors.
         eps: added to every priority; None is 1e-8.
         storage: a TorchRL storage, or a callable that makes one; None is a `ListStorage(1000)`.
-        sample_unit: as in TorchRL.
         sampler_device: where the priorities live; None follows the storage.
         sync: False leaves the priorities to the process that samples: writers in other processes
-            never touch them, and what they wrote is taken up before the next draw.
-        collate_fn: as in TorchRL.
-        pin_memory: as in TorchRL.
+            never touch them, and the next draw takes up their writes.
         prefetch: number of batches drawn ahead, by threads.
-        transform: as in TorchRL.
-        reduction: how several TD errors of one element become one priority: "max", "min", "mean",
+        reduction: makes one priority of several TD errors of an element: "max", "min", "mean",
             "median", "sum" or "r2d2" (0.9 max + 0.1 mean); None is "max".
         batch_size: of `sample()`.
-        dim_extend: as in TorchRL.
         generator: source of the random numbers.
-        shared: whether other processes write to the buffer.
-        compilable: as in TorchRL.
-        transport: as in TorchRL.
-        transport_options: as in TorchRL.
+        shared: other processes write to the buffer.
+        sample_unit, collate_fn, pin_memory, transform, dim_extend, compilable, transport,
+            transport_options: as in TorchRL.
         draw: "independent", "stratified" or "without_replacement".
         method: "auto", "tree" or "multinomial".
         weight_normalization: "buffer" as TorchRL does, "batch" or "none".
-        td_error_unit: what the losses write: "abs" for |delta|, "squared" for delta^2. See the
-            table in docs/torchrl_losses.md.
+        td_error_unit: unit of the losses' TD errors: "abs" for |delta|, "squared" for delta^2. See
+            docs/torchrl_losses.md.
         max_priority_within_buffer: new elements get the largest priority in the buffer (True), or
             the largest that it ever held.
         sampler: a `per_td.torchrl.PrioritizedSampler` to be used as it is, in place of the one that
@@ -98,6 +94,11 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
         >>> batch["td_error"] = torch.rand(4)
         >>> buffer.update_tensordict_priority(batch)
     """
+
+    _sync: bool
+    _cache: privates.ColumnCache
+    _seen_writes: int  # with sync=False: the priorities know of so many writes
+    _supplied: Tensor | None = None  # priorities of elements that TorchRL's methods are writing
 
     def __init__(
         self,
@@ -132,8 +133,7 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
         kept: Storage = self._maybe_make_storage(storage, compilable)
         if not sync and kept.ndim != 1:
             raise ConfigurationError(
-                f"sync: expected True for a storage of several dimensions, got False with"
-                f" kept.ndim={kept.ndim}"
+                f"sync: expected True for a storage of {kept.ndim} dimensions, got False"
             )
         capacity = slots_of(kept)
         if sampler is None:
@@ -142,7 +142,7 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
                 alpha,
                 beta,
                 _EPS if eps is None else eps,
-                reduction=validation.one_of("reduction", reduction or "max", REDUCTIONS),
+                reduction=reduction or "max",
                 max_priority_within_buffer=max_priority_within_buffer,
                 device=sampler_device,
                 draw=draw,
@@ -159,7 +159,7 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
         self._sync = sync
         self._prioritized_sampler = None  # TorchRL's name for the one that it keeps aside
         self._seen_writes = 0
-        self._cache = ColumnCache()
+        self._cache = privates.ColumnCache()
         TensorDictReplayBuffer.__init__(
             self,
             priority_key=priority_key,
@@ -188,15 +188,24 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
             )
         super().__setattr__(name, value)
 
-    def _initialize_prioritized_sampler(self) -> None:
-        if len(self._storage) > 0:
-            filled = torch.arange(len(self._storage), device="cpu")
-            self._sampler.mark_update(filled, storage=self._storage)
-
     # --- parts ------------------------------------------------------------------------------------
 
+    @property
+    def prioritized_sampler(self) -> PrioritizedSampler:
+        """The sampler, which holds the priorities.
+
+        Raises:
+            RuntimeError: in a writer's process of a buffer with `sync=False`, which has none.
+        """
+        if not isinstance(self._sampler, PrioritizedSampler):
+            raise RuntimeError(
+                "a writer's process of a buffer with sync=False holds no priorities: expected"
+                " sampling and priority updates in the process that made the buffer"
+            )
+        return self._sampler
+
     def set_sampler(self, sampler: Sampler) -> Sampler:
-        """Use another prioritized sampler, in which all that is stored counts as new.
+        """Use another prioritized sampler, in which all stored elements count as new.
 
         Returns:
             The sampler used so far.
@@ -214,7 +223,7 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
     def set_storage(
         self, storage: Storage, collate_fn: Callable[[Any], Any] | None = None
     ) -> Storage:
-        """Use another storage, all of whose content counts as new.
+        """Use another storage, whose elements all count as new.
 
         Returns:
             The storage used so far.
@@ -228,12 +237,304 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
             )
         with self._replay_lock, self._write_lock:
             previous = ReplayBuffer.set_storage(self, storage, collate_fn)
-            previous._attached_entities.remove(self)  # of whose writes it is not told any more
+            privates.forget(previous, self)
             storage.attach(self)
             self._writer.register_storage(storage)
             self._sampler._empty()
             self._initialize_prioritized_sampler()
         return previous
+
+    def _initialize_prioritized_sampler(self) -> None:
+        if len(self._storage) > 0:
+            filled = torch.arange(len(self._storage), device="cpu")
+            self._sampler.mark_update(filled, storage=self._storage)
+
+    # --- writing ----------------------------------------------------------------------------------
+
+    def add(self, data: TensorDictBase) -> Any:
+        """Write one element; for a storage of several dimensions, one row of its first.
+
+        Args:
+            data: TensorDict; its priority entry, if there is one, becomes its priority.
+
+        Returns:
+            Its slot: an int, or int64 [B, ndim] for a storage of several dimensions.
+        """
+        written = self._write_columns(data, 1, single=True, supply=True)
+        if written is not None:
+            return written[0]
+        data = self._transform.inv(data)
+        if data is None:
+            return torch.zeros((0, self._storage.ndim), dtype=torch.long, device="cpu")
+        rows = data.batch_size[: self._storage.ndim - 1].numel()
+        return self._write_by_torchrl(ReplayBuffer._add, data, self._priorities_of(data, rows))
+
+    def extend(self, tensordicts: TensorDictBase, *, update_priority: bool | None = None) -> Tensor:
+        """Write several elements over the oldest.
+
+        Args:
+            tensordicts: TensorDict [n], or [B, T] for a storage of two dimensions.
+            update_priority: let the priority entry of `tensordicts`, if there is one, become the
+                elements' priority; None does, unless the buffer has `sync=False`.
+
+        Returns:
+            Their slots, int64 [n], or [n, ndim] for a storage of several dimensions.
+
+        Raises:
+            PriorityError: a priority is NaN or infinite, or their number does not fit; nothing is
+                written then (a ValueError).
+        """
+        if not isinstance(tensordicts, TensorDictBase):
+            raise ValueError(f"expected a TensorDictBase, got a {type(tensordicts).__name__}")
+        if update_priority and not self._sync:
+            raise RuntimeError(
+                "update_priority: expected None or False for a buffer with sync=False, got True"
+            )
+        supply = update_priority is not False
+        n = len(tensordicts) if tensordicts.ndim else 0
+        short = self._write_columns(tensordicts, n, single=False, supply=supply)
+        if short is not None:
+            start, index = short
+            device = tensordicts.device or torch.device("cpu")
+            if index.device == device:
+                return index
+            index = torch.arange(start, start + n, device=device)  # a copy might have to wait
+            return index.remainder_(self._storage.max_size)
+        data = self._transform.inv(tensordicts)
+        if data is None:
+            return torch.zeros((0, self._storage.ndim), dtype=torch.long, device="cpu")
+        rows = data.batch_size[: self._storage.ndim].numel()
+        turned = self.dim_extend > 0
+        priority = self._priorities_of(data, rows, turned=turned) if supply else None
+        written: Tensor = self._write_by_torchrl(ReplayBuffer._extend, data, priority)
+        return written
+
+    def _priorities_of(
+        self, data: TensorDictBase, rows: int, *, turned: bool = False
+    ) -> Tensor | None:
+        """The priorities that `data` brings along, float32 [rows]; -1 marks refused ones.
+
+        `turned`: the storage takes the elements with time first.
+        """
+        td_error = data.get(self.priority_key, None) if self._sync else None
+        if td_error is None:
+            return None
+        if turned and td_error.ndim > 1:
+            td_error = self._transpose(td_error)
+        priority = priority_of(self._magnitudes(td_error, rows), self._sampler.eps)
+        valid = validation.require_finite(str(self.priority_key), priority)
+        return torch.where(valid, priority, -1.0)
+
+    def _magnitudes(self, td_error: Tensor, rows: int) -> Tensor:
+        """One |TD error| per element, float32 [rows], on the priorities' device."""
+        sampler, key = self.prioritized_sampler, self.priority_key
+        validation.require_plain(str(key), td_error, PriorityError)
+        td_error = validation.to_device(td_error, sampler.device)
+        unit, reduction = sampler.td_error_unit, sampler.reduction
+        return magnitudes(td_error, rows, unit=unit, reduction=reduction, key=key)
+
+    def _write_columns(
+        self, data: TensorDictBase, n: int, *, single: bool, supply: bool
+    ) -> tuple[int, Tensor] | None:
+        """Write column by column: the first slot and all slots, or None if that cannot be."""
+        with self._replay_lock:
+            if not 0 < n <= self._storage.max_size:
+                return None
+            columns = self._cache.of(self, marks=self._sync)
+            rows = None if columns is None else columns.rows_of(data, single=single)
+            if columns is None or rows is None:
+                return None
+            supply = supply and self.priority_key in columns
+            priority = self._priorities_of(data, n) if supply else None
+            cache, marks = self._cache, self._sync
+            with self._write_lock:
+                return privates.write(self, cache, columns, rows, n, priority, marks=marks)
+
+    def _write_by_torchrl(
+        self, write: Callable[..., Any], data: Any, priority: Tensor | None
+    ) -> Any:
+        """Write by TorchRL's methods, which call `mark_update` on the way."""
+        with self._replay_lock, torch.no_grad():
+            self._supplied = priority
+            try:
+                return write(self, data)
+            finally:
+                self._supplied = None
+
+    def mark_update(self, index: Any) -> None:
+        """Give newly written slots the priority of new elements."""
+        if not self._sync:
+            return  # the process that samples finds them by the count of writes
+        sampler, storage, priority = self._sampler, self._storage, self._supplied
+        if priority is None:
+            sampler.mark_update(index, storage=storage)
+            return
+        sampler._follow(storage)
+        index = sampler._flat(index, storage)
+        last = min(len(index), storage.max_size)  # of more than fit, the last remain
+        sampler._write_new(index[-last:], priority[-last:].to(index.device))
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def sample(
+        self,
+        batch_size: int | None = None,
+        return_info: bool = False,
+        include_info: bool | None = None,
+    ) -> Any:
+        """Draw elements in proportion to priority^alpha.
+
+        Args:
+            batch_size: B; None is that of the constructor.
+            return_info: return a tuple of the batch and a dict of the entries added to it.
+            include_info: deprecated, as in TorchRL.
+
+        Returns:
+            TensorDict [B]: the elements, and beside them "index" and "index_generation", int64,
+            and "priority_weight", float32.
+
+        Raises:
+            EmptyBufferError: nothing is stored, or nothing can be drawn (a RuntimeError).
+        """
+        size = self._batch_size if batch_size is None else batch_size
+        agreed = self._batch_size in (None, size) or self._warned_batch_size_conflict
+        if size is not None and agreed and include_info is None and not self._service_shutdown:
+            with self._replay_lock:
+                columns = self._cache.of(self, marks=True)
+                if columns is not None:
+                    with self._write_lock:
+                        self._catch_up()
+                        batch, info = privates.read(self, columns, size)
+                    return (batch, info) if return_info else batch
+        return TensorDictReplayBuffer.sample(self, batch_size, return_info, include_info)
+
+    def _sample(self, batch_size: int) -> Any:
+        sampler = self.prioritized_sampler
+        with self._replay_lock, self._write_lock:
+            sampler._follow(self._storage)
+            self._catch_up()
+        return TensorDictReplayBuffer._sample(self, batch_size)
+
+    def _catch_up(self) -> None:
+        """With sync=False, give elements written since the last call the priority of new ones."""
+        if self._sync or not isinstance(self._sampler, PrioritizedSampler):
+            return
+        written, capacity = int(self._writer._write_count), self._storage.max_size
+        if written < self._seen_writes:  # emptied by another process
+            self._sampler._empty()
+            self._seen_writes = 0
+        new = min(written - self._seen_writes, capacity)
+        if new:
+            end = self._writer._cursor
+            index = torch.arange(end - new, end, device="cpu").remainder_(capacity)
+            self._sampler.mark_update(index, storage=self._storage)
+        self._seen_writes = written
+
+    # --- priorities -------------------------------------------------------------------------------
+
+    def update_priority(self, index: Any, priority: Any) -> None:
+        """Set priorities; of equal indices the last one holds, and negative ones are skipped.
+
+        An update of a slot that is not filled is stale, since its element has been emptied: it is
+        dropped, and counted in `stats`.
+
+        Args:
+            index: int, int64 [B], or [B, ndim] or a tuple of ndim [B].
+            priority: as losses write TD errors, [B], or one number for all.
+
+        Raises:
+            IndexRangeError: an index is not below the storage's size; nothing is written then.
+            PriorityError: NaN, infinite, or neither one value nor one per index; nothing is
+                written then.
+        """
+        with self._replay_lock, self._write_lock:
+            self._catch_up()
+        ReplayBuffer.update_priority(self, index, priority)
+
+    def update_tensordict_priority(self, data: TensorDictBase) -> None:
+        """Set the priorities of a batch from the TD errors that a loss left in it.
+
+        An update is stale if its slot has been overwritten or emptied since the draw: it is
+        dropped, and counted in `stats`. With a `PrioritizedSliceSampler` whose `reduction` is
+        "r2d2", the first record of each slice gets the priority of the slice (see its
+        `slice_priorities`).
+
+        Args:
+            data: from `sample`, TensorDict [B], with the priority entry.
+
+        Raises:
+            IndexRangeError: an index is not that of a slot of the storage; no priority is changed
+                then (an IndexError).
+            PriorityError: the priority entry or "index" is missing, or holds NaN or infinite values
+                or too few; no priority is changed then (a ValueError).
+        """
+        sampler, storage, key = self.prioritized_sampler, self._storage, self.priority_key
+        if sampler.reduction == "r2d2" and isinstance(sampler, PrioritizedSliceSampler):
+            data = sampler.first_records(data, key)
+        td_error, index = required(data, key), required(data, "index")
+        generation = data.get("index_generation", None)
+        plain, rows = storage.ndim == 1, data.batch_size[0] if data.ndim else 1
+        if not plain and index.shape[-1:] == (storage.ndim,):
+            index = index.reshape(-1, storage.ndim)
+            rows = len(index)
+        elif index.ndim != 1 or not data.ndim:
+            index = first_of_each(index, data.ndim)
+        with self._replay_lock, self._write_lock:
+            self._catch_up()
+            stamps = None if generation is None else privates.generations(self, sampler.device)
+            if stamps is None or len(stamps) != sampler.max_size:
+                sampler._follow(storage)
+                stamps = None
+            device, squared = sampler.device, sampler.td_error_unit == "squared"
+            shape = None if td_error.is_nested else td_error.shape
+            if shape == (rows, 1):
+                td_error = td_error.squeeze(-1)
+            if self._sample_unit is not None or shape not in ((rows,), (rows, 1)):
+                td_error, squared = self._magnitudes(td_error, rows), False
+            slot = validation.as_index(index, device) if plain else sampler._flat(index, storage)
+            if generation is not None:
+                if generation.ndim != 1:
+                    generation = first_of_each(generation, data.ndim)
+                generation = validation.as_index(generation, device, "index_generation")
+                if generation.shape != slot.shape:
+                    raise IndexRangeError(
+                        f"index_generation: expected one for each of {len(slot)} indices,"
+                        f" got {len(generation)}"
+                    )
+                if stamps is None or self._sample_unit is not None:  # then 0 marks live updates
+                    now = validation.to_device(self._writer.generations_of(index), device)
+                    generation, stamps = (generation != now).long(), None
+            if self._sample_unit is not None:
+                slot, td_error, generation = self._anchored(data, slot, td_error, generation)
+            sampler._update(
+                slot,
+                td_error,
+                privates.stored(storage),
+                generation=generation,
+                stamps=stamps,
+                squared=squared,
+            )
+
+    def _anchored(
+        self, data: TensorDictBase, slot: Tensor, td_error: Tensor, late: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Replace the records of windows, which a sample unit draws, by their anchors.
+
+        Args:
+            data: the batch.
+            slot: of its records, int64 [B].
+            td_error: [B].
+            late: 0 for live updates, int64 [B]; None: all are.
+        """
+        anchored = self._anchor_reduced_priority(data, td_error)
+        if anchored is None:
+            return slot, td_error, late
+        sampler, storage = self.prioritized_sampler, self._storage
+        anchors, anchor = (sampler._flat(i, storage) for i in (anchored[0], data["anchor_index"]))
+        if late is None or anchor.shape != slot.shape:
+            return anchors, anchored[1], None
+        live = torch.isin(anchors, anchor[(anchor == slot) & (late == 0)])
+        return anchors, anchored[1], (~live).long()
 
     # --- state ------------------------------------------------------------------------------------
 
@@ -241,7 +542,7 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
         """Forget all elements, and the batches that were drawn ahead.
 
         Args:
-            empty_write_count: whether `write_count` starts again from 0.
+            empty_write_count: let `write_count` start again from 0.
         """
         with self._futures_lock:
             self._clear_prefetch_queue_locked()
@@ -286,7 +587,7 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
             super().dumps(path)
 
     def loads(self, path: str | Path) -> None:
-        """Take over what `dumps` wrote into the folder `path`.
+        """Take over a state that `dumps` wrote into the folder `path`.
 
         Raises:
             CheckpointError: as `load_state_dict`.
@@ -299,22 +600,23 @@ class TensorDictPrioritizedReplayBuffer(PrioritizedReplay):
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:
-        """Keep out all that writes or draws, once the priorities know of every write."""
+        """Hold all locks, with priorities that know of every write."""
         with self._futures_lock:
-            self.synchronize()  # what draws ahead needs the locks below
+            self.synchronize()  # threads that draw ahead need the locks below
             with self._replay_lock, self._write_lock:
                 self._catch_up()
                 yield
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = ReplayBuffer.__getstate__(self)
-        state["_cache"] = ColumnCache()
+        state["_cache"] = privates.ColumnCache()
         if not self._sync and get_spawning_popen() is not None:
-            state["_sampler"] = RandomSampler()  # the priorities stay with who samples
+            state["_sampler"] = RandomSampler()  # the priorities stay with the process that samples
         return state
 
 
 def _checked(sampler: Any) -> PrioritizedSampler:
+    """The sampler, if it is one of per_td's; a ConfigurationError otherwise."""
     if not isinstance(sampler, PrioritizedSampler):
         raise ConfigurationError(
             f"sampler: expected a per_td.torchrl.PrioritizedSampler, got {sampler!r}; for others"

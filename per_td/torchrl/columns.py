@@ -1,6 +1,6 @@
 """Columns: the tensors of a TensorDict storage, read and written row by row.
 
-Indexing a TensorDict costs several times what indexing its tensors does. The result is the same.
+Indexing a TensorDict costs several times as much as indexing its tensors. The result is the same.
 """
 
 from array import array
@@ -14,11 +14,9 @@ from torch import Tensor
 
 from per_td import kernels
 from per_td.kernels import reference
-from per_td.storage import batches as batch
-from per_td.storage import rows as row_copies
+from per_td.storage import batches
+from per_td.storage.rows import Rows
 from per_td.validation import plain_rows
-
-__all__ = ["Columns"]
 
 _TENSORS = (Tensor, MemoryMappedTensor)
 
@@ -39,8 +37,10 @@ class _Node(NamedTuple):
 
 
 def _explore(data: Any, capacity: int, device: torch.device, columns: list[Tensor]) -> _Node | None:
-    """The node of `data`, its tensors appended to `columns`; None if something else is in it."""
-    if type(data) is not TensorDict or data.batch_size[:1] != (capacity,) or _named(data):
+    """The node of `data`; appends its tensors to `columns`. None if it holds anything else."""
+    if type(data) is not TensorDict or data.batch_size[:1] != (capacity,):
+        return None
+    if any(name is not None for name in data.names):
         return None
     node = _Node({}, {}, data.batch_size[1:], data.device)
     for name, value in data.items():
@@ -56,17 +56,13 @@ def _explore(data: Any, capacity: int, device: torch.device, columns: list[Tenso
 
 
 def _is_column(value: Tensor, device: torch.device) -> bool:
-    """Whether the memory of `value`, which is on `device`, holds its numbers as they are."""
+    """True if `value` is on `device` and its memory holds its numbers as they are."""
     return (
         value.layout == torch.strided
         and not value.is_nested
         and value.device == device
         and not (value.is_neg() or value.is_conj())
     )
-
-
-def _named(data: TensorDict) -> bool:
-    return any(name is not None for name in data.names)
 
 
 def _keys(node: _Node, prefix: tuple[str, ...] = ()) -> Iterator[str | tuple[str, ...]]:
@@ -78,7 +74,7 @@ def _keys(node: _Node, prefix: tuple[str, ...] = ()) -> Iterator[str | tuple[str
 
 
 def _expected(node: _Node, batch_size: torch.Size) -> _Node:
-    """The node of a TensorDict of this batch size, whose shapes are whole."""
+    """The node of a TensorDict of this batch size, with whole shapes."""
     leaves = {
         name: leaf._replace(shape=batch_size + leaf.shape) for name, leaf in node.leaves.items()
     }
@@ -87,10 +83,10 @@ def _expected(node: _Node, batch_size: torch.Size) -> _Node:
 
 
 def _collect(node: _Node, data: TensorDict, rows: list[Tensor], skip: str | None = None) -> bool:
-    """Put the tensors of `data` into `rows` by their columns' places; whether it has just these.
+    """Fill `rows` with the tensors of `data`. False if `data` has other keys, shapes or dtypes.
 
     Args:
-        node: what is expected.
+        node: expected.
         data: the TensorDict.
         rows: one place per column.
         skip: an entry that does not matter.
@@ -118,11 +114,12 @@ def _collect(node: _Node, data: TensorDict, rows: list[Tensor], skip: str | None
 def _assemble(
     node: _Node, rows: list[Tensor], batch_size: torch.Size, extra: dict[str, Tensor]
 ) -> TensorDict:
+    """The TensorDict of a node, of rows in the order of the columns, with `extra` entries."""
     source: dict[str, Any] = {name: rows[leaf.place] for name, leaf in node.leaves.items()}
     for name, child in node.children.items():
         source[name] = _assemble(child, rows, batch_size, {})
     source.update(extra)
-    return batch.make(source, batch_size + node.batch_size, node.device)
+    return batches.make(source, batch_size + node.batch_size, node.device)
 
 
 class Columns:
@@ -131,33 +128,37 @@ class Columns:
     Args:
         root: the TensorDict's node, with a leaf "index".
         columns: its tensors, in the order of the leaves' places.
+        generation: of all slots, int64 [capacity], contiguous, on the same device; `write` counts
+            it up, and `gather` reads it like a column.
     """
 
-    def __init__(self, root: _Node, columns: list[Tensor]) -> None:
-        self._root = root
+    def __init__(self, root: _Node, columns: list[Tensor], generation: Tensor) -> None:
+        self._root, self._columns, self._generation = root, columns, generation
+        self.capacity, self._device = len(generation), generation.device
         self._expected: _Node | None = None  # for the batch size that came last
-        self._columns = columns
         self._keys = set(_keys(root))
-        self._index = root.leaves["index"].place
-        self._no_slots = columns[self._index][:0]
-        self.capacity = len(columns[0])
+        self._index = at = root.leaves["index"].place
+        self._no_slots = columns[at][:0]
         packed = all(column[:1].is_contiguous() for column in columns)
         self._operations = kernels.operations(columns[0].device) if packed else reference
-        self._written = row_copies.Rows(columns, self.capacity)
-        self._drawn: row_copies.Rows | None = None  # all but "index", and the generations
+        self._written = Rows(columns, self.capacity)
+        self._drawn = Rows([*columns[:at], *columns[at + 1 :], generation], self.capacity)
 
     @classmethod
-    def of(cls, data: Any, capacity: int, device: torch.device) -> "Columns | None":
-        """The columns of `data`; None for all but nested TensorDicts of tensors on `device`."""
+    def of(cls, data: Any, generation: Tensor) -> "Columns | None":
+        """The columns of `data`, whose rows have these generations.
+
+        None for all but nested TensorDicts of tensors on the generations' device.
+        """
         columns: list[Tensor] = []
-        root = _explore(data, capacity, device, columns)
+        root = _explore(data, len(generation), generation.device, columns)
         if root is None or root.batch_size or "index" not in root.leaves:
             return None
         fits = root.leaves["index"][1:] == (torch.Size([]), torch.int64)
-        return cls(root, columns) if fits else None
+        return cls(root, columns, generation) if fits else None
 
     def __contains__(self, key: Any) -> bool:
-        """Whether there is a column, or a TensorDict of columns, of this name."""
+        """True if there is a column, or a TensorDict of columns, of this name."""
         return key in self._keys
 
     @property
@@ -165,16 +166,15 @@ class Columns:
         return reference if torch.compiler.is_compiling() else self._operations
 
     def rows_of(self, data: Any, *, single: bool = False) -> list[Tensor] | None:
-        """The tensors of `data`, a row or rows for each column but "index".
+        """The tensors of `data`, for each column but "index".
 
         Args:
             data: TensorDict [n], or [] if `single`.
-            single: whether `data` is one row.
+            single: `data` is one row.
 
         Returns:
-            In the order of the columns, contiguous and on their device, so that nothing is left
-            to be refused while they are written; None if `data` has other entries, shapes or
-            dtypes.
+            In the order of the columns, contiguous and on their device: nothing is left to be
+            refused while they are written. None if `data` has other entries, shapes or dtypes.
 
         Raises:
             SchemaError: a tensor has no values, or not in memory.
@@ -186,43 +186,34 @@ class Columns:
         rows = list(self._columns)
         if not _collect(self._expected, data, rows, skip="index"):
             return None
-        device = self._columns[0].device
         rows[self._index] = self._no_slots  # until `write` knows them
-        return [plain_rows(row, device) for row in rows]
+        return [plain_rows(row, self._device) for row in rows]
 
-    def write(self, rows: list[Tensor], start: int, n: int, generation: Tensor) -> Tensor:
-        """Write rows, and the slots that they go to.
+    def write(self, rows: list[Tensor], start: int, n: int) -> Tensor:
+        """Write rows and their slots, and count up their generations.
 
         Args:
             rows: from `rows_of`.
             start: the first slot.
-            n: how many rows, at most `capacity`.
-            generation: of all slots, int64 [capacity], contiguous, on the columns' device, to be
-                counted up.
+            n: number of rows, at most `capacity`.
 
         Returns:
             The slots, one after the other and around the end, int64 [n].
         """
-        device = generation.device  # which need not be torch's default
-        rows[self._index] = index = torch.empty(n, dtype=torch.int64, device=device)
+        rows[self._index] = index = torch.empty(n, dtype=torch.int64, device=self._device)
         runs = array("q", (start, n))
-        self._ops.write_rows(self._written, rows, n, runs, stamps=generation, index=index)
+        self._ops.write_rows(self._written, rows, n, runs, stamps=self._generation, index=index)
         return index
 
-    def gather(self, index: Tensor, generation: Tensor, extra: dict[str, Tensor]) -> TensorDict:
+    def gather(self, index: Tensor, extra: dict[str, Tensor]) -> TensorDict:
         """The rows `index` [B], with `extra` entries [B] beside them.
 
         Args:
             index: slots that exist, int64 [B].
-            generation: of all slots, as for `write`, to be read as a column is.
             extra: takes up "index" and "index_generation", int64 [B], too.
         """
-        drawn, at = self._drawn, self._index
-        if drawn is None or drawn.columns[-1] is not generation:
-            own = self._columns[:at] + self._columns[at + 1 :]
-            drawn = self._drawn = row_copies.Rows([*own, generation], self.capacity)
-        found, _ = self._ops.gather(drawn, index, written=None)
+        found, _ = self._ops.gather(self._drawn, index, written=None)
         *rows, extra["index_generation"] = found
-        rows.insert(at, index)
+        rows.insert(self._index, index)
         extra["index"] = index
         return _assemble(self._root, rows, index.shape, extra)

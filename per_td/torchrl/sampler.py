@@ -21,23 +21,22 @@ from per_td.errors import (
 )
 from per_td.priorities.sampling import sample_weighted
 from per_td.priorities.table import PriorityTable
-from per_td.torchrl.reductions import REDUCTIONS
-from per_td.torchrl.writer import SLOTS, slots_of
-
-__all__ = ["TD_ERROR_UNITS", "PrioritizedSampler", "flat_index", "unravelled"]
-
-TD_ERROR_UNITS = ("abs", "squared")
+from per_td.torchrl.td_errors import REDUCTIONS, TD_ERROR_UNITS
+from per_td.torchrl.writer import slots_of
 
 _FORMAT = "per_td.torchrl.PrioritizedSampler"
+_SLOTS = "the slots of the storage"
+_NEVER = -2
+"""A generation that no slot has: a slot that was never written has -1."""
 
 
 def flat_index(index: Any, shape: torch.Size | tuple[int, ...], device: torch.device) -> Tensor:
-    """Indices of a storage of this shape as indices of its flattened form, int64 [B].
+    """Slots of a storage, counted row by row where it has several dimensions, int64 [B].
 
     Args:
-        index: an int, [B], or for storages of several dimensions [B, ndim] or a tuple of ndim [B].
+        index: an int, [B], or for several dimensions [B, ndim] or a tuple of ndim [B].
         shape: of the storage; the first entry does not matter.
-        device: where the result goes.
+        device: of the result.
     """
     index = torch.stack(index, -1) if isinstance(index, tuple) else torch.as_tensor(index)
     places: Tensor = validation.as_index(index.reshape(-1), device).view(index.shape)
@@ -50,14 +49,13 @@ def flat_index(index: Any, shape: torch.Size | tuple[int, ...], device: torch.de
 
 
 def unravelled(index: Tensor, shape: torch.Size | tuple[int, ...]) -> tuple[Tensor, ...]:
-    """The inverse of `flat_index`: `torch.unravel_index`, which makes the host wait on CUDA.
+    """Indices in each dimension of a storage, one int64 [B] each: undoes `flat_index`.
+
+    `torch.unravel_index` makes the host wait on CUDA.
 
     Args:
         index: int64 [B], not negative.
         shape: of the storage.
-
-    Returns:
-        One int64 [B] for each dimension.
     """
     places = []
     for size in reversed(shape):
@@ -66,25 +64,34 @@ def unravelled(index: Tensor, shape: torch.Size | tuple[int, ...]) -> tuple[Tens
     return tuple(reversed(places))
 
 
+def _of_table(name: str, doc: str) -> Any:
+    """A setting that a sampler keeps in its table, which checks it."""
+    return property(
+        lambda self: getattr(self._table, name),
+        lambda self, value: setattr(self._table, name, value),
+        doc=doc,
+    )
+
+
 class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
     """Drop-in for `torchrl.data.replay_buffers.PrioritizedSampler`; nothing compiled is needed.
 
-    Same arguments, same behaviour, recognised by TorchRL as its own. Where it differs: sums are
-    float64 whatever `dtype` says, raw priorities are kept (alpha may leave 0), torch's generators
-    seed the draws, NaN and infinite priorities are refused, and it may be sent to other processes
-    (spawned ones share its memory).
+    Same arguments and behaviour; TorchRL recognises it as its own. Where it differs: sums are
+    float64 at any `dtype`, raw priorities are kept (alpha may leave 0), torch's generators
+    seed the draws, NaN and infinite priorities are refused, and other processes may get it (spawned
+    ones share its memory).
 
     `alpha`, `beta`, `eps`, `reduction`, `td_error_unit` and `weight_normalization` may be set at
     any time; the other arguments are chosen in the constructor, and setting them later is refused.
 
     Args:
-        max_capacity: number of elements that the storage can hold, all its dimensions counted. With
-            a storage of another size, the sampler takes up that size when the two first meet.
+        max_capacity: number of slots of the storage, all dimensions counted. With a storage of
+            another size, the sampler takes up that size when the two first meet.
         alpha: exponent of the priorities; may be set at any time.
         beta: exponent of the importance-sampling weights; may be set at any time.
         eps: added to every priority.
         dtype: torch.float or torch.double; accepted for compatibility, the precision is fixed.
-        reduction: how `TensorDictReplayBuffer` reduces a priority of several values per element:
+        reduction: makes one priority of several values per element, in `TensorDictReplayBuffer`:
             "max", "min", "median" or "mean"; per_td's own buffer also takes "sum" and "r2d2".
         max_priority_within_buffer: new elements get the largest priority in the buffer (True), or
             the largest that it ever held.
@@ -92,8 +99,8 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         draw: "independent", "stratified" or "without_replacement".
         method: "auto", "tree" or "multinomial".
         weight_normalization: "buffer" as TorchRL does, "batch" or "none".
-        td_error_unit: what the priorities handed in are: "abs" for |delta|, taken as they are;
-            "squared" for delta^2, whose root is taken. See the table in docs/torchrl_losses.md.
+        td_error_unit: unit of the priorities handed in: "abs" for |delta|, taken as they are;
+            "squared" for delta^2, of which the root is taken. See docs/torchrl_losses.md.
 
     Raises:
         ConfigurationError: an argument is not one of those accepted (a ValueError).
@@ -158,7 +165,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         "draw",
         "method",
     )
-    """What is chosen in the constructor only."""
+    """Arguments of the constructor that cannot be set later."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._FIXED and "_table" in self.__dict__:
@@ -170,7 +177,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}(alpha={self.alpha}, beta={self.beta}, eps={self._eps},"
+            f"{type(self).__name__}(alpha={self.alpha}, beta={self.beta}, eps={self.eps},"
             f" reduction={self.reduction})"
         )
 
@@ -179,17 +186,13 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
 
     @property
     def device(self) -> torch.device:
-        """Where the priorities live."""
+        """Device of the priorities."""
         return self._table.device
 
-    @property
-    def alpha(self) -> float:
-        """Exponent of the priorities; setting it costs O(N) and is exact, also from 0."""
-        return self._table.alpha
-
-    @alpha.setter
-    def alpha(self, value: float) -> None:
-        self._table.alpha = value
+    alpha: float = _of_table(
+        "alpha", "Exponent of the priorities; setting it costs O(N) and is exact, also from 0."
+    )
+    eps: float = _of_table("eps", "Added to |TD error| by the updates from now on.")
 
     @property
     def beta(self) -> float:
@@ -201,17 +204,8 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         self._beta = validation.real("beta", value)
 
     @property
-    def eps(self) -> float:
-        """Added to |TD error| by the updates from now on."""
-        return self._table.eps
-
-    @eps.setter
-    def eps(self, value: float) -> None:
-        self._table.eps = value
-
-    @property
     def reduction(self) -> str:
-        """How several TD errors of one element become one priority, from now on."""
+        """Reduction of several TD errors of an element to one priority, from now on."""
         return self._reduction
 
     @reduction.setter
@@ -220,7 +214,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
 
     @property
     def td_error_unit(self) -> str:
-        """Unit of the TD errors that are handed in from now on: "abs" or "squared"."""
+        """Unit of the TD errors handed in from now on: "abs" or "squared"."""
         return self._td_error_unit
 
     @td_error_unit.setter
@@ -243,25 +237,17 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
 
     @property
     def _is_shared(self) -> bool:
-        """Whether other processes may work on the priorities."""
+        """True if other processes may work on the priorities."""
         raw: Any = self._table.raw
         return bool(raw.is_cpu and raw.is_shared())
 
     @property
     def stale_updates(self) -> int:
-        """How many updates were dropped because their slot holds something else, or nothing."""
+        """Number of updates dropped because their slot holds something else, or nothing."""
         return int(self._stale)
 
     @property
-    def _alpha(self) -> float:
-        return self._table.alpha
-
-    @property
-    def _eps(self) -> float:
-        return self._table.eps
-
-    @property
-    def _max_capacity(self) -> int:
+    def _max_capacity(self) -> int:  # TorchRL's name
         return self._table.capacity
 
     @property
@@ -271,7 +257,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
 
     @property
     def mass(self) -> Tensor:
-        """Masses of all slots, which draws are in proportion to, float32 [max_capacity], a copy."""
+        """Masses of all slots, float32 [max_capacity], a copy; draws are in proportion to them."""
         return self._table.mass.clone()
 
     @property
@@ -297,20 +283,20 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
 
     @property
     def default_priority(self) -> float | Tensor:
-        """What new elements get, to be handed to `update_priority`: in its unit, and without eps.
+        """Priority of new elements in the unit of `update_priority`, without eps.
 
-        A float, or a 0-dim tensor where a float would need a host sync.
+        A float, or a 0-dim tensor where a float would make the host wait.
         """
-        priority = (self._table.for_new() - self._eps).clamp(min=0)
+        priority = (self._table.for_new() - self.eps).clamp(min=0)
         if self.td_error_unit == "squared":
             largest = torch.finfo(torch.float32).max
             priority = priority.double().square().clamp(max=largest).float()
         return priority.item() if validation.can_raise(priority) else priority
 
     def _follow(self, storage: Storage | None) -> None:
-        """Take up the storage's size, and its device unless told another.
+        """Take up the storage's size, and its device unless the constructor was given one.
 
-        Storages of several dimensions round their size up when the first data comes in.
+        Storages of several dimensions round their size up with the first data.
 
         Raises:
             ConfigurationError: the storage has no limited size, or this sampler shares its memory
@@ -344,8 +330,8 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         """Draw indices of the storage in proportion to priority^alpha.
 
         Args:
-            storage: what will be indexed.
-            batch_size: how many, B.
+            storage: the indices are for it.
+            batch_size: number of indices, B.
 
         Returns:
             Indices int64 [B], or a tuple of them for a storage of several dimensions, and
@@ -355,9 +341,9 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             EmptyBufferError: the storage is empty, or nothing in it can be drawn.
         """
         self._follow(storage)
-        if len(storage) == 0:
-            raise EmptyBufferError("Cannot sample from an empty storage.")
         size = len(storage)
+        if not size:
+            raise EmptyBufferError("Cannot sample from an empty storage.")
         index, weight = sample_weighted(
             self._table, batch_size, self._rng, beta=self._beta, written=size, size=size
         )
@@ -365,15 +351,13 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         return where, {"priority_weight": weight}
 
     def add(self, index: Any) -> None:
-        """Nothing to do: `mark_update` sets the priority of what was written."""
+        """Do nothing: `mark_update` sets the priority of new elements."""
 
     def extend(self, index: Any) -> None:
-        """Nothing to do: `mark_update` sets the priority of what was written."""
+        """Do nothing: `mark_update` sets the priority of new elements."""
 
     def mark_update(self, index: Any, *, storage: Storage | None = None) -> None:
-        """Give the slots `index`, which have been written, the priority of new elements.
-
-        Negative indices are skipped.
+        """Give newly written slots the priority of new elements; negative indices are skipped.
 
         Raises:
             IndexRangeError: an index is not that of a slot of the storage.
@@ -382,28 +366,27 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         self._write_new(self._flat(index, storage), None)
 
     def _write_new(self, index: Tensor, priority: Tensor | None) -> None:
-        """Give written slots, int64 [n], their priority: [n], or None for that of new elements.
+        """Give newly written slots, int64 [n], their priority: [n], or None for that of the new.
 
-        An index of -1 is `MaxValueWriter`'s mark for what it did not write.
+        Negative indices are skipped: `MaxValueWriter` marks with -1 elements that it left out.
         """
-        written: Tensor | None = index >= 0
-        if validation.can_raise(index):
-            index, priority = index[written], None if priority is None else priority[written]
-            written = None
-            validation.require_slots(index, self._max_capacity, what=SLOTS)
-        self._table.write_new(index, priority, written)
+        written = index >= 0
+        try:
+            self._table.write_new(index, priority, written)
+        except IndexRangeError:
+            validation.require_slots(index, self._max_capacity, written, what=_SLOTS)
+            raise
 
     @torch.no_grad()
     def update_priority(self, index: Any, priority: Any, *, storage: Storage | None = None) -> None:
         """Set priorities; of equal indices the last one holds, and negative ones are skipped.
 
-        An update of a slot that `storage` has, but that is not filled, comes too late, since
-        whatever lived there has been emptied: it is dropped, and counted in `stale_updates`. An
-        index that is not that of a slot of the storage is an error.
+        An update of a slot of `storage` that is not filled comes too late: its element has been
+        emptied. It is dropped, and counted in `stale_updates`.
 
         Args:
             index: int, [B], or [B, ndim] for a storage of several dimensions.
-            priority: what the loss wrote, in the `td_error_unit`, [B], or one number for all.
+            priority: as the loss wrote it, in the `td_error_unit`, [B], or one number for all.
             storage: tells which slots are filled, and the shape where the index has several
                 dimensions.
 
@@ -414,58 +397,58 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         """
         self._follow(storage)
         index = self._flat(index, storage)
-        priority = validation.to_device(torch.as_tensor(priority), self.device).detach()
-        if priority.numel() == 1:
-            priority = priority.reshape(1).expand(index.shape)
-        elif priority.numel() != index.numel():
+        priority = validation.as_reals("priority", priority, self.device, torch.float32)
+        if priority.numel() not in (1, index.numel()):
             raise PriorityError(
                 f"priority: expected one value, or one for each of {index.numel()} indices,"
                 f" got shape {list(priority.shape)}"
             )
-        priority = priority.reshape(-1).float()
-        if self.td_error_unit == "squared":
-            priority = priority.abs().sqrt()
-        written = index >= 0  # MaxValueWriter marks with -1 what it did not write
-        if validation.can_raise(index):
-            self._update(index[written], priority[written], storage)
-        else:
-            self._update(index, priority, storage, written=written)
+        self._update(
+            index,
+            priority.reshape(-1).expand(index.shape),
+            self._max_capacity if storage is None else len(storage),
+            mask=index >= 0,
+            squared=self.td_error_unit == "squared",
+        )
 
     def _update(
         self,
         index: Tensor,
-        priority: Tensor,
-        storage: Storage | None,
+        td_error: Tensor,
+        size: int,
         *,
-        live: Tensor | None = None,
-        written: Tensor | None = None,
+        generation: Tensor | None = None,
+        **settings: Any,
     ) -> None:
-        """Set the priorities of the slots that are filled, and count what is stale.
+        """Set the priorities of filled slots, and count stale updates.
 
         Args:
             index: slots, int64 [B], on this device.
-            priority: |TD error|, float32 [B].
-            storage: tells which slots are filled; None: all are.
-            live: bool [B], False for updates that are stale; None: none is known to be.
-            written: bool [B], False for updates to be skipped; None skips none.
+            td_error: [B].
+            size: number of filled slots; updates of later ones are stale.
+            generation: int64 [B]; others than those of the slots, `stamps` or 0, are stale.
+            settings: `stamps`, `mask` and `squared`, as for `PriorityTable.update`.
 
         Raises:
             IndexRangeError, PriorityError: as `update_priority`.
         """
-        capacity = self._max_capacity
-        size = capacity if storage is None else len(storage)
-        if size < capacity:
-            filled = index < size
-            live = filled | (index >= capacity) if live is None else live & filled
-        # To a table that knows of no later round, all slots are of generation 0
-        generation = None if live is None else (~live).long()
-        try:
-            self._stale += self._table.update(
-                index, priority, written=capacity, generation=generation, mask=written
-            )
-        except IndexRangeError:
-            validation.require_slots(index, capacity, what=SLOTS)
-            raise
+        table, capacity = self._table, self._max_capacity
+        if size == capacity or validation.can_raise(index):
+            try:
+                self._stale += table.update(
+                    index, td_error, written=size, generation=generation, **settings
+                )
+            except IndexRangeError:
+                mask = settings.get("mask")
+                validation.require_slots(index, capacity, mask, what=_SLOTS)
+            else:
+                return
+        known = torch.zeros_like(index) if generation is None else generation
+        empty = (index >= size) & (index < capacity)
+        generation = torch.where(empty, _NEVER, known)
+        self._stale += table.update(
+            index, td_error, written=capacity, generation=generation, **settings
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot: tensors and plain values."""
@@ -474,39 +457,33 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             "max_capacity": self._max_capacity,
             "alpha": self.alpha,
             "beta": self.beta,
-            "eps": self._eps,
+            "eps": self.eps,
             "priority": self.priority,
             "ever_max": self._table.ever_max.clone(),
         }
 
     def check_state(self, state_dict: dict[str, Any]) -> None:
-        """Refuse what `load_state_dict` would, before a buffer takes over anything else.
+        """Refuse a state that `load_state_dict` would refuse, before anything else is taken over.
 
         Raises:
-            CheckpointError: it is another kind of state, or of another capacity, or its values are
-                not those of a sampler.
+            CheckpointError: it is of another kind or capacity, or its values are not those of a
+                sampler.
         """
         if state_dict.get("format") != _FORMAT:
             raise CheckpointError(
                 f"expected the state of a {_FORMAT}, got the keys {sorted(state_dict)}"
             )
-        if state_dict["max_capacity"] != self._max_capacity:
+        if (capacity := state_dict.get("max_capacity")) != self._max_capacity:
             raise CheckpointError(
-                f"expected a state of max_capacity {self._max_capacity},"
-                f" got {state_dict['max_capacity']}"
+                f"expected a state of max_capacity {self._max_capacity}, got {capacity}"
             )
-        for name, shape in (("priority", (self._max_capacity,)), ("ever_max", ())):
+        for name, shape in (("priority", [self._max_capacity]), ("ever_max", [])):
             values = state_dict.get(name)
-            if not isinstance(values, Tensor) or (values.dtype, values.shape) != (
-                torch.float32,
-                shape,
-            ):
-                found = (
-                    f"{values.dtype} {list(values.shape)}"
-                    if isinstance(values, Tensor)
-                    else repr(values)
-                )
-                raise CheckpointError(f"{name}: expected float32 {list(shape)}, got {found}")
+            found = repr(values)
+            if isinstance(values, Tensor):
+                found = f"{str(values.dtype).removeprefix('torch.')} {list(values.shape)}"
+            if not isinstance(values, Tensor) or found != f"float32 {shape}":
+                raise CheckpointError(f"{name}: expected float32 {shape}, got {found}")
             if not (values.isfinite() & (values >= 0)).all():
                 raise CheckpointError(f"{name}: expected finite values of at least 0, got others")
         for name in ("alpha", "beta", "eps"):
@@ -524,7 +501,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         """
         self.check_state(state_dict)
         self.alpha, self.beta = state_dict["alpha"], state_dict["beta"]
-        self._table.eps = state_dict["eps"]
+        self.eps = state_dict["eps"]
         self._table.fill(state_dict["priority"].to(self.device))
         self._table.ever_max.copy_(state_dict["ever_max"])
 
@@ -535,11 +512,11 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         checkpoint.write(folder / "sampler.pt", self.state_dict())
 
     def loads(self, path: str | Path) -> None:
-        """Take over what `dumps` wrote into the folder `path`."""
+        """Take over a state that `dumps` wrote into the folder `path`."""
         self.load_state_dict(self.saved(path))
 
     @staticmethod
     def saved(path: str | Path) -> dict[str, Any]:
-        """The state that `dumps` wrote into the folder `path`."""
+        """Read a state that `dumps` wrote into the folder `path`."""
         state: dict[str, Any] = checkpoint.read(Path(path).absolute() / "sampler.pt")
         return state

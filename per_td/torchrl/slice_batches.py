@@ -8,21 +8,19 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from per_td import draws, validation
-from per_td.errors import EmptyBufferError, PriorityError
-from per_td.torchrl.reductions import reduce_priority
+from per_td.errors import EmptyBufferError
+from per_td.torchrl.td_errors import magnitude, reduce_priority, required
 from per_td.tree import SumTree
-
-__all__ = ["advance", "choose", "first_records", "lengths_of", "marks"]
 
 
 def choose(
     mass: Tensor, n: int, draw: str, method: str, generator: torch.Generator | None
 ) -> Tensor:
-    """Draw positions in proportion to masses that are there for this draw only, in O(S).
+    """Draw positions in proportion to masses that serve one draw, in O(S).
 
     Args:
         mass: float32 [S].
-        n: how many.
+        n: number of positions.
         draw: "independent", "stratified" or "without_replacement".
         method: "auto", "tree" or "multinomial".
         generator: source of the random numbers.
@@ -45,7 +43,7 @@ def choose(
 
 
 def advance(slot: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
-    """Flat indices, in a storage of this shape, of the records so many rows later in the ring."""
+    """Flat indices of the records `rows` later in the ring, in a storage of this shape."""
     return (slot + rows * (shape.numel() // shape[0])) % shape.numel()
 
 
@@ -70,15 +68,15 @@ def marks(
     truncated_key: NestedKey | None,
     init_key: NestedKey | None,
 ) -> dict[NestedKey, Tensor]:
-    """The flags of records, with those of the slices that they are in.
+    """The stored flags of records, joined with the begins and ends of their slices.
 
     Args:
-        data: the contents of the storage; entries of a tensordict are the stored flags.
+        data: the contents of the storage; only a tensordict has stored flags.
         where: indices of the records, a tuple of int64 [R].
-        begins: which of them begin a slice, bool, R in all.
-        ends: which of them are the last of a slice, bool, R in all.
+        begins: True for the first record of a slice, bool, R in all.
+        ends: True for the last record of a slice, bool, R in all.
         truncated_key: gets `ends`; "done" beside it the stored flag or `ends`; "terminated" the
-            stored flag. None for neither.
+            stored flag. None for none of them.
         init_key: gets the stored flag or `begins`, if there is a stored one.
     """
 
@@ -117,7 +115,7 @@ def lengths_of(batch: TensorDictBase, truncated_key: NestedKey | None) -> Tensor
 
 
 def first_records(
-    batch: TensorDictBase, lengths: Tensor, key: NestedKey, *, reduction: str, squared: bool
+    batch: TensorDictBase, lengths: Tensor, key: NestedKey, *, reduction: str, unit: str
 ) -> TensorDict:
     """The first record of each slice, with |TD error| reduced over the slice.
 
@@ -126,7 +124,7 @@ def first_records(
         lengths: records in each slice, int64 [S].
         key: of the TD errors, one or several values per record.
         reduction: see `reduce_priority`.
-        squared: whether the values are delta^2, and are to be so in the result.
+        unit: of the TD errors, also in the result; see `magnitude`.
 
     Returns:
         TensorDict [S] with "index", `key`, and "index_generation" if the batch has it.
@@ -134,14 +132,8 @@ def first_records(
     Raises:
         PriorityError: there are no TD errors.
     """
-    td_error: Tensor | None = batch.get(key, None)
-    if td_error is None:
-        raise PriorityError(
-            f"expected TD errors under {key!r}, got {sorted(map(str, batch.keys()))}"
-        )
     records = batch.numel()
-    values = td_error.detach().reshape(records, -1).abs().float()
-    values = values.sqrt() if squared else values
+    values = magnitude(required(batch, key), unit).reshape(records, -1)
     first = lengths.cumsum(0) - lengths
     priority = values.new_empty(len(lengths))
     for length in sorted(set(lengths.tolist())):
@@ -151,4 +143,4 @@ def first_records(
     result = TensorDict({"index": batch["index"].reshape(records, -1)[first]}, [len(lengths)])
     if batch.get("index_generation", None) is not None:
         result["index_generation"] = batch["index_generation"].reshape(records, -1)[first, 0]
-    return result.set(key, priority**2 if squared else priority)
+    return result.set(key, priority**2 if unit == "squared" else priority)

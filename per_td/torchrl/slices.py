@@ -13,11 +13,9 @@ from torchrl.data.replay_buffers.storages import Storage
 
 from per_td import validation
 from per_td.errors import ConfigurationError, EmptyBufferError
-from per_td.torchrl import boundaries, slice_batches
+from per_td.torchrl import boundaries, privates, slice_batches
 from per_td.torchrl.sampler import PrioritizedSampler, unravelled
 from per_td.weights import importance_weights
-
-__all__ = ["PrioritizedSliceSampler"]
 
 
 class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSliceSampler):
@@ -31,13 +29,9 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
     whichever was given, `cache_values`, `truncated_key`, `init_key`, `strict_length` and `span`.
 
     Args:
-        max_capacity: as all up to `dtype`, `max_priority_within_buffer` and `td_error_unit`: see
-            `PrioritizedSampler`.
-        alpha: exponent of the priorities; may be set at any time.
-        beta: exponent of the importance-sampling weights; may be set at any time.
-        eps: added to every priority.
-        dtype: accepted for compatibility.
-        reduction: how `slice_priorities` reduces a slice to one priority: "max", "min", "mean",
+        max_capacity, alpha, beta, eps, dtype, max_priority_within_buffer, method, td_error_unit:
+            see `PrioritizedSampler`.
+        reduction: makes one priority of a slice, in `slice_priorities`: "max", "min", "mean",
             "median", "sum", or "r2d2" (0.9 max + 0.1 mean).
         num_slices: slices in a batch. Exactly one of this and `slice_len` must be given.
         slice_len: records in a slice.
@@ -49,21 +43,18 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
         ends: flags [T], instead of those in the storage; needs `cache_values`.
         trajectories: ids [T], instead of those in the storage; needs `cache_values`.
         cache_values: look for the ends again only after the storage was written to.
-        truncated_key: where the last record of each slice is marked, with "done" beside it.
-        init_key: where the first record of each slice is marked, if the data has that entry.
+        truncated_key: marks the last record of each slice, with "done" beside it.
+        init_key: marks the first record of each slice, if the data has that entry.
         strict_length: leave out trajectories shorter than a slice; False draws them whole, from
             their beginning, so that batches may be smaller.
         compile: accepted for compatibility: there is nothing to compile.
-        span: how much of a slice may be missing on the right because its trajectory ends: an
-            int for so many records, True for all but the first. Never on the left. Of a tuple or
-            list of two, the second.
-        max_priority_within_buffer: what new records get.
+        span: records of a slice that may be missing on the right because its trajectory ends: an
+            int for so many, True for all but the first. Never on the left. Of a tuple or list of
+            two, the second.
         draw: "independent", "stratified" or "without_replacement" (different first records).
-        method: "auto", "tree" or "multinomial".
         weight_normalization: "buffer" as TorchRL does, by the smallest priority in the buffer,
             even where no slice can begin; "batch", by that of the slices drawn; "none" for
             (S P)^-beta over the S records that can begin one.
-        td_error_unit: "abs" or "squared".
 
     Raises:
         ConfigurationError: an argument is not one of those accepted (a ValueError).
@@ -175,7 +166,7 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             f"{type(self).__name__}(num_slices={self.num_slices}, slice_len={self.slice_len},"
             f" end_key={self.end_key}, end_keys={self.end_keys}, traj_key={self.traj_key},"
             f" truncated_key={self.truncated_key}, strict_length={self.strict_length},"
-            f" span={self.span}, alpha={self.alpha}, beta={self.beta}, eps={self._eps},"
+            f" span={self.span}, alpha={self.alpha}, beta={self.beta}, eps={self.eps},"
             f" reduction={self.reduction})"
         )
 
@@ -191,8 +182,8 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
         self._starts: tuple[Any, boundaries.Starts | None] = (None, None)
 
     def _starts_in(self, storage: Storage, length: int) -> boundaries.Starts:
-        """Where slices of this length may begin; looked up if `cache_values` allows it."""
-        revision = getattr(storage, "_mutation_revision", None)
+        """The records that may begin a slice of this length, kept if `cache_values` is True."""
+        revision = privates.revision(storage)
         key = (id(storage), revision, len(storage), length, self.span, self.strict_length)
         known, starts = self._starts
         if self.cache_values and starts is not None and known == key:
@@ -204,8 +195,8 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             end = boundaries.given_flags(self._given_ends, shape)
         starts = boundaries.find_starts(
             end,
-            full=storage._is_full,
-            cursor=boundaries.last_rows(storage),
+            full=len(storage) == storage.max_size,
+            cursor=privates.last_rows(storage),
             length=length,
             shortest=boundaries.shortest_slice(self.span[1], length),
             strict=self.strict_length,
@@ -227,14 +218,14 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
         """Draw slices, in proportion to priority^alpha of their first records.
 
         Args:
-            storage: what will be indexed; holds tensordicts.
+            storage: the indices are for it; holds tensordicts.
             batch_size: records in all slices together.
 
         Returns:
             Indices of R records, slice after slice, a tuple of int64 [R], one for each dimension
             of the storage; R is `batch_size` unless slices may be shorter. And a dictionary of
-            "priority_weight", float32 [R], the same for all records of a slice, and what is under
-            `truncated_key`, "done" and "terminated" beside it, and `init_key`.
+            "priority_weight", float32 [R], the same for all records of a slice, and the flags
+            under `truncated_key`, "done" and "terminated" beside it, and `init_key`.
 
         Raises:
             EmptyBufferError: the storage is empty, or no record can begin a slice.
@@ -272,7 +263,7 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
         return where, {"priority_weight": weight.reshape(-1)} | marks
 
     def _weights(self, mass: Tensor, chosen: Tensor, size: int) -> Tensor:
-        """The weights of the `chosen` [n] of the records that can begin a slice, of `mass` [S]."""
+        """Weights [n] of the `chosen` [n] among the records that can begin a slice, `mass` [S]."""
         table = self._table
         if table.weight_normalization != "none":
             weight: Tensor = table.trees.ops.weigh(
@@ -310,7 +301,7 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
 
         Args:
             batch: as it was sampled, [R], or reshaped to [slices, length], with TD errors.
-            priority_key: where the TD errors are, in the `td_error_unit`, [R] or [R, k].
+            priority_key: entry of the TD errors, in the `td_error_unit`, [R] or [R, k].
 
         Returns:
             TensorDict [S] with "index", with `reduction` over |TD error| of the whole slice under
@@ -318,7 +309,7 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
 
         Raises:
             PriorityError: there are no TD errors.
-            RuntimeError: slices may be shorter, and `truncated_key` does not tell where they end.
+            RuntimeError: slices may be shorter, and there are no ends under `truncated_key`.
         """
         if self.span[1] or not self.strict_length:
             lengths = slice_batches.lengths_of(batch, self.truncated_key)
@@ -330,5 +321,5 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             lengths,
             priority_key,
             reduction=self.reduction,
-            squared=self.td_error_unit == "squared",
+            unit=self.td_error_unit,
         )

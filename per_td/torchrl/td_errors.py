@@ -1,18 +1,53 @@
-"""From a batch that a loss has seen to one |TD error| per element: pure functions."""
+"""From the TD errors that a loss wrote to one |TD error| per element: pure functions."""
 
+import math
 from typing import Any
 
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from per_td import validation
 from per_td.errors import PriorityError
-from per_td.torchrl.reductions import reduce_priority
 
-__all__ = ["first_of_each", "magnitude", "magnitudes", "required"]
+REDUCTIONS = ("max", "min", "mean", "median", "sum", "r2d2")
+TD_ERROR_UNITS = ("abs", "squared")
+
+R2D2_ETA = 0.9
+"""Share of the maximum in "r2d2" (Kapturowski et al. 2019, R2D2, section 2.3)."""
+
+
+def reduce_priority(priority: Tensor, reduction: str) -> Tensor:
+    """Reduce the priorities of each row to one.
+
+    Args:
+        priority: [n, ...], at least one value per row.
+        reduction: "max", "min", "mean", "median" (the lower one of two), "sum", or "r2d2":
+            0.9 max + 0.1 mean.
+
+    Returns:
+        [n].
+
+    Raises:
+        ConfigurationError: `reduction` is none of these.
+    """
+    validation.one_of("reduction", reduction, REDUCTIONS)
+    rows = priority.reshape(priority.shape[0], math.prod(priority.shape[1:]))
+    if reduction == "max":
+        return rows.amax(1)
+    if reduction == "min":
+        return rows.amin(1)
+    if reduction == "median":
+        return rows.median(1).values
+    if reduction == "sum":
+        return rows.sum(1)
+    mean = rows.float().mean(1)
+    if reduction == "mean":
+        return mean
+    return R2D2_ETA * rows.amax(1) + (1 - R2D2_ETA) * mean
 
 
 def magnitude(td_error: Tensor, unit: str) -> Tensor:
-    """|delta| from what a loss wrote, detached, float32.
+    """|TD error|, detached, float32.
 
     Args:
         td_error: any shape and real dtype.
@@ -23,17 +58,17 @@ def magnitude(td_error: Tensor, unit: str) -> Tensor:
 
 
 def magnitudes(td_error: Tensor, rows: int, *, unit: str, reduction: str, key: Any) -> Tensor:
-    """What a loss wrote, as one |delta| per element, float32 [rows].
+    """One |TD error| per element, float32 [rows].
 
     Args:
         td_error: one or several values per element, elements first, [rows, ...].
         rows: number of elements.
-        unit: of `magnitude`.
-        reduction: of `reduce_priority`.
-        key: the entry's name, for the message.
+        unit: see `magnitude`.
+        reduction: see `reduce_priority`.
+        key: name of the entry, for the error.
 
     Raises:
-        PriorityError: their number is not a multiple of the number of elements.
+        PriorityError: the number of values is not a multiple of the number of elements.
     """
     if td_error.numel() == rows:
         return magnitude(td_error.reshape(rows), unit)
@@ -59,8 +94,14 @@ def required(data: TensorDictBase, key: Any) -> Tensor:
     return value
 
 
-def first_of_each(index: Tensor) -> Tensor:
-    """Indices [B, ...], repeated beyond the first dimension to fit a batch, or [], as [B]."""
-    while index.ndim > 1:
-        index = index[..., 0]
-    return index if index.ndim else index.reshape(1)
+def first_of_each(values: Tensor, ndim: int) -> Tensor:
+    """The first value of each element, [B].
+
+    Args:
+        values: repeated to fit the elements, [B, ...]; of a single element, [...].
+        ndim: batch dimensions; 0 for a single element.
+    """
+    values = values if ndim else values.unsqueeze(0)
+    while values.ndim > 1:
+        values = values[..., 0]
+    return values

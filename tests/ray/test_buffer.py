@@ -197,6 +197,9 @@ def test_what_shards_would_refuse_is_refused_where_it_comes_from(sharded, number
         writer.extend(numbered(0, 4).set("s", list("abcd")))
     with pytest.raises(PriorityError, match="at least 0"):
         writer.extend(numbered(0, 2), [1.0, -1.0])
+    for wrong in (torch.ones(2), "x", math.nan):
+        with pytest.raises(PriorityError, match="priority: expected"):
+            writer.add(numbered(0, 1)[0], wrong)
     assert len(buffer) == 0
 
 
@@ -237,13 +240,20 @@ def test_shards_take_dicts(sharded, numbered):
         ({"beta": 2.0}, "beta"),
         ({"new_priority": "?"}, "new_priority"),
         ({"timeout_s": -1.0}, "timeout_s"),
+        ({"refresh_s": -1.0}, "refresh_s"),
         ({"checkpoint_every": 0}, "checkpoint_every"),
+        ({"example": {"index": torch.zeros(())}}, "example: 'index' is a reserved key"),
+        ({"example": 5}, "example: expected a TensorDict"),
     ],
 )
-def test_wrong_arguments_are_refused_before_an_actor_starts(options, match):
+def test_wrong_arguments_are_refused_before_an_actor_starts(options, match, monkeypatch):
     from per_td.ray import ShardedReplayBuffer
 
-    with pytest.raises(ConfigurationError, match=match):
+    def start(_):
+        raise AssertionError("expected no actor")
+
+    monkeypatch.setattr(ray, "remote", start)
+    with pytest.raises((ConfigurationError, SchemaError), match=match):
         ShardedReplayBuffer(**{"num_shards": 2, "capacity_per_shard": 8} | options)
 
 

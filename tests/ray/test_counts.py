@@ -3,9 +3,16 @@ import torch
 from scipy.stats import chisquare
 
 from per_td.errors import EmptyBufferError
-from per_td.ray.counts import batch_weights, counts_of, probabilities, shares_of
+from per_td.ray.counts import counts_of, probabilities, shares_of
+from per_td.weights import importance_weights
 
 TOTALS = torch.tensor([1.0, 0.0, 5.0, 0.5, 3.5], dtype=torch.float64)
+
+
+def weights_of(q, size):
+    """(N q)^-1, as for a batch."""
+    one = torch.ones((), dtype=torch.float64)
+    return importance_weights(q, 1.0, total=one, size=size, smallest=None, normalization="none")
 
 
 def naive_counts(totals, points):
@@ -83,7 +90,7 @@ def test_weighted_sums_are_unbiased_whatever_totals_the_counts_came_from(counted
     q = probabilities(shard, mass, total=total, counted_with=told)
     assert q.sum() == pytest.approx(1.0)
     f = torch.tensor([3.0, -1.0, 4.0, 1.0, -5.0])
-    weight = batch_weights(q, 1.0, size=5, normalization="none")
+    weight = weights_of(q, size=5)
     assert float((q * weight * f).sum()) == pytest.approx(float(f.mean()), abs=1e-6)
 
 
@@ -97,19 +104,5 @@ def test_even_counts_bias_weights_made_from_local_probabilities():
     q = probabilities(shard, mass, total=total[shard], counted_with=even)
     local_weight = 1 / (torch.tensor([1.0, 4.0])[shard] * mass / total[shard])
     assert float((q * local_weight * f).sum()) == pytest.approx(0.5)  # the mean of f is 0.2
-    right = batch_weights(q, 1.0, size=5, normalization="none")
+    right = weights_of(q, size=5)
     assert float((q * right * f).sum()) == pytest.approx(0.2)
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
-def test_weights_are_normalised_as_in_the_local_buffer(beta):
-    q = torch.tensor([0.1, 0.4, 0.25], dtype=torch.float64)
-    raw = torch.tensor([(7 * p) ** -beta for p in q.tolist()])
-    near = {"rtol": 1e-6, "atol": 0.0}
-    plain = batch_weights(q, beta, size=7, normalization="none")
-    torch.testing.assert_close(plain, raw, **near)
-    batch = batch_weights(q, beta, size=7, normalization="batch")
-    torch.testing.assert_close(batch, raw / raw.max(), **near)
-    least = torch.tensor(0.05, dtype=torch.float64)
-    whole = batch_weights(q, beta, size=7, normalization="buffer", smallest=least)
-    torch.testing.assert_close(whole, raw / (7 * 0.05) ** -beta, **near)

@@ -7,21 +7,21 @@ import pytest
 
 from per_td.errors import CheckpointError
 from per_td.ray import log
-from per_td.ray.log import Journal, Record
+from per_td.ray.log import Record, WriteAheadLog
 
 
 @pytest.fixture
 def opened():
-    """Opens journals, and closes them after the test."""
+    """Opens logs, and closes them after the test."""
     made = []
 
     def make(folder, **options):
-        made.append(Journal(folder, **options))
+        made.append(WriteAheadLog(folder, **options))
         return made[-1]
 
     yield make
-    for journal in made:
-        journal.close()
+    for wal in made:
+        wal.close()
 
 
 def record(number, n=3):
@@ -29,16 +29,16 @@ def record(number, n=3):
     return Record("extend", {"number": number}, arrays)
 
 
-def numbers(journal):
-    return [r.values["number"] for r in journal.replay()]
+def numbers(wal):
+    return [r.values["number"] for r in wal.replay()]
 
 
 def written(folder, *records):
-    journal = Journal(folder)
-    assert numbers(journal) == []
+    wal = WriteAheadLog(folder)
+    assert numbers(wal) == []
     for each in records:
-        journal.append(each)
-    journal.close()
+        wal.append(each)
+    wal.close()
     return folder / "000000.log"
 
 
@@ -53,21 +53,21 @@ def test_what_is_appended_is_replayed_in_order_and_to_the_bit(opened, tmp_path):
 
 
 @pytest.mark.parametrize("fsync", [False, True])
-def test_a_journal_goes_on_where_the_last_one_ended(opened, fsync, tmp_path):
+def test_a_log_goes_on_where_the_last_one_ended(opened, fsync, tmp_path):
     for number in range(3):
-        journal = opened(tmp_path, fsync=fsync)
-        assert numbers(journal) == list(range(number))
-        journal.append(record(number))
-        journal.close()
+        wal = opened(tmp_path, fsync=fsync)
+        assert numbers(wal) == list(range(number))
+        wal.append(record(number))
+        wal.close()
 
 
 def test_a_record_torn_anywhere_is_dropped_and_those_before_it_remain(opened, tmp_path):
     path = written(tmp_path, record(1))
     first = path.stat().st_size
-    journal = opened(tmp_path)
-    assert numbers(journal) == [1]
-    journal.append(record(2))
-    journal.close()
+    wal = opened(tmp_path)
+    assert numbers(wal) == [1]
+    wal.append(record(2))
+    wal.close()
     whole = path.read_bytes()
     for cut in range(first, len(whole)):
         path.write_bytes(whole[:cut])
@@ -102,15 +102,15 @@ def test_damage_before_the_end_raises_since_what_follows_was_acknowledged(opened
     whole = path.read_bytes()
     for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
-        journal = opened(tmp_path / "all")
+        wal = opened(tmp_path / "all")
         try:
-            found = numbers(journal)
+            found = numbers(wal)
         except CheckpointError as error:
             assert "expected a whole record at byte" in str(error)  # noqa: PT017
         else:
             assert at >= last
             assert found == [1, 2]
-        journal.close()
+        wal.close()
 
 
 def test_zeros_before_the_end_are_damage_too(opened, tmp_path):
@@ -122,13 +122,13 @@ def test_zeros_before_the_end_are_damage_too(opened, tmp_path):
 
 
 def test_a_checkpoint_empties_the_log(opened, tmp_path):
-    journal = opened(tmp_path)
-    assert numbers(journal) == []
-    journal.append(record(1))
-    journal.rotate(lambda path: path.write_text("state"))
+    wal = opened(tmp_path)
+    assert numbers(wal) == []
+    wal.append(record(1))
+    wal.rotate(lambda path: path.write_text("state"))
     assert (tmp_path / "000001.log").read_bytes() == b""
-    journal.append(record(2))
-    journal.close()
+    wal.append(record(2))
+    wal.close()
     again = opened(tmp_path)
     assert again.checkpoint.read_text() == "state"
     assert numbers(again) == [2]
@@ -142,13 +142,13 @@ def test_a_crash_anywhere_in_a_checkpoint_loses_and_doubles_nothing(opened, tmp_
     def crash(path):
         raise CrashError
 
-    journal = opened(tmp_path)
-    assert numbers(journal) == []
-    journal.append(record(1))
+    wal = opened(tmp_path)
+    assert numbers(wal) == []
+    wal.append(record(1))
     with pytest.raises(CrashError):
-        journal.rotate(crash)  # after the new log, before the checkpoint
-    journal.append(record(2))
-    journal.close()
+        wal.rotate(crash)  # after the new log, before the checkpoint
+    wal.append(record(2))
+    wal.close()
     again = opened(tmp_path)
     assert numbers(again) == [1, 2]
     again.append(record(3))
@@ -165,27 +165,27 @@ def test_a_crash_anywhere_in_a_checkpoint_loses_and_doubles_nothing(opened, tmp_
 
 
 def test_a_failed_append_leaves_the_log_whole(opened, tmp_path, monkeypatch):
-    journal = opened(tmp_path)
-    assert numbers(journal) == []
-    journal.append(record(1))
+    wal = opened(tmp_path)
+    assert numbers(wal) == []
+    wal.append(record(1))
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    journal.fsync = True
+    wal.fsync = True
     monkeypatch.setattr(os, "fsync", full)
     for _ in range(2):
         with pytest.raises(OSError, match="No space"):
-            journal.append(record(2))
-    journal.fsync = False
-    journal.append(record(3))
-    journal.close()
+            wal.append(record(2))
+    wal.fsync = False
+    wal.append(record(3))
+    wal.close()
     assert numbers(opened(tmp_path)) == [1, 3]
 
 
 def test_a_file_that_takes_a_few_bytes_at_a_time_gets_them_all(opened, tmp_path):
-    journal = opened(tmp_path)
-    assert numbers(journal) == []
+    wal = opened(tmp_path)
+    assert numbers(wal) == []
 
     class Slow:
         def __init__(self, file):
@@ -197,17 +197,17 @@ def test_a_file_that_takes_a_few_bytes_at_a_time_gets_them_all(opened, tmp_path)
         def __getattr__(self, name):
             return getattr(self.file, name)
 
-    journal._file = Slow(journal._file)
-    journal.append(record(1))
-    journal.append(record(2))
-    journal.close()
+    wal._file = Slow(wal._file)
+    wal.append(record(1))
+    wal.append(record(2))
+    wal.close()
     assert numbers(opened(tmp_path)) == [1, 2]
 
 
 def test_with_fsync_the_disk_has_a_log_by_name_before_it_acknowledges(
     opened, tmp_path, monkeypatch
 ):
-    journal = opened(tmp_path, fsync=True)
+    wal = opened(tmp_path, fsync=True)
     fsync, synced = os.fsync, []
 
     def noted(descriptor):
@@ -215,14 +215,14 @@ def test_with_fsync_the_disk_has_a_log_by_name_before_it_acknowledges(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", noted)
-    assert numbers(journal) == []
-    journal.append(record(1))
-    journal.rotate(lambda path: path.write_text("state"))
-    journal.append(record(2))
+    assert numbers(wal) == []
+    wal.append(record(1))
+    wal.rotate(lambda path: path.write_text("state"))
+    wal.append(record(2))
     assert synced == [tmp_path.name, "000000.log", tmp_path.name, "000001.log"]
 
 
-def test_a_folder_belongs_to_one_journal(opened, tmp_path, monkeypatch):
+def test_a_folder_belongs_to_one_log(opened, tmp_path, monkeypatch):
     monkeypatch.setattr(log, "_LOCK_WAIT_S", 0.1)
     first = opened(tmp_path)
     with pytest.raises(CheckpointError, match="in use"):

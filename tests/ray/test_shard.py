@@ -18,7 +18,7 @@ def packed(numbers):
 
 @pytest.fixture
 def shard():
-    """Makes shards, and closes their journals after the test."""
+    """Makes shards, and closes their logs after the test."""
     made = []
 
     def make(folder=None, settings=SETTINGS, **options):
@@ -33,8 +33,8 @@ def shard():
 
 def end(shard):
     """What the end of a process does."""
-    if shard._journal is not None:
-        shard._journal.close()
+    if shard._log is not None:
+        shard._log.close()
 
 
 def same(a, b):
@@ -94,7 +94,7 @@ def test_what_comes_after_a_log_that_failed_is_restored_too(unlogged, shard, tmp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(one._journal, "append", full)
+        patch.setattr(one._log, "append", full)
         with pytest.raises(OSError, match="No space"):
             unlogged(one)
     one.extend(packed(range(200, 205)), np.full(5, 2.0, np.float32))

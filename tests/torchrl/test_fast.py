@@ -6,7 +6,7 @@ from tensordict import TensorDict, lazy_stack
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ListStorage
 
 from per_td import IndexRangeError, PerTdError, PriorityError, kernels
-from per_td.torchrl import PrioritizedSampler, fast
+from per_td.torchrl import PrioritizedSampler, privates
 from tests.support.parameters import slow_but
 from tests.support.replay import ALPHA, BETA, data, learn, make, same
 
@@ -367,15 +367,9 @@ def test_kernels_find_memory_that_torch_has_moved_to_be_shared(choice):
     same(batch, alone.sample())
 
 
-def test_priorities_elsewhere_than_the_elements_are_set_the_long_way(monkeypatch):
-    """As with `sampler_device`: addresses and indices on the CPU are nothing to them."""
+def test_generations_elsewhere_than_the_priorities_are_not_handed_to_their_kernels():
+    """As with `sampler_device`: addresses on the CPU are nothing to a device."""
     buffer = make()
     buffer.extend(data(20))
-    index, before = torch.arange(20), buffer.sampler.priority
-    drawn = torch.zeros_like(index)
-    with monkeypatch.context() as patch:
-        patch.setattr(buffer.sampler._table.trees, "device", torch.device("meta"))
-        assert not fast.settle(buffer, torch.full((20,), 3.0), index, drawn)
-    assert torch.equal(buffer.sampler.priority, before)
-    assert fast.settle(buffer, torch.full((20,), 3.0), index, drawn)
-    assert not torch.equal(buffer.sampler.priority, before)
+    assert privates.generations(buffer, torch.device("meta")) is None
+    assert privates.generations(buffer, torch.device("cpu")).tolist() == [0] * 20

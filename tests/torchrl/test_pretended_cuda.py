@@ -13,7 +13,7 @@ from per_td.torchrl import (
     PrioritizedSliceSampler,
     TensorDictPrioritizedReplayBuffer,
     columns,
-    fast,
+    privates,
 )
 from per_td.tree.trees import Trees
 from per_td.weights import NORMALIZATIONS
@@ -159,7 +159,7 @@ def test_the_drop_in_never_waits_with_two_dimensions(cuda):
 
 def test_writing_by_torchrls_means_marks_without_waiting(cuda, monkeypatch):
     buffer = drop_in(cuda)
-    monkeypatch.setattr(fast.ColumnCache, "of", lambda *args, **settings: None)
+    monkeypatch.setattr(privates.ColumnCache, "of", lambda *args, **settings: None)
     buffer.extend(data(3))
     buffer.extend(data(3, td_error=torch.ones(3, device="cuda")))
     learn(buffer, buffer.sample())

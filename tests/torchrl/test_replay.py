@@ -349,3 +349,20 @@ def test_windows_of_a_sample_unit_set_the_priority_of_their_first_element():
     assert buffer.stats()["stale_updates"] == len(
         set(batch["anchor_index"].tolist()) & set(range(4))
     )
+
+
+def test_windows_in_a_storage_of_two_dimensions_may_come_too_late():
+    buffer = make(
+        storage=lambda: LazyTensorStorage(24, ndim=2), sample_unit=Sequence(length=3), batch_size=64
+    )
+    buffer.extend(data(24).reshape(2, 12))
+    batch = buffer.sample()
+    buffer.extend(data(8, 24).reshape(2, 4))  # over the anchors 0 to 3 of both rows
+    batch["td_error"] = torch.full(batch.shape, 9.0)
+    buffer.update_tensordict_priority(batch)
+    anchors = {tuple(anchor) for anchor in batch["anchor_index"].tolist()}
+    late = {anchor for anchor in anchors if anchor[0] < 4}
+    assert buffer.stats()["stale_updates"] == len(late) > 0
+    priority = buffer.sampler.priority.view(12, 2)
+    for anchor in anchors:
+        assert priority[anchor] == (1.0 if anchor in late else 9.0)

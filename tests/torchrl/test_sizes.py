@@ -13,7 +13,7 @@ from torchrl.data import (
 from per_td import CheckpointError, ConfigurationError, IndexRangeError, SchemaError
 from per_td.torchrl import PrioritizedSampler, TensorDictPrioritizedReplayBuffer
 from per_td.torchrl.columns import Columns
-from per_td.torchrl.fast import ColumnCache
+from per_td.torchrl.privates import ColumnCache
 from tests.support.processes import handed_over
 from tests.support.replay import ALPHA, BETA, data, learn, make
 
@@ -109,7 +109,7 @@ def test_a_writer_given_to_another_buffer_is_not_used_past_the_first_ones_end():
     assert first.writer._generation.shape == (1000,)
     batch = first.sample()
     batch["td_error"] = torch.ones(32)
-    batch["index_generation"] = second.writer.stamps(batch["index"])
+    batch["index_generation"] = second.writer.generations_of(batch["index"])
     first.update_tensordict_priority(batch)
 
 
@@ -153,10 +153,15 @@ def test_generations_that_a_storage_brings_along_are_brought_to_its_size():
     for start in range(0, 4000, 1000):
         index = buffer.extend(data(1000, start))
     assert index.tolist() == list(range(3000, 4000))
-    assert buffer.writer.stamps(torch.tensor([0, 1999, 3999, 4000])).tolist() == [1, 1, 0, -1]
+    assert buffer.writer.generations_of(torch.tensor([0, 1999, 3999, 4000])).tolist() == [
+        1,
+        1,
+        0,
+        -1,
+    ]
     assert goes_the_short_way(buffer)
     theirs.extend(data(10))
-    assert buffer.writer.stamps(torch.tensor([2000, 2010])).tolist() == [1, 0]
+    assert buffer.writer.generations_of(torch.tensor([2000, 2010])).tolist() == [1, 0]
 
 
 def test_a_cursor_beyond_the_storage_is_brought_back():
@@ -169,19 +174,18 @@ def test_a_cursor_beyond_the_storage_is_brought_back():
 def test_generations_are_read_one_after_the_other_whatever_the_columns_do():
     block = torch.arange(40).reshape(10, 4)
     stored = TensorDict({"index": block[:, 0], "x": block[:, 1]}, [10])
-    columns = Columns.of(stored, 10, torch.device("cpu"))
-    index = torch.tensor([9, 1])
-    batch = columns.gather(index, torch.arange(100, 110), {})
+    columns = Columns.of(stored, torch.arange(100, 110))
+    batch = columns.gather(torch.tensor([9, 1]), {})
     assert batch["index_generation"].tolist() == [109, 101]
     assert batch["x"].tolist() == [37, 5]
 
 
 def test_columns_on_another_device_than_their_storage_are_none():
     stored = TensorDict({"index": torch.arange(3), "x": torch.zeros(3, device="meta")}, [3])
-    assert Columns.of(stored, 3, torch.device("cpu")) is None
+    assert Columns.of(stored, torch.zeros(3, dtype=torch.int64)) is None
     conjugated = torch.zeros(3, dtype=torch.complex64).conj()
     stored = TensorDict({"index": torch.arange(3), "x": conjugated}, [3])
-    assert Columns.of(stored, 3, torch.device("cpu")) is None
+    assert Columns.of(stored, torch.zeros(3, dtype=torch.int64)) is None
 
 
 @pytest.mark.parametrize("choice", ["auto", "off"])
@@ -208,6 +212,7 @@ def test_a_tensor_without_memory_is_refused_before_anything_is_written(choice, m
         ({"priority": torch.full((20,), torch.nan)}, "priority: expected finite values"),
         ({"priority": torch.full((20,), -1.0)}, "priority: expected finite values"),
         ({"ever_max": torch.tensor(torch.inf)}, "ever_max: expected finite values"),
+        ({"max_capacity": None}, "expected a state of max_capacity 20, got None"),
         ({"ever_max": torch.ones(2)}, "ever_max: expected float32"),
         ({"alpha": -1.0}, "alpha: expected"),
         ({"beta": "x"}, "beta: expected"),

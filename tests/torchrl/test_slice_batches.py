@@ -124,7 +124,7 @@ def test_squared_td_errors_are_mixed_by_their_size():
 def test_what_is_missing_for_priorities_of_slices_is_named():
     buffer = filled(20, [Stream(20, 1)], 20, slice_len=3, strict_length=False)
     batch = buffer.sample(6)
-    with pytest.raises(PriorityError, match="expected TD errors under 'td_error', got"):
+    with pytest.raises(PriorityError, match="td_error: expected this entry in the batch, got"):
         buffer.sampler.slice_priorities(batch)
     batch["td_error"] = torch.zeros(len(batch))
     del batch["next", "truncated"]

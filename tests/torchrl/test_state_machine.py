@@ -262,10 +262,12 @@ class DropInMachine(BesideTheModel):
     def go_on_with_a_copy(self, kind, odd):
         self.odd = odd and self.storage is LazyTensorStorage  # TorchRL's files take up no entries
         old, self.buffer = self.buffer, COPIES[kind](self)
+        stored = kind in ("dumps and loads", "state_dict")
+        if stored:
+            self.catch_up()  # also where TorchRL refuses after that
         if self.buffer is old:
             return
-        if kind in ("dumps and loads", "state_dict"):
-            self.catch_up()
+        if stored:
             self.ring.stale = 0  # not part of a state
         self.agree()
         before = old.sampler.priority

@@ -3,7 +3,7 @@ import torch
 from torchrl.data.replay_buffers.utils import _reduce
 
 from per_td import ConfigurationError
-from per_td.torchrl.reductions import REDUCTIONS, reduce_priority
+from per_td.torchrl.td_errors import REDUCTIONS, reduce_priority
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS[:-1])

@@ -1,0 +1,220 @@
+"""Private attributes of TorchRL's buffers, storages and writers, read and set here alone.
+
+With them, a buffer that asks for nothing special is written and read column by column: on the same
+storage, writer and sampler as by TorchRL's methods, with the same results.
+"""
+
+from array import array
+from operator import is_
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+from torchrl.data.replay_buffers import ReplayBuffer
+from torchrl.data.replay_buffers.storages import (
+    LazyMemmapStorage,
+    LazyTensorStorage,
+    Storage,
+    _collate_id,
+)
+
+from per_td.errors import EmptyBufferError
+from per_td.priorities.sampling import sample_weighted
+from per_td.torchrl.columns import Columns
+from per_td.torchrl.sampler import PrioritizedSampler
+from per_td.torchrl.writer import GenerationWriter
+
+
+def stored(storage: Storage) -> int:
+    """Number of elements; the number, which processes share, is read without its lock."""
+    shared = getattr(storage, "_len_value", 0)
+    return len(storage) if isinstance(shared, int) else int(shared.get_obj().value)
+
+
+def generations(buffer: ReplayBuffer, device: torch.device) -> Tensor | None:
+    """Generations of all slots, int64 [capacity], contiguous.
+
+    None where a slot has none of its own, a `GenerationWriter` did not make them for this storage,
+    or they are not on `device`.
+    """
+    storage, writer = buffer._storage, buffer._writer
+    if type(writer) is not GenerationWriter or writer._storage is not storage or storage.ndim > 1:
+        return None  # a writer may have been given to another buffer
+    found = writer._generation
+    fits = (
+        found is not None
+        and found.device == device
+        and found.dtype == torch.int64
+        and found.shape == (storage.max_size,)
+        and found.is_contiguous()
+    )
+    return found if fits else None
+
+
+def forget(storage: Storage, buffer: ReplayBuffer) -> None:
+    """Stop a storage from telling a buffer of writes."""
+    storage._attached_entities.remove(buffer)
+
+
+def revision(storage: Storage) -> int | None:
+    """A number that changes with the contents of a storage; None if it has none."""
+    found: int | None = getattr(storage, "_mutation_revision", None)
+    return found
+
+
+def last_rows(storage: Storage) -> list[int]:
+    """Rows before the next write: older elements follow them.
+
+    Usually one. A storage that was just loaded does not know it, only its buffer's writer does;
+    where the two differ, both are taken.
+    """
+    rows = set()
+    known = getattr(storage, "_last_cursor_index", None)
+    if known is not None:
+        rows.add(int(known) % storage.shape[0])
+    for buffer in getattr(storage, "_attached_entities", ()):
+        writer = getattr(buffer, "_writer", None)
+        if getattr(writer, "_write_count", 0):
+            rows.add((int(getattr(writer, "_cursor", 0)) - 1) % storage.shape[0])
+    return sorted(rows)
+
+
+class ColumnCache:
+    """The columns of a buffer's storage, looked up again whenever anything has been replaced.
+
+    Attributes:
+        columns: as found last; None if the data are not in columns.
+        revision: of the storage, when they were found or written.
+    """
+
+    def __init__(self) -> None:
+        self.columns: Columns | None = None
+        self.revision = -1
+        self._parts: tuple[Any, ...] = (self,)  # a part of no buffer
+        self._generation: Tensor | None = None
+        self._marks = False
+
+    def of(self, buffer: ReplayBuffer, *, marks: bool) -> Columns | None:
+        """The columns; None if something asks for TorchRL's methods.
+
+        That is: a part of another kind or of another size, a transform, or data other than
+        TensorDicts of tensors on the storage's device.
+
+        Args:
+            buffer: the buffer.
+            marks: writing marks priorities, so the sampler must be a plain one too.
+        """
+        storage, sampler = buffer._storage, buffer._sampler
+        table = getattr(sampler, "_table", None)  # a PriorityTable
+        parts = (
+            storage._storage,
+            storage,
+            buffer._writer,
+            getattr(buffer._writer, "_generation", None),
+            sampler,
+            table,
+            buffer._prefetch,
+            buffer._pin_memory,
+            buffer._sample_unit,
+            buffer._sample_dependency,
+            buffer._collate_fn,
+        )
+        if not all(map(is_, parts, self._parts)):
+            self._parts, self.revision = parts, -1
+            self._generation = _plain_generations(buffer)
+            self._marks = (
+                type(sampler) is PrioritizedSampler
+                and table is not None
+                and table.device == storage.device
+                and table.capacity == storage.max_size
+            )
+        if self._generation is None or (marks and not self._marks) or len(buffer._transform):
+            return None
+        now = storage._mutation_revision_value.get_obj().value
+        if now != self.revision:
+            self.columns = Columns.of(storage._storage, self._generation)
+            self.revision = now
+        columns = self.columns
+        # `max_size` decides where rows go, and is an attribute that anybody can set
+        fits = columns is not None and columns.capacity == storage.max_size
+        return columns if fits else None
+
+
+def _plain_generations(buffer: ReplayBuffer) -> Tensor | None:
+    """`generations` of a plain buffer; None if a part of it asks for TorchRL's methods."""
+    storage, writer = buffer._storage, buffer._writer
+    plain = (
+        type(storage) in (LazyTensorStorage, LazyMemmapStorage)
+        and storage.initialized
+        and not storage._compilable
+        and not getattr(writer, "_compilable", True)
+        and not buffer._prefetch
+        and not buffer._pin_memory
+        and buffer._sample_unit is None
+        and buffer._sample_dependency is None
+        and buffer._collate_fn is _collate_id
+    )
+    return generations(buffer, storage.device) if plain else None
+
+
+def write(
+    buffer: ReplayBuffer,
+    cache: ColumnCache,
+    columns: Columns,
+    rows: list[Tensor],
+    n: int,
+    priority: Tensor | None,
+    *,
+    marks: bool,
+) -> tuple[int, Tensor]:
+    """Write n rows. The caller holds the buffer's locks and has checked everything.
+
+    Args:
+        buffer: a plain buffer.
+        cache: takes up the storage's new revision.
+        columns: from the cache.
+        rows: from `Columns.rows_of`.
+        n: number of rows, at most the storage's capacity.
+        priority: float32 [n], or None for that of new elements.
+        marks: set priorities.
+
+    Returns:
+        The first slot, and all slots, int64 [n].
+    """
+    storage, writer, capacity = buffer._storage, buffer._writer, columns.capacity
+    table = buffer._sampler._table if marks else None
+    # the lock keeps other writers out, so the numbers, which processes share, are read and set past
+    # their own locks
+    cursor, length = writer._cursor_value.get_obj(), storage._len_value.get_obj()
+    start = cursor.value % capacity  # a state may hold any
+    index = columns.write(rows, start, n)
+    end = start + n
+    cursor.value = end % capacity
+    writer._write_count_value.get_obj().value += n
+    storage._last_cursor = index
+    storage._last_cursor_index_value.get_obj().value = (end - 1) % capacity
+    length.value = min(max(length.value, end), capacity)
+    # a change by somebody else in between leaves the revisions unequal, which is safe
+    storage._mutation_revision_value.get_obj().value += 1
+    cache.revision += 1
+    if table is not None and priority is None:
+        table.write_runs(array("q", (start, n)))
+    elif table is not None:
+        table.write_new(index, priority)
+    for entity in storage._attached_entities:
+        if entity is not buffer:
+            entity.mark_update(index)
+    return start, index
+
+
+def read(buffer: ReplayBuffer, columns: Columns, n: int) -> tuple[TensorDict, dict[str, Any]]:
+    """Draw n elements: the batch, and the entries added to it. The caller holds the locks."""
+    sampler, size = buffer._sampler, stored(buffer._storage)
+    if not size:
+        raise EmptyBufferError("Cannot sample from an empty storage.")
+    index, weight = sample_weighted(
+        sampler._table, n, sampler._rng, beta=sampler._beta, written=size, size=size
+    )
+    info = {"priority_weight": weight}
+    return columns.gather(index, info), info
