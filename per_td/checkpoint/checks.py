@@ -10,6 +10,7 @@ from torch import Tensor
 from per_td import validation
 from per_td.errors import CheckpointError, ConfigurationError
 from per_td.priorities.distributions import PRIORITIZATIONS
+from per_td.priorities.table import CHOICES, check_choices
 from per_td.storage.leaves import flattened, named
 from per_td.storage.structure import Structure
 
@@ -60,6 +61,23 @@ def _settings(settings: Any) -> Mapping[str, Any]:
             validation.positive_int("num_buffers", settings["num_buffers"])
         if "prioritization" in settings:
             validation.one_of("prioritization", settings["prioritization"], PRIORITIZATIONS)
+        for name in ("batch_size", "sort_interval"):
+            if settings.get(name) is not None:
+                validation.positive_int(name, settings[name])
+        usual = {name: choices[0] for name, choices in CHOICES.items()}
+        check_choices(
+            settings["capacity"],
+            usual | {key: settings[key] for key in CHOICES.keys() & settings.keys()},
+        )
+        if settings.keys() - {
+            *wanted,
+            *CHOICES,
+            "batch_size",
+            "num_buffers",
+            "prioritization",
+            "sort_interval",
+        }:
+            raise ConfigurationError(f"expected those of a buffer, got {[*settings]}")
         validation.real("alpha", settings["alpha"])
         validation.real("eps", settings["eps"], high=torch.finfo(torch.float32).max)
         validation.real("beta_increment", settings["beta_increment"])

@@ -6,19 +6,21 @@ to write (zlib's; adler32 33, sha256 60, blake2b 127). Versions of files and sta
 
 1. `torch.save` of the state; still read.
 2. This format; states also hold masses, and counts for changes of capacity.
+3. The same; states also hold the structure of transitions.
 
 Later versions keep the prefix, so that this one can name the version of a later file.
 """
 
+import io
 import json
-import mmap
 import os
 import pickle
 import struct
 import warnings
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,13 +28,29 @@ import torch
 from torch import Tensor
 
 from per_td.checkpoint.atomic import replacing
-from per_td.errors import CheckpointError
+from per_td.errors import CheckpointError, DiskAllocationError
+from per_td.memory import mapped_zeros
 
 VERSION = 3
 _MAGIC = b"per_td\r\n"
 _ZIP = b"PK\x03\x04"  # begins a file of torch.save, version 1
 _PREFIX = struct.Struct("<8sIQII")
 """Magic, version, length and CRC of the header, CRC of the prefix before it."""
+
+_IN_MEMORY = 2**26
+"""Bytes of a file that is read into memory, not copied to another file."""
+
+_SENSELESS = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+_NO_ARCHIVE = (EOFError, OSError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error)
 
 _ALIGNMENT = 64
 _CHUNK = 2**20
@@ -220,12 +238,12 @@ def _read_only() -> Iterator[None]:
 
 
 class _File:
-    """A file of version 2 or later, mapped into memory."""
+    """The bytes of a file of version 2 or later."""
 
-    def __init__(self, name: str, data: mmap.mmap) -> None:
+    def __init__(self, name: str, data: memoryview) -> None:
         self.name, self.data = name, data
         if data[:8] != _MAGIC[: len(data)]:
-            raise self.error(f"a foreign file, which begins with {data[:8]!r}")
+            raise self.error(f"a foreign file, which begins with {bytes(data[:8])!r}")
         if len(data) < _PREFIX.size:
             raise self.error(f"a truncated file of {len(data)} bytes")
         _, version, length, crc, own = _PREFIX.unpack(data[: _PREFIX.size])
@@ -239,7 +257,7 @@ class _File:
         self._require(self.start)
         encoded = data[_PREFIX.size : self.start]
         self._verify("header", encoded, crc)
-        header = json.loads(encoded)
+        header = json.loads(bytes(encoded))
         end = self.start + max((_end(block) for block in header["blocks"]), default=0)
         self._require(end)
         if len(data) > end:
@@ -261,8 +279,8 @@ class _File:
     def _block(self, number: int, entry: dict[str, Any]) -> Tensor:
         """Check a block; return its bytes, a view of the file."""
         begin = self.start + entry["at"]
-        with memoryview(self.data) as whole, whole[begin : self.start + _end(entry)] as extent:
-            self._verify(f"block {number}", extent, int(entry["crc32"], 16))
+        extent = self.data[begin : self.start + _end(entry)]
+        self._verify(f"block {number}", extent, int(entry["crc32"], 16))
         if not entry["bytes"]:
             return torch.empty(0, dtype=torch.uint8, device="cpu")
         with _read_only():
@@ -289,14 +307,53 @@ def _end(block: dict[str, Any]) -> int:
     return int(block["at"]) + _padded(block["bytes"])
 
 
-def _read_first_version(path: str | os.PathLike[str]) -> Any:
+def _restored(name: str, data: memoryview) -> Any:
+    """Read a file of version 2 or later.
+
+    Raises:
+        CheckpointError: it is damaged or foreign, or its header makes no sense.
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, OSError) as error:
+        found = _File(name, data)
+        return found.restored(found.described)
+    except CheckpointError:
+        raise
+    except _SENSELESS as error:
         raise CheckpointError(
-            f"{os.fspath(path)}: expected a saved buffer, got a truncated, damaged or foreign"
-            f" archive: {error}"
+            f"{name}: expected a saved buffer, got a header that makes no sense: {error!r}"
         ) from error
+
+
+def _read_first_version(name: str, data: memoryview) -> Any:
+    """Read an archive of torch.save, which checks no checksums itself."""
+    archive = io.BytesIO(data)
+    try:
+        with zipfile.ZipFile(archive) as members:
+            damaged = members.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"the checksum of {damaged} differs")
+        archive.seek(0)
+        return torch.load(archive, map_location="cpu", weights_only=True)
+    except (*_SENSELESS, *_NO_ARCHIVE) as error:
+        raise CheckpointError(
+            f"{name}: expected a saved buffer, got a truncated, damaged or foreign archive: {error}"
+        ) from error
+
+
+def _own_copy(path: str | os.PathLike[str]) -> memoryview:
+    """Copy a file, so that nobody changes what is checked: a large one to a file without a name."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= _IN_MEMORY:
+            return memoryview(file.read())
+        try:
+            copy = mapped_zeros((size,), torch.uint8, Path(path).parent)
+        except DiskAllocationError:  # a folder for reading only, say
+            copy = mapped_zeros((size,), torch.uint8)
+        data, read = memoryview(copy.numpy().data), 0
+        while done := file.readinto(data[read:]):
+            read += done
+        return data[:read]
 
 
 def require(expected: str, state: Any, path: str | os.PathLike[str] | None = None) -> None:
@@ -323,7 +380,8 @@ def require(expected: str, state: Any, path: str | os.PathLike[str] | None = Non
 def read(path: str | os.PathLike[str], expected: str | None = None) -> Any:
     """Read a file to the CPU and check all checksums; no code in the file is run.
 
-    Tensors are views of the file, not to be written to. The system can take back their memory.
+    Tensors are views of a copy of the file, which may be overwritten meanwhile; they are not to be
+    written to. The copy of a large file is in a file, too: the system can take back its memory.
 
     Args:
         path: path of the file.
@@ -334,20 +392,10 @@ def read(path: str | os.PathLike[str], expected: str | None = None) -> Any:
             has another format.
         FileNotFoundError: there is no such file.
     """
-    with open(path, "rb") as file:
-        first = file.read(len(_ZIP)) == _ZIP
-        if not os.fstat(file.fileno()).st_size:
-            raise CheckpointError(
-                f"{os.fspath(path)}: expected a saved buffer, got a truncated file of 0 bytes"
-            )
-        data = None if first else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if data is None:
-        state = _read_first_version(path)
-    else:
-        with suppress(AttributeError):  # not on every system
-            data.madvise(mmap.MADV_SEQUENTIAL)
-        found = _File(os.fspath(path), data)
-        state = found.restored(found.described)
+    name, data = os.fspath(path), _own_copy(path)
+    if not data:
+        raise CheckpointError(f"{name}: expected a saved buffer, got a truncated file of 0 bytes")
+    state = (_read_first_version if data[: len(_ZIP)] == _ZIP else _restored)(name, data)
     if expected is not None:
         require(expected, state, path)
     return state

@@ -17,7 +17,7 @@ from per_td.tree.trees import Trees
 from per_td.weights import NORMALIZATIONS
 
 NEW_PRIORITIES = ("buffer_max", "ever_max")
-_CHOICES = {
+CHOICES = {
     "draw": draws.DRAWS,
     "method": draws.METHODS,
     "new_priority": NEW_PRIORITIES,
@@ -25,9 +25,13 @@ _CHOICES = {
 }
 
 
-def _checked(capacity: int, settings: dict[str, Any]) -> dict[str, str]:
-    """Check and return the settings of `_CHOICES`."""
-    chosen = {key: validation.one_of(key, settings[key], _CHOICES[key]) for key in _CHOICES}
+def check_choices(capacity: int, settings: dict[str, Any]) -> dict[str, str]:
+    """Check and return the settings of `CHOICES`.
+
+    Raises:
+        ConfigurationError: a value is none of those, or two do not go together.
+    """
+    chosen = {key: validation.one_of(key, settings[key], CHOICES[key]) for key in CHOICES}
     draws.check_method(chosen["method"], chosen["draw"], capacity)
     return chosen
 
@@ -70,7 +74,7 @@ class PriorityTable:
         alpha = self.distribution.alpha if alpha is None else validation.real("alpha", alpha)
         eps = validation.real("eps", eps, high=torch.finfo(torch.float32).max)
         chosen = {"draw": draw, "method": method, "new_priority": new_priority}
-        chosen = _checked(capacity, chosen | {"weight_normalization": weight_normalization})
+        chosen = check_choices(capacity, chosen | {"weight_normalization": weight_normalization})
         self.lead = () if groups is None else (groups,)
         self.trees = Trees(
             Layout.of(capacity, groups or 1),
@@ -152,7 +156,7 @@ class PriorityTable:
         Raises:
             ConfigurationError: a value is not one of those accepted, or two exclude each other.
         """
-        self._choose(_checked(self.capacity, self.arguments | changes))
+        self._choose(check_choices(self.capacity, self.arguments | changes))
 
     def _choose(self, chosen: dict[str, str]) -> None:
         self.draw, self.method, self.new_priority, self._weight_normalization = chosen.values()

@@ -1,5 +1,6 @@
 """Files of states: whole or not at all, and every damage named."""
 
+import json
 import os
 import random
 import signal
@@ -13,7 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from per_td import CheckpointError, PrioritizedReplayBuffer, TransitionReplayBuffer
+from per_td import (
+    CheckpointError,
+    DiskAllocationError,
+    PrioritizedReplayBuffer,
+    SchemaError,
+    TransitionReplayBuffer,
+)
 from per_td.checkpoint import atomic
 from per_td.checkpoint import file as checkpoint
 from tests.support.checkpoints import draws, run, same, used
@@ -416,3 +423,112 @@ def test_a_save_to_what_is_no_file_is_refused(tmp_path):
         PrioritizedReplayBuffer(4).save(fifo)
     assert refused.value.filename == str(fifo)
     assert stat.S_ISFIFO(fifo.stat().st_mode)
+
+
+@pytest.fixture(params=["in memory", "in a file"])
+def copied(request, monkeypatch):
+    """Small files are copied into memory, large ones to a file without a name."""
+    if request.param == "in a file":
+        monkeypatch.setattr(checkpoint, "_IN_MEMORY", 0)
+
+
+def test_a_file_that_is_overwritten_while_it_is_loaded_is_refused_or_as_it_was(tmp_path, copied):
+    old, new = (PrioritizedReplayBuffer(500) for _ in range(2))
+    old.extend(data(0, 500))
+    new.extend(data(1000, 500))
+    old.save(tmp_path / "old")
+    new.save(tmp_path / "new")
+    state = checkpoint.read(tmp_path / "old")
+    with open(tmp_path / "old", "r+b") as file:  # in place, as `cp` does
+        file.truncate(10)
+        file.write((tmp_path / "new").read_bytes())
+        file.truncate(20)
+    loaded = PrioritizedReplayBuffer(500)
+    loaded.load_state_dict(state)
+    assert (loaded.transitions == old.transitions).all()
+    with pytest.raises(CheckpointError, match="truncated"):
+        loaded.restore(tmp_path / "old")
+
+
+def test_a_large_file_in_a_folder_for_reading_only_is_copied_elsewhere(tmp_path, monkeypatch):
+    buffer, asked = PrioritizedReplayBuffer(5), []
+    buffer.extend(data(0, 5))
+    buffer.save(tmp_path / "buffer.pt")
+    real = checkpoint.mapped_zeros
+
+    def only_elsewhere(shape, dtype, folder=None):
+        asked.append(folder)
+        if folder is not None:
+            raise DiskAllocationError("a folder for reading only")
+        return real(shape, dtype)
+
+    monkeypatch.setattr(checkpoint, "_IN_MEMORY", 0)
+    monkeypatch.setattr(checkpoint, "mapped_zeros", only_elsewhere)
+    assert len(PrioritizedReplayBuffer.load(tmp_path / "buffer.pt")) == 5
+    assert asked == [tmp_path, None]
+
+
+def forged(header: dict, blocks: bytes) -> bytes:
+    """A file whose checksums fit whatever the header says."""
+    text = json.dumps(header).encode()
+    prefix = checkpoint._PREFIX.pack(
+        checkpoint._MAGIC, checkpoint.VERSION, len(text), zlib.crc32(text), 0
+    )[:-4]
+    return prefix + struct.pack("<I", zlib.crc32(prefix)) + text + blocks
+
+
+def altered(value, dice):
+    """The same with one part exchanged for something else."""
+    odd = [None, -1, 2**70, 1.5, "x", [], {}, True, [1, [2]], {"tensor": 3}, {"dict": []}]
+    if isinstance(value, dict) and value and dice.random() < 0.9:
+        key = dice.choice(list(value))
+        if dice.random() < 0.1:
+            return {other: item for other, item in value.items() if other != key}
+        return value | {key: altered(value[key], dice)}
+    if isinstance(value, list) and value and dice.random() < 0.9:
+        at = dice.randrange(len(value))
+        return [*value[:at], altered(value[at], dice), *value[at + 1 :]]
+    return dice.choice(odd)
+
+
+def test_headers_that_make_no_sense_are_refused_by_name(tmp_path):
+    buffer, path, dice = PrioritizedReplayBuffer(20), tmp_path / "x", random.Random(0)
+    buffer.extend(data(0, 30))
+    buffer.save(path)
+    whole = path.read_bytes()
+    _, _, length, _, _ = checkpoint._PREFIX.unpack(whole[: checkpoint._PREFIX.size])
+    start = checkpoint._PREFIX.size
+    header, blocks = json.loads(whole[start : start + length]), whole[start + length :]
+    refused = 0
+    for _ in range(1500):
+        path.write_bytes(forged(altered(header, dice), blocks))
+        try:
+            PrioritizedReplayBuffer.load(path)
+        except CheckpointError:
+            refused += 1
+        except SchemaError:  # a header may tell another shape that makes sense
+            pass
+    assert refused > 1000
+
+
+def same_state(one, other) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_state(one[k], other[k]) for k in one)
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_archives_of_the_first_version_are_read_by_their_checksums(tmp_path):
+    buffer, path, dice = PrioritizedReplayBuffer(20), tmp_path / "x", random.Random(1)
+    buffer.extend(data(0, 30))
+    torch.save(buffer.state_dict() | {"version": 1}, path)
+    whole, refused = path.read_bytes(), 0
+    expected = PrioritizedReplayBuffer.load(path).state_dict()
+    for at in [dice.randrange(len(whole)) for _ in range(400)]:
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << dice.randrange(8)]) + whole[at + 1 :])
+        try:
+            found = PrioritizedReplayBuffer.load(path).state_dict()
+        except CheckpointError:
+            refused += 1
+        else:
+            assert same_state(expected, found)
+    assert refused > 100
