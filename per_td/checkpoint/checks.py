@@ -53,6 +53,7 @@ def _wrong(name: str, expected: str, got: object) -> CheckpointError:
 
 def _settings(settings: Any) -> Mapping[str, Any]:
     wanted = ("capacity", "alpha", "eps", "beta_increment")
+    others = ("batch_size", "num_buffers", "prioritization", "sort_interval")
     if not isinstance(settings, Mapping) or any(key not in settings for key in wanted):
         raise _wrong("settings", f"a dict with {', '.join(wanted)}", type(settings).__name__)
     try:
@@ -64,20 +65,10 @@ def _settings(settings: Any) -> Mapping[str, Any]:
         for name in ("batch_size", "sort_interval"):
             if settings.get(name) is not None:
                 validation.positive_int(name, settings[name])
-        usual = {name: choices[0] for name, choices in CHOICES.items()}
-        check_choices(
-            settings["capacity"],
-            usual | {key: settings[key] for key in CHOICES.keys() & settings.keys()},
-        )
-        if settings.keys() - {
-            *wanted,
-            *CHOICES,
-            "batch_size",
-            "num_buffers",
-            "prioritization",
-            "sort_interval",
-        }:
-            raise ConfigurationError(f"expected those of a buffer, got {[*settings]}")
+        chosen = {name: settings.get(name, choices[0]) for name, choices in CHOICES.items()}
+        check_choices(settings["capacity"], chosen)
+        if unknown := settings.keys() - {*wanted, *CHOICES, *others}:
+            raise ConfigurationError(f"expected those of a buffer, got also {sorted(unknown)}")
         validation.real("alpha", settings["alpha"])
         validation.real("eps", settings["eps"], high=torch.finfo(torch.float32).max)
         validation.real("beta_increment", settings["beta_increment"])
