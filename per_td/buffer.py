@@ -365,7 +365,8 @@ class PrioritizedReplayBuffer(Copied):
             self._write(leaves, n, index, priority, mask)
         except PerTdError:  # ours come before any writing
             raise
-        except BaseException:  # an interrupt, say: no transition may be without its priority
+        except BaseException as error:  # an interrupt, say: what is written needs its priority
+            validation.refuse_transform(error)
             if self._guard is None and before is not None:
                 ring.set_count(before)
                 self._priorities.rebuild()
@@ -514,6 +515,9 @@ class PrioritizedReplayBuffer(Copied):
                     f"expected transitions to sample from in every buffer, got empty ones{which}"
                 ) from None
             raise
+        except RuntimeError as error:
+            validation.refuse_transform(error)
+            raise
         finally:
             self._busy = False
         return rows, index, weight, ring.in_batch(generation)
@@ -590,7 +594,8 @@ class PrioritizedReplayBuffer(Copied):
                 )
             except PerTdError:  # ours come before any writing
                 raise
-            except BaseException:  # an interrupt, say
+            except BaseException as error:  # an interrupt, say
+                validation.refuse_transform(error)
                 self._priorities.rebuild()
                 raise
             finally:

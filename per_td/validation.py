@@ -219,6 +219,16 @@ def plain_rows(leaf: Tensor, device: torch.device) -> Tensor:
     return leaf if leaf.is_contiguous() else leaf.contiguous()
 
 
+def refuse_transform(error: BaseException) -> None:
+    """Raise PerTdError in place of an `error` of torch inside of its function transforms."""
+    peek = getattr(torch._C._functorch, "peek_interpreter_stack", None)
+    if isinstance(error, RuntimeError) and peek is not None and peek() is not None:
+        raise PerTdError(
+            "expected no call of the buffer inside of torch.func.grad, vmap and the like, which"
+            f" cannot follow it, got one: {error}"
+        ) from error
+
+
 def as_tensor(name: str, value: Any, error: type[PerTdError]) -> Tensor:
     """Convert `value` (tensor, array, sequence or number) to a dense, detached tensor.
 

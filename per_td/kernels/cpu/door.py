@@ -64,11 +64,15 @@ def _address(tensor: Tensor, dtype: torch.dtype, length: int) -> int:
             f"expected contiguous memory of {length} {dtype} on the CPU, got {tensor.numel()}"
             f" {tensor.dtype} on {tensor.device}"
         )
-    address = tensor.data_ptr()
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:  # so torch refuses in its transforms
+        address = 0
     if not address and length:
         raise PerTdError(
             f"expected a tensor with memory of its own, got {type(tensor).__name__} without:"
-            " such as results of collectives; clone() makes a plain one"
+            " such as results of collectives, of which clone() makes a plain one, and tensors"
+            " inside of torch.func.grad and vmap"
         )
     return address
 
@@ -325,7 +329,10 @@ def draw(
 
 
 def _addresses(tensors: Sequence[Tensor]) -> "array[int]":
-    return array("q", map(Tensor.data_ptr, tensors))
+    try:
+        return array("q", map(Tensor.data_ptr, tensors))
+    except RuntimeError as error:
+        raise PerTdError(f"expected tensors with memory of their own, got {error}") from error
 
 
 def gather(rows: Rows, index: Tensor, *, written: Tensor | int | None) -> tuple[list[Tensor], Any]:
@@ -396,7 +403,10 @@ def write_rows(
     for (dtype, numbers), leaf in zip(record.kinds, new, strict=True):
         usual = leaf.is_cpu and leaf.dtype is dtype and leaf.is_contiguous()
         usual = usual and leaf.numel() == total * numbers
-        address = leaf.data_ptr() if usual and not (leaf.is_neg() or leaf.is_conj()) else 0
+        try:
+            address = leaf.data_ptr() if usual and not (leaf.is_neg() or leaf.is_conj()) else 0
+        except RuntimeError:  # so torch refuses in its transforms
+            address = 0
         if not address:
             leaf = plain_rows(leaf, _CPU)
             kept.append(leaf)
