@@ -132,6 +132,7 @@ class TransitionReplayBuffer(Copied):
         )
         self._forget_draws()
 
+    @torch.inference_mode(False)
     def _forget_draws(self) -> None:
         # the generation of each slot when it was last drawn
         self._drawn = torch.full(

@@ -92,9 +92,7 @@ def steps(settings: dict, path) -> list:
         make,
         lambda: made["b"].add(transitions(0, *lead, 1)[..., 0]),
         lambda: made["b"].extend(transitions(1, *lead, 8)),
-        lambda: made["b"].extend(
-            transitions(9, *lead, 3), [[0.5, 2.0, 7.0]] * 2 if lead else [0.5, 2.0, 7.0]
-        ),
+        lambda: made["b"].extend(transitions(9, *lead, 3), rated.expand(*lead, 3)),
         lambda: made["b"].extend_leaves(leaves),
         update,
         update,
