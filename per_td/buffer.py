@@ -280,6 +280,7 @@ class PrioritizedReplayBuffer(Copied):
                 return object.__reduce_ex__(self, protocol)  # torch's reducers share the tensors
             return super().__reduce_ex__(protocol)
 
+    @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         with self._lock:
             return super().__deepcopy__(memo)

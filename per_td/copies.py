@@ -5,9 +5,17 @@ import pickle
 import threading
 from typing import Any, Self, SupportsIndex
 
+import torch
+
 __all__ = ["Copied"]
 
 _this_thread = threading.local()
+
+
+@torch.inference_mode(False)
+def _loads(data: bytes) -> Any:
+    """Make a copy that can be changed outside of the caller's inference mode."""
+    return pickle.loads(data)
 
 
 class Copied:
@@ -24,10 +32,11 @@ class Copied:
             return super().__reduce_ex__(protocol)
         _this_thread.copying = True
         try:
-            return pickle.loads, (pickle.dumps(self, pickle.HIGHEST_PROTOCOL),)
+            return _loads, (pickle.dumps(self, pickle.HIGHEST_PROTOCOL),)
         finally:
             _this_thread.copying = False
 
+    @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         made = memo[id(self)] = type(self).__new__(type(self))
         state: Any = copy.deepcopy(self.__getstate__(), memo)

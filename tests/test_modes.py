@@ -161,3 +161,16 @@ def test_the_courses_buffer_and_trees_work_in_every_mode(mode, choice, monkeypat
     tree.update([2], [7.0])
     assert float(tree.total) == 1 + 2 + 7 + 4 + 5
     tree.check_valid()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+def test_a_copy_made_in_inference_mode_can_be_changed_outside_of_it(copied):
+    buffer = PrioritizedReplayBuffer(10, 4)
+    buffer.extend(transitions(0, 6))
+    with torch.inference_mode():
+        other = copied(buffer)
+    other.extend(transitions(6, 9))
+    other.update_priority([1, 2], [3.0, 4.0])
+    other.alpha = 0.1
+    other.increase_beta()
+    other.check_valid()

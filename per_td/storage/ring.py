@@ -57,6 +57,7 @@ class RingStorage:
     written_before = 0
     """Transitions written before that load, which `ring_count` leaves out."""
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         capacity: int,
@@ -99,6 +100,7 @@ class RingStorage:
         left: dict[str, Any] = {"_operations": None, "record": None, "columns": [], "_leaves": {}}
         return self.__dict__ | left | {"_page": None}
 
+    @torch.inference_mode(False)
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._take_up()

@@ -49,6 +49,7 @@ class Trees:
     snapshot: Tensor
     refused: Tensor
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         layout: Layout,
@@ -91,6 +92,7 @@ class Trees:
         kept = "layout", "device", "block", "starts", "_launches", "_numbers", "keeps_minima"
         return {name: getattr(self, name) for name in kept}
 
+    @torch.inference_mode(False)
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._take_up()
