@@ -11,12 +11,12 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from per_td import diagnostics, validation
+from per_td import diagnostics, kernels, validation
 from per_td.checkpoint import file as checkpoint
 from per_td.checkpoint import state as states
 from per_td.concurrency import forks
-from per_td.concurrency.guard import Guard, Note
 from per_td.concurrency.prefetch import Prefetcher
+from per_td.concurrency.shared_lock import Guard, Note
 from per_td.copies import Copied
 from per_td.errors import (
     CheckpointError,
@@ -253,6 +253,8 @@ class PrioritizedReplayBuffer(Copied):
 
     def _take_up(self) -> None:
         """Make the lock and the prefetcher, which are each object's own."""
+        if self._storage.compiled and (self._threads or self._guard is not None):
+            kernels.prepare()
         own: AbstractContextManager[Any] = threading.RLock() if self._threads else nullcontext()
         self._lock = own if self._guard is None else self._guard
         if self._lock is own and self._threads:

@@ -18,9 +18,7 @@ def choice(request, monkeypatch) -> str:
 @pytest.mark.parametrize("lead", [(), (2,)], ids=["one", "many"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("first", [0, 10, 45])
-def test_transitions_written_from_the_buffer_are_those_of_before(
-    first, layout, lead, choice
-):
+def test_transitions_written_from_the_buffer_are_those_of_before(first, layout, lead, choice):
     buffer = PrioritizedReplayBuffer(60, 8, layout=layout, num_buffers=lead[0] if lead else None)
     ids = torch.arange(75).expand(*lead, 75)
     buffer.extend(TensorDict({"x": ids.clone(), "y": torch.ones(*lead, 75, 3)}, [*lead, 75]))

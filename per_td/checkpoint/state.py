@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from per_td.checkpoint import file as checkpoint
-from per_td.checkpoint.checks import check_values
+from per_td.checkpoint.state_values import check_values
 from per_td.errors import AllocationError, CheckpointError, DiskAllocationError
 from per_td.priorities.table import PriorityTable
 from per_td.storage.leaves import Leaves, flattened, nested

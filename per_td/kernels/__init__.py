@@ -4,8 +4,9 @@
 give the results of the reference. Each part chooses once, when it is made. torch.compile traces the
 reference, and makes kernels of its own.
 
-numba is imported when the first buffer or tree on the CPU is made, not with `per_td`. Compiling
-takes some seconds, once per machine: numba keeps the result in a folder (`__pycache__` beside its
+numba is imported when the first buffer or tree on the CPU is made, not with `per_td`. A kernel is
+compiled by its first call, in up to two seconds, once per machine, with a line in the log "per_td"
+when all of it takes longer. numba keeps the result in a folder (`__pycache__` beside its
 source, or in the user's cache folder, or in `NUMBA_CACHE_DIR`), until a kernel is edited. Without
 numba, or without such a folder, plain torch takes over after a `KernelWarning`.
 
@@ -30,7 +31,7 @@ from per_td.errors import KernelWarning
 from per_td.kernels import reference
 from per_td.kernels.choice import CHOICES, VARIABLE, allowed
 
-__all__ = ["CHOICES", "VARIABLE", "operations"]
+__all__ = ["CHOICES", "VARIABLE", "operations", "prepare"]
 
 
 def operations(device: torch.device, *, launches: bool = True) -> ModuleType:
@@ -46,6 +47,16 @@ def operations(device: torch.device, *, launches: bool = True) -> ModuleType:
     if device.type == "cuda" and launches:
         return _cuda() or reference
     return reference
+
+
+def prepare() -> None:
+    """Compile the usual kernels for the CPU, where there are any, before a lock is taken.
+
+    Else the first call would compile what it needs, and others who wait for the lock with it.
+    """
+    door = _cpu() if allowed() else None
+    if door is not None:
+        door.prepare()
 
 
 @cache

@@ -29,12 +29,12 @@ HASHED = (
 COPY_A_ROW = """
 import numpy as np
 from per_td.kernels.cpu.records import ROWS
-from per_td.kernels.cpu.rows import write
+from per_td.kernels.cpu import rows
 row, ring = np.array([2**40 + 7]), np.zeros(1, np.int64)
 fields, source = np.array([[ring.ctypes.data, 8, 8]]), np.array([row.ctypes.data])
 record, runs = np.array([(fields.ctypes.data, 1, 1, 1)], ROWS), np.array([0, 1])
-assert write(record.ctypes.data, source.ctypes.data, 1, runs.ctypes.data, 0, 0, 0, 0)
-print(ring.item() - 2**40, sum(write.stats.cache_hits.values()))
+assert rows.write(record.ctypes.data, source.ctypes.data, 1, runs.ctypes.data, 0, 0, 0, 0)
+print(ring.item() - 2**40, sum(rows.write.stats.cache_hits.values()))
 """
 
 
@@ -118,3 +118,44 @@ for name in {HASHED}:
 print(len(set(hashes)))
 """
     assert run(package, code) == str(len(HASHED) + 1)
+
+
+FIRST_USE = """
+import logging, torch
+from tensordict import TensorDict
+import sys
+form = "%(name)s %(levelname)s %(message)s"
+logging.basicConfig(format=form, force=True, stream=sys.stdout)
+from per_td.kernels.cpu import compiling, door, draw, rows, update
+compiling._PATIENCE = PATIENCE
+from per_td import PrioritizedReplayBuffer
+buffer = PrioritizedReplayBuffer(10, 4)
+buffer.extend(TensorDict({"x": torch.rand(6)}, [6]))
+buffer.sample()
+kinds = [type(kernel).__name__ for kernel in (rows.write, draw.draw_rows, update.assign, draw.find)]
+print(kinds)
+"""
+
+
+@pytest.mark.parametrize("patience", ["0.0", "1e9"])
+def test_a_kernel_is_compiled_when_it_is_first_called_and_a_long_wait_is_logged(patience, tmp_path):
+    package = Path(per_td.__file__).parent
+    code = FIRST_USE.replace("PATIENCE = PATIENCE", f"PATIENCE = {patience}")
+    for first in (True, False):
+        out = run(package, code, NUMBA_CACHE_DIR=str(tmp_path)).splitlines()
+        compiled = "CPUDispatcher"
+        assert out[-1] == str([compiled, compiled, "Kernel", "Kernel"])
+        logged = "per_td WARNING compiling kernels, once per machine"
+        if patience == "1e9":
+            assert logged not in out
+        elif first:
+            assert out.count(logged) == 1
+
+
+def test_a_buffer_with_a_lock_compiles_before_it_is_taken(tmp_path):
+    code = FIRST_USE.replace("PATIENCE = PATIENCE", "PATIENCE = 1e9").replace(
+        "(10, 4)", "(10, 4, threads=True)"
+    )
+    code = code[: code.index("buffer.extend")] + code[code.index("kinds =") :]
+    out = run(Path(per_td.__file__).parent, code, NUMBA_CACHE_DIR=str(tmp_path)).splitlines()
+    assert out[-1] == str(["CPUDispatcher"] * 3 + ["Kernel"])

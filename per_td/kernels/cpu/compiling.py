@@ -5,6 +5,9 @@ that one does. The names of its files begin with the qualified name of the funct
 gets a hash of the sources of all kernels: after an edit, numba finds nothing under the new name.
 """
 
+import logging
+import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, partial
@@ -21,6 +24,9 @@ from per_td.kernels.choice import checked
 
 CHECKED = checked()
 """Compile with bounds checks, for tests; several times slower."""
+
+_PATIENCE = 2.0
+"""Seconds of compilation after which a line is logged."""
 
 part = partial(njit, boundscheck=CHECKED)
 """Compile a function that kernels call."""
@@ -39,23 +45,66 @@ def _sources() -> str:
     return found.hexdigest()[:16]
 
 
-def kernel(signature: str) -> Callable[[Callable[..., Any]], Any]:
-    """Compile the function below for this signature, to run without the interpreter's lock.
+def kernel(signature: str) -> Callable[[Callable[..., Any]], "Kernel"]:
+    """Make the function below a kernel of this signature.
 
     Raises:
         RuntimeError: numba finds no folder for the result.
     """
+    return partial(Kernel, signature=signature)
 
-    def compiled(function: Callable[..., Any]) -> Any:
-        name = function.__qualname__ + ("_checked" if CHECKED else "")
-        function.__qualname__ = f"{name}_{_sources()}"
-        made = part(signature, cache=True, nogil=True, error_model="numpy")(function)
-        if made.stats.cache_misses:
-            file = function.__module__.rpartition(".")[2]
-            _remove_outdated(Path(made.stats.cache_path), f"{file}.{name}")
-        return made
 
-    return compiled
+class Kernel:
+    """A function that its first call compiles, to run without the interpreter's lock.
+
+    The compiled function then takes its place in its module, so that later calls go there.
+    """
+
+    _one_at_a_time, _seconds, _told = threading.RLock(), 0.0, False
+
+    def __init__(self, function: Callable[..., Any], signature: str) -> None:
+        self._name = function.__qualname__ + ("_checked" if CHECKED else "")
+        function.__qualname__ = f"{self._name}_{_sources()}"
+        self._function, self._signature = function, signature
+        self._made = part(cache=True, nogil=True, error_model="numpy")(function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Call the compiled function."""
+        return self.ready()(*arguments)
+
+    def ready(self) -> Any:
+        """Compile the function, unless that is done, and return it."""
+        with Kernel._one_at_a_time:
+            if not self._made.signatures:
+                names = self._function.__globals__
+                for name in self._function.__code__.co_names:
+                    if isinstance(names.get(name), Kernel):
+                        names[name] = names[name].ready()
+                self._compile()
+                names[self._function.__name__] = self._made
+            return self._made
+
+    def _compile(self) -> None:
+        started = time.monotonic()
+        late = threading.Timer(max(0.0, _PATIENCE - Kernel._seconds), _tell)
+        late.daemon = True
+        late.start()
+        try:
+            self._made.compile(self._signature)
+            self._made.disable_compile()
+        finally:
+            late.cancel()
+        if self._made.stats.cache_misses:
+            Kernel._seconds += time.monotonic() - started
+            file = self._function.__module__.rpartition(".")[2]
+            _remove_outdated(Path(self._made.stats.cache_path), f"{file}.{self._name}")
+
+
+def _tell() -> None:
+    """Log, once, why a first call takes so long."""
+    if not Kernel._told:
+        Kernel._told = True
+        logging.getLogger("per_td").warning("compiling kernels, once per machine")
 
 
 def unary(signature: Any, emit: Callable[[Any, Any], Any]) -> Any:

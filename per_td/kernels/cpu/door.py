@@ -20,6 +20,7 @@ from per_td.kernels import reference
 from per_td.kernels.cpu import draw as draws
 from per_td.kernels.cpu import rows as row_kernels
 from per_td.kernels.cpu import update
+from per_td.kernels.cpu.compiling import Kernel
 from per_td.kernels.cpu.records import ROWS, TREES
 from per_td.kernels.parts import Distribution, Rows, Trees
 from per_td.kernels.reference import Runs, draw_distinct, for_new, mark_replayed, weigh
@@ -185,6 +186,13 @@ def _rows_record(rows: Rows) -> _RowsRecord:
     if record is None or record.bases != bases:
         record = rows.record = _RowsRecord(rows, bases)
     return record
+
+
+def prepare() -> None:
+    """Compile the kernels of a buffer's usual calls."""
+    for kernel in (update.assign, update.assign_new, row_kernels.write, draws.draw_rows):
+        if isinstance(kernel, Kernel):
+            kernel.ready()
 
 
 # --- operations -----------------------------------------------------------------------------------
