@@ -384,7 +384,7 @@ class PrioritizedReplayBuffer(Copied):
         if self._busy:
             raise PerTdError(
                 "expected no call from within another call of the buffer, got one, such as from a"
-                " signal handler"
+                " signal handler, or from another thread: threads=True makes a buffer for several"
             )
 
     def _write(

@@ -139,7 +139,7 @@ def set_masses(trees: Trees, index: Tensor, value: Tensor) -> None:
         PriorityError: a value is NaN, infinite or negative. On CUDA such pairs are skipped.
     """
     layout = trees.layout
-    slot, value = index.view(layout.groups, -1), value.view(layout.groups, -1)
+    slot, value = index.view(layout.groups, -1).clone(), value.view(layout.groups, -1).clone()
     valid = validation.require_slots(slot, layout.capacity)
     valid = valid & validation.require_finite("value", value, low=0.0)
     leaf = torch.where(valid, slot + trees.starts, layout.spare).flatten()
@@ -259,7 +259,7 @@ def assign(
         raise PerTdError(
             f"expected stamps of one group, of {limit} slots, got {len(stamps)} of {layout.groups}"
         )
-    slot = index.view(layout.groups, -1)
+    slot = index.view(layout.groups, -1).clone()  # others may write to it meanwhile
     ever = written.view(layout.groups, 1) if isinstance(written, Tensor) else written
     size = ever.clamp(max=limit) if isinstance(ever, Tensor) else min(ever, limit)
     wanted = None if mask is None else mask.view(slot.shape)
@@ -518,7 +518,7 @@ def gather(rows: Rows, index: Tensor, *, written: Tensor | int | None) -> tuple[
     Raises:
         IndexRangeError: an index is not in [0, capacity) (unchecked on CUDA).
     """
-    slot = index.view(rows.groups, -1)
+    slot = index.view(rows.groups, -1).clone()
     if validation.can_raise(slot):
         validation.require_slots(slot, rows.capacity, what="the slots")
     row = (slot + rows.starts).flatten()

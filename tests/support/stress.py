@@ -20,7 +20,7 @@ import torch
 from per_td import PerTdError, PrioritizedReplayBuffer
 from tests.support import processes
 
-KINDS = ("signals", "threads", "prefetch", "forks", "copies", "shared", "killed")
+KINDS = ("signals", "plain", "threads", "prefetch", "forks", "copies", "shared", "killed")
 
 
 class RaisedError(BaseException):
@@ -115,6 +115,35 @@ def at_once(buffer, until: float, seed: int) -> None:
         raise failed[0]
     buffer.check_valid()
     assert processes.torn(buffer.transitions) == 0
+
+
+def plain(until: float, seed: int) -> None:
+    """Threads call a buffer that is not for threads, and write into what it is reading."""
+    buffer = PrioritizedReplayBuffer(500, 64, eps=0.0)
+    buffer.extend(processes.transitions(range(500)))
+    index, values = torch.zeros(1000, dtype=torch.int64), torch.ones(1000)
+
+    def spoil() -> None:
+        while time.monotonic() < until:
+            index.random_(-(10**9), 10**9)
+            index.random_(0, 500)
+            values.fill_(float("nan"))
+            values.fill_(1.0)
+
+    def run(k: int) -> None:
+        dice = random.Random(seed + k)
+        while time.monotonic() < until:
+            with suppress(PerTdError, AssertionError):  # torn batches are not promised away
+                buffer.update_priority(index, values)
+                call(buffer, dice, [10**12 * k])
+
+    running = [threading.Thread(target=spoil)]
+    running += [threading.Thread(target=run, args=(k,)) for k in range(3)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    buffer.sample()
 
 
 def prefetch(until: float, seed: int) -> None:
