@@ -278,6 +278,7 @@ class PrioritizedReplayBuffer(Copied):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         with self._lock:
+            self._require_rest()
             if self._guard is not None:
                 return object.__reduce_ex__(self, protocol)  # torch's reducers share the tensors
             return super().__reduce_ex__(protocol)
@@ -285,6 +286,7 @@ class PrioritizedReplayBuffer(Copied):
     @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         with self._lock:
+            self._require_rest()
             return super().__deepcopy__(memo)
 
     def close(self) -> None:

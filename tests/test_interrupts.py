@@ -1,5 +1,7 @@
 """Ctrl-C in the middle of a call of a plain buffer: what is written has its priority."""
 
+import copy
+import pickle
 import sys
 
 import pytest
@@ -123,6 +125,8 @@ def test_a_call_from_within_a_change_is_refused_and_the_change_goes_on(choice, m
         "empty": buffer.empty,
         "load": lambda: buffer.load_state_dict(state),
         "state": buffer.state_dict,
+        "copy": lambda: copy.deepcopy(buffer),
+        "pickle": lambda: pickle.dumps(buffer),
     }
     state, write = buffer.state_dict(), PrioritizedReplayBuffer._write
 
