@@ -52,7 +52,7 @@ class Drawn(NamedTuple):
     """int64 [n]; generations of different epochs differ."""
     mass: Array
     """float32 [n], at the moment of the draw."""
-    told: Told | None
+    told: Told | None = None
     """The structure of the transitions; None if it is the one that the learner knows."""
 
 
