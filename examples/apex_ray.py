@@ -80,9 +80,9 @@ def td_errors_of(batch, network, target) -> torch.Tensor:
 class Actor:
     """Acts with a copy of the network, and writes what it saw to the replay."""
 
-    def __init__(self, number: int, args: Args, writer):
+    def __init__(self, number: int, args: Args):
         torch.set_num_threads(1)
-        self.args, self.writer = args, writer
+        self.args, self.writer = args, None
         power = 1 + 7 * number / max(args.actors - 1, 1)
         self.explore = args.explore**power  # APEX: every actor explores in its own way
         self.rng = np.random.default_rng([args.seed, number])
@@ -92,8 +92,13 @@ class Actor:
         self.recent = deque(maxlen=args.n_step)
         self.episode_return = 0.0
 
-    def act(self, weights) -> tuple[int, list[float]]:
-        """Act for a chunk with these weights; return how many steps, and the returns that ended."""
+    def act(self, weights, writer) -> tuple[int, list[float]]:
+        """Act for a chunk with these weights; return how many steps, and the returns that ended.
+
+        The first `writer` is kept. It comes with each call and not to the constructor, since Ray
+        keeps its handles in the object store, where a restarted actor may not find them.
+        """
+        self.writer = self.writer or writer
         self.network.load_state_dict(weights)
         rows, returns = [], []
         for _ in range(self.args.chunk):
@@ -145,9 +150,9 @@ def train(args: Args, buffer: ShardedReplayBuffer) -> tuple[nn.Module, int, list
     target, optimizer = copy.deepcopy(network), torch.optim.Adam(network.parameters(), lr=args.lr)
     steps, updates, returns = 0, 0, []
     remote = ray.remote(num_cpus=0.5, max_restarts=-1)(Actor)
-    actors = [remote.remote(k, args, buffer.writer(k)) for k in range(args.actors)]
+    writers = {remote.remote(k, args): buffer.writer(k) for k in range(args.actors)}
     weights = ray.put(network.state_dict())
-    under_way = {actor.act.remote(weights): actor for actor in actors}
+    under_way = {actor.act.remote(weights, writer): actor for actor, writer in writers.items()}
     while steps < args.total_steps:
         behind = steps > args.learning_starts and updates * args.train_every < steps
         ready, _ = ray.wait(list(under_way), timeout=0 if behind else 10)
@@ -162,7 +167,7 @@ def train(args: Args, buffer: ShardedReplayBuffer) -> tuple[nn.Module, int, list
             if ended:
                 print(f"step {steps:>6,}: return {ended[-1]:.0f}", flush=True)
             weights = ray.put(network.state_dict())
-            under_way[actor.act.remote(weights)] = actor
+            under_way[actor.act.remote(weights, writers[actor])] = actor
         if not behind:
             continue
         batch = buffer.sample()
@@ -178,7 +183,7 @@ def train(args: Args, buffer: ShardedReplayBuffer) -> tuple[nn.Module, int, list
         batch["td_error"] = td_error.detach()
         buffer.update_tensordict_priority(batch)  # APEX: a message per shard, not waited for
         updates += 1
-    for actor in actors:
+    for actor in writers:
         ray.kill(actor)
     return network, updates, returns
 

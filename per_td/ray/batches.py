@@ -16,11 +16,14 @@ from per_td.ray.errors import ShardError, raised_by
 from per_td.ray.ledger import Ledger
 from per_td.ray.replies import Replies
 from per_td.ray.shard import Drawn
+from per_td.ray.structures import Told, understood
 from per_td.ray.wire import Array
-from per_td.storage.leaves import Key, Leaves, nested
+from per_td.storage.leaves import Key, Leaves
+from per_td.storage.structure import Structure
 from per_td.weights import importance_weights
 
 _Part = tuple[int, Drawn]
+_Kind = dict[Key, tuple[str, tuple[int, ...]]]
 
 
 class Request(NamedTuple):
@@ -67,7 +70,11 @@ class Batches:
         self._generator = generator
         self._timeout_s = timeout_s
         self._device = device
+        self._told: Told | None = None
+        self._structure = Structure()
+        self._kind: _Kind | None = None
 
+    @torch.inference_mode(False)
     def request(self, n: int) -> Request:
         """Ask each shard for its part of a batch of `n`.
 
@@ -95,8 +102,9 @@ class Batches:
 
     def _ask(self, totals: Tensor, n: int) -> dict[Any, int]:
         counts = counts_of(totals, n, self._draw, self._generator).tolist()
+        known = "" if self._told is None else self._told.name
         return {
-            self._shards[shard].sample.remote(count): shard
+            self._shards[shard].sample.remote(count, known): shard
             for shard, count in enumerate(counts)
             if count
         }
@@ -177,15 +185,32 @@ class Batches:
             smallest=self._smallest(totals),
             normalization=self._normalization,
         )
-        tree = nested(_leaves(parts).items())
-        tree |= {
+        leaves = _leaves(parts)
+        self._learn(parts)
+        beside = {
             "index": _joined([drawn.slot for _, drawn in parts]),
             "generation": _joined([drawn.generation for _, drawn in parts]),
             "shard": shard,
             "priority_weight": weight,
         }
-        batch = TensorDict(tree, batch_size=shard.shape)
+        cpu = torch.device("cpu")
+        batch = self._structure.assembled(leaves.items(), beside, shard.shape, cpu)
         return batch if self._device.type == "cpu" else batch.to(self._device)
+
+    def _learn(self, parts: list[_Part]) -> None:
+        """Take up the structure that shards tell.
+
+        The first one stays while transitions have its leaves. One with tensorclasses replaces one
+        that comes from a file, which has none.
+        """
+        kind = _kind(parts[0][1])
+        for _, drawn in parts:
+            told, known = drawn.told, self._told
+            if told is None:
+                continue
+            if known is None or kind != self._kind or (told.classes and not known.classes):
+                self._told, self._structure, self._kind = told, understood(told), kind
+        self._kind = kind
 
     def _smallest(self, totals: Tensor) -> Tensor:
         """The smallest probability of any transition, as last heard."""
@@ -221,6 +246,6 @@ def _leaves(parts: list[_Part]) -> Leaves:
     return wire.unpack(packed)
 
 
-def _kind(drawn: Drawn) -> dict[Key, tuple[str, tuple[int, ...]]]:
+def _kind(drawn: Drawn) -> _Kind:
     """Dtype and shape of each leaf of a transition."""
     return {key: (dtype, values.shape[1:]) for key, dtype, values in drawn.packed}

@@ -2,24 +2,22 @@
 
 import os
 from collections import deque
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
-from tensordict import TensorDict, TensorDictBase, is_tensor_collection
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
 from per_td import validation
 from per_td.buffer import PrioritizedReplayBuffer
 from per_td.errors import ConfigurationError
-from per_td.ray import saving, updates, wire
+from per_td.ray import actors, saving, updates, wire
 from per_td.ray.batches import Batches, Request
-from per_td.ray.errors import ShardError, raised_by
 from per_td.ray.ledger import Ledger
 from per_td.ray.replies import Replies
-from per_td.ray.shard import Report, Shard
+from per_td.ray.shard import Report
 from per_td.ray.writer import Receipt, Writer
 from per_td.storage.leaves import entries_of
 
@@ -65,12 +63,14 @@ class ShardedReplayBuffer:
         checkpoint_every: transitions that a shard writes between two checkpoints; None: capacity.
         fsync: acknowledge only changes that are on the disk, and not only in the file.
         name: lets the shards outlive this process; a learner that gives the same name (and Ray
-            namespace) later finds them again.
+            namespace) later finds them again. It must ask for the settings that they have.
         actor_options: Ray's options of the actors, such as num_cpus, num_gpus, resources,
             scheduling_strategy; `max_restarts` is -1 unless given.
 
     Raises:
-        ConfigurationError: an argument is not one of those accepted.
+        ConfigurationError: an argument is not one of those accepted, or shards of this name have
+            other settings; the error names both.
+        SchemaError: `example` is no transition.
         ShardError: the shards did not start.
     """
 
@@ -103,14 +103,6 @@ class ShardedReplayBuffer:
         actor_options: dict[str, Any] | None = None,
     ) -> None:
         self._num_shards = num_shards = validation.positive_int("num_shards", num_shards)
-        shared: dict[str, Any] = {
-            "alpha": alpha,
-            "eps": eps,
-            "weight_normalization": weight_normalization,
-            "new_priority": new_priority,
-            "draw": validation.one_of("draw", draw, _DRAWS),
-            "layout": layout,
-        }
         # Holds settings, and refuses arguments that a shard would refuse; it never gets data
         self._rules = PrioritizedReplayBuffer(
             1,
@@ -119,12 +111,19 @@ class ShardedReplayBuffer:
             beta_increment=beta_increment,
             device="cpu",
             example=example,
-            **shared,
+            alpha=alpha,
+            eps=eps,
+            weight_normalization=weight_normalization,
+            new_priority=new_priority,
+            draw=validation.one_of("draw", draw, _DRAWS),
+            layout=layout,
         )
+        shared = ("alpha", "eps", "weight_normalization", "new_priority", "draw")
         self._settings: dict[str, Any] = {
-            **shared,
+            **{name: getattr(self._rules, name) for name in shared},
+            "layout": layout,
             "capacity": validation.positive_int("capacity_per_shard", capacity_per_shard),
-            "device": shard_device,
+            "device": actors.device_of(shard_device),
         }
         self._generator = validation.as_generator(generator, torch.device("cpu"))
         self._device = validation.resolve_device(device, sums=False)
@@ -134,15 +133,29 @@ class ShardedReplayBuffer:
         refresh_s = validation.real("refresh_s", refresh_s)
         if checkpoint_every is not None:
             checkpoint_every = validation.positive_int("checkpoint_every", checkpoint_every)
-        given: Any = example
-        given = given.cpu() if is_tensor_collection(given) else given
-        self._shards = self._start(
-            self._settings | {"example": given},
-            checkpoint_dir,
-            name,
-            actor_options or {},
-            fsync=fsync,
+        kept = None
+        if checkpoint_dir is not None:
+            kept = saving.as_path("checkpoint_dir", checkpoint_dir).absolute()
+        if name is not None and not (isinstance(name, str) and name):
+            raise ConfigurationError(f"name: expected a name for the shards, got {name!r}")
+        if not isinstance(actor_options, Mapping | None):
+            raise ConfigurationError(
+                f"actor_options: expected a dict of Ray's options, got {actor_options!r}"
+            )
+        like, told = (None, None) if example is None else actors.small(example)
+        # torch's own generator is the same in every process
+        seeds = torch.randint(2**62, (num_shards,), generator=generator, device="cpu")
+        self._shards, self._started = actors.start(
+            seeds.tolist(),
+            self._settings | {"example": like},
+            folder=kept,
+            name=name,
+            options=dict(actor_options or {}),
+            timeout_s=self._start_timeout_s,
+            told=told,
+            fsync=bool(fsync),
             checkpoint_every=checkpoint_every,
+            num_shards=num_shards,
         )
         self._ledger = Ledger(num_shards)
         self._replies = Replies(self._shards, self._ledger, self._configure, refresh_s=refresh_s)
@@ -160,44 +173,20 @@ class ShardedReplayBuffer:
         self._writer = self.writer(0)
         self._take_up([shard.report.remote() for shard in self._shards])
 
-    def _start(
-        self,
-        settings: dict[str, Any],
-        folder: str | os.PathLike[str] | None,
-        name: str | None,
-        options: dict[str, Any],
-        **durable: Any,
-    ) -> list[Any]:
-        """Start the actors; with a name, those that are there already are used.
-
-        Args:
-            settings: of each shard's buffer.
-            folder, name, options: see the constructor.
-            durable: other arguments of `Shard`.
-        """
-        remote, shards = ray.remote(Shard), []
-        # torch's own generator is the same in every process
-        seeds = torch.randint(2**62, (self.num_shards,), generator=self.generator, device="cpu")
-        for number, seed in enumerate(seeds.tolist()):
-            own = {"max_restarts": -1} | options
-            if name is not None:
-                own |= {"name": f"{name}-{number}", "lifetime": "detached", "get_if_exists": True}
-            place = None
-            if folder is not None:
-                place = os.fspath(Path(folder).absolute() / f"shard-{number:05d}")
-            actor = remote.options(**own)
-            shards.append(actor.remote(settings, seed=seed, folder=place, **durable))
-        return shards
+    @contextmanager
+    def _ending_on_error(self) -> Iterator[None]:
+        """On an error, end the shards that this object started, and no others."""
+        try:
+            yield
+        except BaseException:
+            actors.end(self._started)
+            raise
 
     def _take_up(self, answers: list[Any]) -> None:
-        """Wait for the reports of all shards; where one fails, end them all."""
-        try:
-            reports = self._get(answers)
-        except BaseException:
-            self.close()
-            raise
-        for shard, report in enumerate(reports):
-            self._replies.note(shard, report)
+        """Wait for the reports of all shards; where one fails, end those started here."""
+        with self._ending_on_error():
+            for shard, report in enumerate(self._get(answers)):
+                self._replies.note(shard, report)
 
     def _get(self, answers: list[Any]) -> list[Any]:
         """The answers of all shards.
@@ -205,13 +194,7 @@ class ShardedReplayBuffer:
         Raises:
             ShardError: a shard is lost, or takes longer than `start_timeout_s`.
         """
-        try:
-            found: list[Any] = ray.get(answers, timeout=self._start_timeout_s)
-        except (RayActorError, GetTimeoutError) as error:
-            raise ShardError(f"expected answers of all shards, got {error}") from error
-        except RayTaskError as error:
-            raise raised_by(error) from None
-        return found
+        return actors.answers_of(answers, self._start_timeout_s)
 
     def __repr__(self) -> str:
         return (
@@ -232,8 +215,7 @@ class ShardedReplayBuffer:
 
     def close(self) -> None:
         """End the shards, also those with a name. Their folders remain."""
-        for shard in self._shards:
-            ray.kill(shard, no_restart=True)
+        actors.end(self._shards)
 
     # --- settings ---------------------------------------------------------------------------------
 
@@ -360,11 +342,13 @@ class ShardedReplayBuffer:
             shard: the batch's "shard", [B].
 
         Raises:
-            IndexRangeError: shapes differ, or there is no such shard. An index that its shard
-                refuses raises in a later call, or in `flush`.
+            IndexRangeError: shapes differ, or there is no such slot or shard. A slot that its shard
+                has not filled raises in a later call, or in `flush`.
             PriorityError: a TD error is NaN or infinite. Nothing has been sent then.
         """
-        checked = updates.checked(index, td_error, generation, shard, self.num_shards)
+        checked = updates.checked(
+            index, td_error, generation, shard, self.num_shards, self._settings["capacity"]
+        )
         for number, columns in updates.per_shard(*checked):
             n = len(columns[0])
             if self._ledger.living[number]:
@@ -440,10 +424,12 @@ class ShardedReplayBuffer:
         Until everything is written, the folder holds the save before.
 
         Raises:
+            ConfigurationError: `folder` is no path.
             ShardError: a shard is lost.
+            OSError: something cannot be written.
         """
-        token = saving.new_token()
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        folder, token = saving.as_path("folder", folder), saving.new_token()
+        folder.mkdir(parents=True, exist_ok=True)
         files = [saving.file_of(folder, k, token) for k in range(self.num_shards)]
         pairs = zip(self._shards, files, strict=True)
         self._get([shard.save.remote(file) for shard, file in pairs])
@@ -468,22 +454,19 @@ class ShardedReplayBuffer:
                 generator (takes over the state of the one saved), checkpoint_dir, timeouts, ...
 
         Raises:
-            CheckpointError: it is no such folder.
+            CheckpointError: the folder holds no such state.
+            ConfigurationError: an option is not one of those accepted.
+            FileNotFoundError: there is no such folder.
         """
-        state = saving.read(folder)
-        settings = dict(state["settings"])
-        generator = options.get("generator")
-        buffer = cls(
-            state["num_shards"],
-            settings.pop("capacity"),
-            state["batch_size"],
-            beta=state["beta"],
-            beta_increment=state["beta_increment"],
-            **settings | options,
-        )
-        if generator is not None and state["generator"] is not None:
-            generator.set_state(state["generator"])
-        files = [saving.file_of(folder, k, state["token"]) for k in range(buffer.num_shards)]
-        pairs = zip(buffer._shards, files, strict=True)
-        buffer._take_up([shard.load.remote(file) for shard, file in pairs])
+        folder = saving.as_path("folder", folder)
+        state, settings = saving.read(folder)
+        for name in settings.keys() & options.keys():
+            raise ConfigurationError(f"{name}: expected the one saved, got {options[name]!r} too")
+        buffer = cls(**settings, **options)
+        with buffer._ending_on_error():
+            if buffer.generator is not None and state["generator"] is not None:
+                saving.restore(buffer.generator, state["generator"])
+            files = [saving.file_of(folder, k, state["token"]) for k in range(buffer.num_shards)]
+            pairs = zip(buffer._shards, files, strict=True)
+            buffer._take_up([shard.load.remote(file) for shard, file in pairs])
         return buffer

@@ -14,6 +14,7 @@ class Ledger:
         num_shards: K.
     """
 
+    @torch.inference_mode(False)  # whoever made it, reports change these tensors later
     def __init__(self, num_shards: int) -> None:
         self.reports: list[Report | None] = [None] * num_shards
         self.total = torch.zeros(num_shards, dtype=torch.float64, device="cpu")

@@ -9,9 +9,22 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from per_td.checkpoint import file as checkpoint
+from per_td.errors import CheckpointError, ConfigurationError
 
 FORMAT = "per_td.ray.ShardedReplayBuffer"
+_KEYS = ("token", "num_shards", "batch_size", "settings", "beta", "beta_increment", "generator")
+_SETTINGS = {"alpha", "eps", "weight_normalization", "new_priority", "draw", "layout", "capacity"}
+
+
+def as_path(name: str, path: Any) -> Path:
+    """Convert the argument `name` to a path, or raise ConfigurationError."""
+    try:
+        return Path(path)
+    except TypeError as error:
+        raise ConfigurationError(f"{name}: expected a path, got {path!r}") from error
 
 
 def new_token() -> str:
@@ -32,11 +45,35 @@ def write(folder: str | os.PathLike[str], state: dict[str, Any], token: str) -> 
             path.unlink(missing_ok=True)
 
 
-def read(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a state that `write` wrote.
+def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a state that `write` wrote, and the arguments of a buffer like the one saved.
 
     Raises:
         CheckpointError: the file holds something else.
     """
-    state: dict[str, Any] = checkpoint.read(Path(folder) / "learner.pt", FORMAT)
-    return state
+    path = Path(folder) / "learner.pt"
+    state: dict[str, Any] = checkpoint.read(path, FORMAT)
+    missing = [key for key in _KEYS if key not in state]
+    settings = state.get("settings")
+    if missing or not isinstance(settings, dict) or settings.keys() != _SETTINGS:
+        raise CheckpointError(
+            f"{path}: expected {', '.join(_KEYS)} with the settings {', '.join(sorted(_SETTINGS))},"
+            f" missing: {', '.join(missing) or 'none'}; settings: {settings!r}"
+        )
+    arguments = {key: value for key, value in settings.items() if key != "capacity"}
+    arguments |= {key: state[key] for key in ("num_shards", "batch_size", "beta", "beta_increment")}
+    return state, arguments | {"capacity_per_shard": settings["capacity"]}
+
+
+def restore(generator: torch.Generator, state: Any) -> None:
+    """Set the generator to a saved state.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    try:
+        generator.set_state(state)
+    except (TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"generator: expected the state of one, got another: {error}"
+        ) from error

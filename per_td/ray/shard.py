@@ -5,12 +5,17 @@ from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
+from torch import Tensor
 
+from per_td import validation
 from per_td.buffer import PrioritizedReplayBuffer
 from per_td.errors import CheckpointError
-from per_td.ray import wire
+from per_td.ray import structures, wire
 from per_td.ray.log import Record, WriteAheadLog
+from per_td.ray.structures import PLAIN, Told
 from per_td.ray.wire import Array, Packed
+from per_td.storage.leaves import Leaves, count, leaves_of, named
+from per_td.storage.structure import Structure
 
 _EPOCH_BITS = 32
 
@@ -47,6 +52,8 @@ class Drawn(NamedTuple):
     """int64 [n]; generations of different epochs differ."""
     mass: Array
     """float32 [n], at the moment of the draw."""
+    told: Told | None = None
+    """The structure of the transitions; None if it is the one that the learner knows."""
 
 
 class Shard:
@@ -60,7 +67,9 @@ class Shard:
         seed: of the draws.
         folder: for checkpoints and the log; None keeps nothing.
         fsync: see `WriteAheadLog`.
-        checkpoint_every: transitions written between two checkpoints.
+        checkpoint_every: transitions written between two checkpoints; None: capacity.
+        num_shards: number of shards that there are.
+        told: the structure of the example in `settings`, with its tensorclasses.
     """
 
     def __init__(
@@ -71,12 +80,22 @@ class Shard:
         folder: str | None = None,
         fsync: bool = False,
         checkpoint_every: int | None = None,
+        num_shards: int = 1,
+        told: Told | None = None,
     ) -> None:
         _warm_up(settings)
         self._buffer = PrioritizedReplayBuffer(**settings)
         self._buffer.generator = torch.Generator(self._buffer.device).manual_seed(seed)
         self._begin_epoch()
         self._every = checkpoint_every or self._buffer.capacity
+        self._settings = settings | {
+            "folder": folder,
+            "fsync": fsync,
+            "checkpoint_every": checkpoint_every,
+            "num_shards": num_shards,
+        }
+        self._told = told
+        self._recall()
         self._log: WriteAheadLog | None = None
         self._log_is_behind = False
         if folder is not None:
@@ -87,6 +106,7 @@ class Shard:
             for record in log.replay():
                 self._apply(record)
             self._log = log
+            self._recall()
 
     def _begin_epoch(self) -> None:
         """Make updates for batches drawn before now stale: slots may hold other transitions."""
@@ -110,32 +130,52 @@ class Shard:
             self._serial,
         )
 
-    def extend(self, packed: Packed, priority: Array | None = None) -> tuple[Report, Array]:
+    def extend(
+        self, packed: Packed, priority: Array | None = None, told: Told | None = PLAIN
+    ) -> tuple[Report, Array] | None:
         """Write transitions; the answer acknowledges them.
 
+        Args:
+            packed: the transitions.
+            priority: float32 [n]; None: the largest.
+            told: their structure, which counts if they are the first. None: it has not been looked
+                at; then the first are not written.
+
         Returns:
-            The report, and their slots, int64 [n].
+            The report, and their slots, int64 [n]. None if the structure is needed: call again.
 
         Raises:
             SchemaError, PriorityError: as for `PrioritizedReplayBuffer.extend`; nothing is written.
         """
+        nodes = None
+        if self._told is None:
+            if told is None:
+                return None
+            nodes = told.nodes
         given = None if priority is None else wire.tensor(priority)
-        index = self._buffer.extend_leaves(wire.unpack(packed), given)
+        index = self._write(wire.unpack(packed), given, nodes)
         extra: Packed = [] if priority is None else [(("priority",), "float32", priority)]
-        self._note("extend", {"given": priority is not None}, [*extra, *packed])
+        values: dict[str, Any] = {"given": priority is not None}
+        if nodes is not None:
+            self._told, values["nodes"] = told, nodes
+        self._note("extend", values, [*extra, *packed])
         if self._log is not None and self._buffer.write_count >= self._due:
             self.checkpoint()
         return self.report(), wire.array(index)
 
-    def sample(self, n: int) -> Drawn | Report:
-        """Draw `n` transitions; returns only a report if there is nothing to draw."""
+    def sample(self, n: int, known: str = "") -> Drawn | Report:
+        """Draw `n` transitions; returns only a report if there is nothing to draw.
+
+        `known` is the name of the structure that the learner knows.
+        """
         if not self._buffer.total_mass > 0:
             return self.report()
         drawn = self._buffer.draw_leaves(n)
         packed = wire.pack(drawn.leaves)
         generation = wire.array(drawn.generation) + (self._epoch << _EPOCH_BITS)
         slot, mass = wire.array(drawn.slot), wire.array(drawn.mass)
-        return Drawn(self.report(), packed, slot, generation, mass)
+        told = None if self._told is None or self._told.name == known else self._told
+        return Drawn(self.report(), packed, slot, generation, mass, told)
 
     def update(self, index: Array, td_error: Array, generation: Array | None = None) -> Report:
         """Set priorities to |td_error| + eps; stale updates are dropped and counted.
@@ -168,6 +208,32 @@ class Shard:
             self._note("configure", {"alpha": alpha, "eps": eps}, [])
         return self.report()
 
+    def differences(self, asked: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Compare the settings of this shard with others.
+
+        Args:
+            asked: those of the constructor and, in one dict with them, those of the buffer.
+
+        Returns:
+            What this shard has, and what is asked, by the name of each setting that differs.
+
+        Raises:
+            ConfigurationError: there is no such device here.
+        """
+        now = {"alpha": self._buffer.alpha, "eps": self._buffer.eps}
+        has, wanted = self._settings | now, dict(asked)
+        has["device"] = self._buffer.device
+        wanted["device"] = validation.resolve_device(wanted.get("device", "cpu"))
+        for settings in (has, wanted):
+            if settings["checkpoint_every"] is None:
+                settings["checkpoint_every"] = settings["capacity"]
+        example, data = wanted.pop("example", None), self._buffer.transitions
+        if example is not None:
+            has["example"] = None if data is None else _fields(leaves_of(data), 1)
+            wanted["example"] = _fields(leaves_of(example), 0)
+        pairs = {name: (has.get(name), value) for name, value in wanted.items()}
+        return {name: (here, there) for name, (here, there) in pairs.items() if here != there}
+
     def priority(self) -> Array:
         """Raw priorities, float32 [size]."""
         return wire.array(self._buffer.priority)
@@ -195,6 +261,7 @@ class Shard:
     def load(self, path: str) -> Report:
         """Take over a state that `save` wrote."""
         self._buffer.restore(path)
+        self._recall()
         self._begin_epoch()
         if self._log is not None:
             self.checkpoint()  # the log goes on from the new state
@@ -219,11 +286,25 @@ class Shard:
         if kind == "extend":
             given = int(values["given"])
             priority = wire.tensor(arrays[0][2]) if given else None
-            self._buffer.extend_leaves(wire.unpack(arrays[given:]), priority)
+            self._write(wire.unpack(arrays[given:]), priority, values.get("nodes"))
         elif kind == "update":
             self._update(arrays)
         else:
             self._buffer.alpha, self._buffer.eps = values["alpha"], values["eps"]
+
+    def _recall(self) -> None:
+        """Take the structure of the buffer's transitions, which may come from a file, as told."""
+        data = self._buffer.transitions
+        if self._told is None and data is not None:
+            self._told = structures.tell(Structure.of(data, 1))
+
+    def _write(self, leaves: Leaves, priority: Tensor | None, nodes: str | None) -> Tensor:
+        """Write leaves [n, ...]; `nodes` is the structure of the first ones."""
+        if nodes is None or nodes == PLAIN.nodes:
+            return self._buffer.extend_leaves(leaves, priority)
+        size, cpu = torch.Size([count(leaves)]), torch.device("cpu")
+        data = Structure.from_state(nodes).assembled(leaves.items(), {}, size, cpu)
+        return self._buffer.extend(data, priority)
 
     def _update(self, arrays: Packed) -> None:
         """Update priorities: index, td_error and maybe generation, [B] each."""
@@ -236,3 +317,11 @@ def _warm_up(settings: dict[str, Any]) -> None:
     data = torch.zeros(2, dtype=torch.float32, device=small.device)
     small.extend(TensorDict({"x": data}, [2]))
     small.update_priority(small.sample(2)["index"], data)
+
+
+def _fields(leaves: Leaves, dims: int) -> str:
+    """Key, dtype and shape of each leaf, without its first `dims` dimensions."""
+    return ", ".join(
+        f"{named(key)}: {leaf.dtype} {list(leaf.shape[dims:])}"
+        for key, leaf in sorted(leaves.items())
+    )

@@ -12,26 +12,27 @@ from per_td.ray.wire import Array, array
 
 
 def checked(
-    index: Any, td_error: Any, generation: Any, shard: Any, num_shards: int
+    index: Any, td_error: Any, generation: Any, shard: Any, num_shards: int, capacity: int
 ) -> tuple[Tensor, list[Tensor]]:
     """Check an update: its shards, and index, td_error and maybe generation, [B], on the CPU.
 
     Raises:
-        IndexRangeError: shapes differ, or there is no such shard.
+        IndexRangeError: shapes differ, or there is no such slot in `capacity`, or no such shard.
         PriorityError: a TD error is NaN or infinite, or of a wrong shape or dtype.
     """
     cpu = torch.device("cpu")
-    index, shard = validation.as_index(index, cpu), validation.as_index(shard, cpu)
+    index, shard = validation.as_index(index, cpu), validation.as_index(shard, cpu, "shard")
     columns = [index, validation.as_values("td_error", td_error, index)]
     validation.require_finite("td_error", columns[1])
     if generation is not None:
-        columns.append(validation.as_index(generation, cpu))
+        columns.append(validation.as_index(generation, cpu, "generation"))
     for name, values in (("shard", shard), ("generation", columns[-1])):
         if values.shape != index.shape:
             raise IndexRangeError(
                 f"{name}: expected shape {list(index.shape)}, one per index,"
                 f" got {list(values.shape)}"
             )
+    validation.require_slots(index, capacity, what="the slots of a shard")
     wrong = (shard < 0) | (shard >= num_shards)
     if wrong.any():
         raise IndexRangeError(

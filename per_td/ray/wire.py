@@ -18,7 +18,7 @@ Array = np.ndarray[Any, Any]
 Packed = list[tuple[Key, str, Array]]
 """Key, torch dtype and numbers of each leaf."""
 
-_AS_INTEGERS = {1: torch.uint8, 2: torch.int16}
+_AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 class _Readable:
@@ -42,7 +42,7 @@ def array(values: Tensor) -> Array:
     values = values.detach().cpu().resolve_neg().resolve_conj().contiguous()
     try:
         found: Array = values.numpy()
-    except TypeError:  # bfloat16 and the float8 kinds
+    except TypeError:  # bfloat16, complex32 and the float8 kinds
         found = values.view(_AS_INTEGERS[values.itemsize]).numpy()
     return found
 

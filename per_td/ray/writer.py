@@ -1,5 +1,6 @@
 """Writer: a small handle with which any Ray actor or task writes to the shards directly."""
 
+import operator
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,13 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from torch import Tensor
 
 from per_td import validation
-from per_td.errors import SchemaError
+from per_td.errors import ConfigurationError, SchemaError
 from per_td.ray import wire
 from per_td.ray.errors import ShardError, raised_by
+from per_td.ray.structures import tell
 from per_td.storage.leaves import Leaves, count
 from per_td.storage.schema import Schema
+from per_td.storage.structure import Structure
 
 _AVOID_S = 1.0
 """Seconds during which a shard that failed is tried last."""
@@ -32,16 +35,25 @@ class Receipt:
 class Writer:
     """Writes batches to the shards and waits until they are acknowledged. It can be pickled.
 
+    It holds handles of actors, which Ray keeps in its object store. Hand it to calls of actors that
+    Ray may restart, not to their constructors: a restarted one may not find it there.
+
     Args:
         shards: the actors.
-        first: the shard to begin with; writers that begin elsewhere keep out of each other's way.
+        first: the shard to begin with, by its remainder; writers that begin elsewhere keep out of
+            each other's way.
         timeout_s: seconds to wait for a shard before another is tried.
+
+    Raises:
+        ConfigurationError: an argument is something else.
     """
 
     def __init__(self, shards: list[Any], *, first: int = 0, timeout_s: float = 30.0) -> None:
+        if not isinstance(shards, list | tuple) or not shards:
+            raise ConfigurationError(f"shards: expected at least one actor, got {shards!r}")
         self._shards = shards
-        self._next = first % len(shards)
-        self._timeout_s = timeout_s
+        self._next = validation.integer("first", first, 0) % len(shards)
+        self._timeout_s = validation.real("timeout_s", timeout_s)
         self._avoid: dict[int, float] = {}
 
     def extend(self, transitions: Any, priority: Any = None, *, key: int | None = None) -> Receipt:
@@ -53,30 +65,34 @@ class Writer:
         Args:
             transitions: TensorDict [n], or a dict of tensors or arrays [n, ...].
             priority: raw priorities [n], finite and not negative; None: the largest of the shard.
-            key: names the shard, by its remainder; None takes the shards in turn.
+            key: an integer that names the shard, by its remainder; None takes the shards in turn.
 
         Raises:
+            ConfigurationError: `key` is no integer.
             SchemaError, PriorityError: as for the local buffer; nothing has been written.
             ShardError: no shard acknowledged.
         """
-        return self._write(checked(transitions), priority, key)
+        return self._write(*checked(transitions), priority, key)
 
-    def _write(self, leaves: Leaves, priority: Any, key: int | None) -> Receipt:
+    def _write(
+        self, leaves: Leaves, structure: Structure, priority: Any, key: int | None
+    ) -> Receipt:
         packed, given = wire.pack(leaves), _priority(priority, count(leaves))
+        shards = self._order(key)
         # Shipped once, also where several shards are tried
         message = ray.put(packed) if wire.nbytes(packed) > 2**16 else packed
-        shards = self._order(key)
         for shard in shards:
             try:
-                answer = self._shards[shard].extend.remote(message, given)
-                _, index = ray.get(answer, timeout=self._timeout_s)
+                answer = self._asked(shard, message, given, None)
+                if answer is None:  # it gets its first transitions
+                    answer = self._asked(shard, message, given, tell(structure))
             except (RayActorError, GetTimeoutError):
                 self._avoid[shard] = time.monotonic() + _AVOID_S
             except RayTaskError as error:
                 raise raised_by(error) from None
             else:
                 self._avoid.pop(shard, None)
-                return Receipt(shard, torch.from_numpy(index.copy()))
+                return Receipt(shard, torch.from_numpy(answer[1].copy()))
         raise ShardError(
             f"expected one of {len(shards)} shards to acknowledge within {self._timeout_s:g} s"
             " each, got no answer"
@@ -84,7 +100,10 @@ class Writer:
 
     def add(self, transition: Any, priority: Any = None) -> Receipt:
         """Write one transition, a TensorDict [] or a dict; see `extend`. Batches cost less."""
-        return self._write(checked(transition, batched=False), priority, None)
+        return self._write(*checked(transition, batched=False), priority, None)
+
+    def _asked(self, shard: int, *message: Any) -> Any:
+        return ray.get(self._shards[shard].extend.remote(*message), timeout=self._timeout_s)
 
     def _order(self, key: int | None) -> list[int]:
         """The shards to be tried: the next in turn, those after it; failed ones last."""
@@ -92,22 +111,23 @@ class Writer:
             first = self._next
             self._next = (first + 1) % len(self._shards)
         else:
-            first = key % len(self._shards)
+            first = _whole(key) % len(self._shards)
         order = [(first + k) % len(self._shards) for k in range(len(self._shards))]
         now = time.monotonic()
         return sorted(order, key=lambda shard: self._avoid.get(shard, 0.0) > now)
 
 
-def checked(transitions: Any, *, batched: bool = True) -> Leaves:
-    """The leaves [n, ...] of transitions [n], or of one [].
+def checked(transitions: Any, *, batched: bool = True) -> tuple[Leaves, Structure]:
+    """The leaves [n, ...] of transitions [n], or of one [], and their structure.
 
     Raises:
         SchemaError: a shard cannot store them.
     """
-    leaves, _ = Schema().check(transitions, batched=batched)
+    schema = Schema()
+    leaves, _ = schema.check(transitions, batched=batched)
     if ("shard",) in leaves:
         raise SchemaError("'shard' is a reserved key: sampling adds it; expected others")
-    return leaves
+    return leaves, schema.structure
 
 
 def _priority(priority: Any, n: int) -> Any:
@@ -118,3 +138,15 @@ def _priority(priority: Any, n: int) -> Any:
     values = validation.as_values("priority", priority, index).cpu()
     validation.require_finite("priority", values, low=0.0)
     return wire.array(values)
+
+
+def _whole(key: Any) -> int:
+    """A key, any integer of Python, numpy or a tensor.
+
+    Raises:
+        ConfigurationError: it is something else.
+    """
+    try:
+        return int(operator.index(key))
+    except TypeError as error:
+        raise ConfigurationError(f"key: expected an integer, got {key!r}") from error

@@ -44,6 +44,24 @@ def sharded(cluster):
 
 
 @pytest.fixture
+def given_to_actors(monkeypatch):
+    """Collects the arguments of constructors of actors: their bytes, and the handles in them."""
+    from ray._private.worker import global_worker
+    from ray.actor import ActorClass
+
+    collected, start = [], ActorClass._remote
+
+    def collect(self, args=None, kwargs=None, **options):
+        for value in [*(args or ()), *(kwargs or {}).values()]:
+            content = global_worker.get_serialization_context().serialize(value)
+            collected.append((content.total_bytes, content.contained_object_refs))
+        return start(self, args, kwargs, **options)
+
+    monkeypatch.setattr(ActorClass, "_remote", collect)
+    return collected
+
+
+@pytest.fixture
 def numbered():
     """Transitions that know their number: numbered(start, n)."""
 

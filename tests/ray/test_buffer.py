@@ -1,4 +1,6 @@
 import math
+import time
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from per_td.errors import (
     ConfigurationError,
     EmptyBufferError,
     IndexRangeError,
+    PerTdError,
     PriorityError,
     SchemaError,
 )
@@ -148,9 +151,8 @@ def test_a_batch_has_what_an_update_needs_and_updates_arrive(sharded, numbered):
         buffer.update_tensordict_priority(batch.exclude("td_error"))
     with pytest.raises(PriorityError, match="nan"):
         buffer.update_priority([0], [math.nan], shard=[0])
-    buffer.update_priority([64], [1.0], shard=[0])  # only the shard can know
-    with pytest.raises(IndexRangeError, match="expected 0 <= index < 64"):
-        buffer.flush()
+    with pytest.raises(IndexRangeError, match="expected 0 <= index < 64, the slots of a shard"):
+        buffer.update_priority([64], [1.0], shard=[0])
 
     buffer.alpha = 0.0
     counts = buffer.sample(4000)["shard"].bincount()
@@ -244,6 +246,19 @@ def test_shards_take_dicts(sharded, numbered):
         ({"checkpoint_every": 0}, "checkpoint_every"),
         ({"example": {"index": torch.zeros(())}}, "example: 'index' is a reserved key"),
         ({"example": 5}, "example: expected a TensorDict"),
+        ({"example": {"shard": torch.zeros(())}}, "'shard' is a reserved key"),
+        ({"shard_device": "nowhere"}, "shard_device: expected a device, got 'nowhere'"),
+        ({"shard_device": "meta"}, "shard_device"),
+        ({"shard_device": None}, "shard_device"),
+        ({"device": "nowhere"}, "device"),
+        ({"checkpoint_dir": 5}, "checkpoint_dir: expected a path, got 5"),
+        ({"name": 5}, "name: expected a name"),
+        ({"name": ""}, "name: expected a name"),
+        ({"actor_options": 5}, "actor_options: expected a dict"),
+        ({"start_timeout_s": math.nan}, "start_timeout_s"),
+        ({"timeout_s": None}, "timeout_s"),
+        ({"batch_size": 2.5}, "batch_size"),
+        ({"alpha": "x"}, "alpha"),
     ],
 )
 def test_wrong_arguments_are_refused_before_an_actor_starts(options, match, monkeypatch):
@@ -257,6 +272,143 @@ def test_wrong_arguments_are_refused_before_an_actor_starts(options, match, monk
         ShardedReplayBuffer(**{"num_shards": 2, "capacity_per_shard": 8} | options)
 
 
+def test_options_that_ray_refuses_are_named(sharded):
+    for wrong in ({"num_cpus": -1}, {"what": 1}, {"name": "two of one name"}):
+        with pytest.raises(ConfigurationError, match="actor_options: expected options that Ray"):
+            sharded(2, 8, actor_options=wrong)
+
+
+WRONG = [None, "x", math.nan, 0, -1, 2.5, [], [[1, 2]], torch.zeros(2, 3), object(), {}, True]
+
+
+def calls(buffer, numbered):
+    """Public calls of a buffer and a writer with one wrong argument, by name."""
+    one, writer = torch.zeros(1, dtype=torch.int64), buffer.writer()
+    yield "sample", lambda x: buffer.sample(x)
+    yield "extend", lambda x: buffer.extend(x)
+    yield "add", lambda x: buffer.add(x)
+    yield "priority of add", lambda x: buffer.add(numbered(0, 1)[0], x)
+    yield "priority of extend", lambda x: buffer.extend(numbered(0, 2), x)
+    yield "key", lambda x: writer.extend(numbered(0, 2), key=x)
+    yield "update_priority", lambda x: buffer.update_priority(x, one, shard=one)
+    yield "td_error", lambda x: buffer.update_priority(one, x, shard=one)
+    yield "generation", lambda x: buffer.update_priority(one, one, x, shard=one)
+    yield "shard", lambda x: buffer.update_priority(one, one, shard=x)
+    yield "update_tensordict_priority", lambda x: buffer.update_tensordict_priority(x)
+    yield "first", lambda x: buffer.writer(x)
+    yield "timeout_s", lambda x: buffer.writer(timeout_s=x)
+    yield "shards", lambda x: type(writer)(x)
+    yield "save", lambda x: buffer.save(x)
+    yield "load", lambda x: type(buffer).load(x)
+    for name in ("alpha", "beta", "eps", "beta_increment", "batch_size"):
+        yield name, lambda x, name=name: setattr(buffer, name, x)
+
+
+FINE = {
+    "sample": [None],
+    "priority of add": [None, 0, 2.5],
+    "priority of extend": [None],
+    "key": [None, 0, -1, True],
+    "update_priority": [0],
+    "td_error": [0, -1, 2.5],
+    "generation": [None, 0, -1],
+    "shard": [0],
+    "first": [0],
+    "timeout_s": [0, 2.5, True],
+    "shards": [[[1, 2]]],
+    "save": ["x"],
+    "alpha": [0, 2.5, True],
+    "beta": [0, True],
+    "eps": [0, 2.5, True],
+    "beta_increment": [0, 2.5, True],
+    "batch_size": [None],
+}
+
+
+def test_wrong_arguments_of_calls_are_refused_by_name_before_anything_is_sent(
+    sharded, numbered, monkeypatch, tmp_path
+):
+    buffer = sharded(2, 64)
+    buffer.extend(numbered(0, 20))
+    monkeypatch.chdir(tmp_path)
+    raw, sent = [], []
+    with monkeypatch.context() as patch:
+        patch.setattr(ray, "put", sent.append)
+        patch.setattr(ray.actor.ActorMethod, "_remote", lambda *_, **__: sent.append(1))
+        for name, call in calls(buffer, numbered):
+            for wrong in WRONG:
+                if any(type(wrong) is type(x) and wrong == x for x in FINE.get(name, [])):
+                    continue
+                try:
+                    call(wrong)
+                    raw.append((name, wrong, "accepted"))
+                except PerTdError:
+                    pass
+                except Exception as error:
+                    raw.append((name, wrong, repr(error)))
+                if sent:
+                    raw.append((name, wrong, "sent"))
+                    sent.clear()
+    assert [each for each in raw if each[:2] != ("load", "x")] == []
+    assert len(buffer) == 20
+    assert buffer.sample(4).batch_size == (4,)
+
+
+def test_a_beta_a_few_roundings_above_1_is_1(sharded):
+    buffer = sharded(1, 8, beta=1 + 1e-15)
+    assert buffer.beta == 1.0
+    buffer.beta = 0.5
+    buffer.beta = 1 + 4e-16
+    assert buffer.beta == 1.0
+
+
+def run(sharded, numbered, around):
+    """Weights, numbers and priorities of a few steps, every other one under `around`."""
+    with around():
+        buffer = sharded(2, 64, 8, beta_increment=0.1, prefetch=1, refresh_s=1e9)
+        for key in (0, 1):
+            buffer.writer().extend(numbered(20 * key, 20), key=key)
+        buffer.add(numbered(50, 1)[0], torch.tensor(0.3, dtype=torch.float32))
+        assert len(buffer) == 41
+    batches = []
+    for step in range(6):
+        with around() if step % 2 else nullcontext():
+            batch = buffer.sample()
+            batch["td_error"] = batch["id"] * torch.tensor(0.1, dtype=torch.float32)
+            buffer.update_tensordict_priority(batch)
+            buffer.flush()
+            buffer.increase_beta()
+        batches.append(batch)
+    with around():
+        buffer.alpha, buffer.eps = 0.3, 0.125
+        buffer.update_priority([3], np.array([0.7]), shard=[1])
+        buffer.flush()
+    batches.append(buffer.sample())
+    with around():
+        priority = buffer.priority
+    return [*(batch["priority_weight"] for batch in batches), priority], torch.cat(
+        [batch["id"] for batch in batches]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_and_inference_mode_change_nothing(dtype, sharded, numbered):
+    @contextmanager
+    def changed():
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    plain, found = (run(sharded, numbered, around) for around in (nullcontext, changed))
+    assert torch.equal(plain[1], found[1])
+    for one, two in zip(plain[0], found[0], strict=True):
+        assert one.dtype == two.dtype == torch.float32
+        assert torch.equal(one, two)
+
+
 @pytest.mark.slow
 def test_a_saved_buffer_comes_back(sharded, numbered, tmp_path):
     from per_td.errors import CheckpointError
@@ -268,6 +420,8 @@ def test_a_saved_buffer_comes_back(sharded, numbered, tmp_path):
     buffer.beta, buffer.alpha = 0.7, 0.3
     buffer.save(tmp_path)
     again = ShardedReplayBuffer.load(tmp_path, actor_options={"num_cpus": 0})
+    with pytest.raises(ConfigurationError, match=r"beta: expected the one saved, got 0\.5 too"):
+        ShardedReplayBuffer.load(tmp_path, beta=0.5)
     try:
         assert (again.alpha, again.beta, again.batch_size) == (0.3, 0.7, 16)
         torch.testing.assert_close(again.priority, buffer.priority)
@@ -279,6 +433,39 @@ def test_a_saved_buffer_comes_back(sharded, numbered, tmp_path):
 
     checkpoint.write(tmp_path / "learner.pt", {"format": "?"})
     with pytest.raises(CheckpointError, match="expected the state of a ShardedReplayBuffer"):
+        ShardedReplayBuffer.load(tmp_path)
+
+
+def test_a_load_that_fails_leaves_no_actor(sharded, tmp_path):
+    from per_td.errors import CheckpointError
+    from per_td.ray import ShardedReplayBuffer, saving
+
+    state = {
+        "num_shards": 1,
+        "batch_size": 5,
+        "settings": {
+            "alpha": 0.5,
+            "eps": 0.1,
+            "weight_normalization": "batch",
+            "new_priority": "buffer_max",
+            "draw": "independent",
+            "layout": "auto",
+            "capacity": 8,
+        },
+        "beta": 0.5,
+        "beta_increment": 0.0,
+        "generator": torch.zeros(7, dtype=torch.uint8),
+    }
+    options = {"actor_options": {"num_cpus": 0}, "name": "loaded"}
+    saving.write(tmp_path, state, "none")
+    with pytest.raises(CheckpointError, match="generator: expected the state of one"):
+        ShardedReplayBuffer.load(tmp_path, generator=torch.Generator(), **options)
+    assert has_ended("loaded-0")
+    with pytest.raises(FileNotFoundError, match="none"):  # the shard's file
+        ShardedReplayBuffer.load(tmp_path, **options)
+    assert has_ended("loaded-0")
+    saving.write(tmp_path, state | {"settings": {}}, "none")
+    with pytest.raises(CheckpointError, match=r"expected token, .* with the settings alpha"):
         ShardedReplayBuffer.load(tmp_path)
 
 
@@ -324,9 +511,87 @@ def test_actors_write_without_passing_through_the_learner(sharded, numbered):
 def test_shards_with_a_name_outlive_their_learner(sharded, numbered):
     first = sharded(1, 64, name="outlives")
     first.extend(numbered(0, 10))
-    again = sharded(1, 64, name="outlives", alpha=0.0)
+    again = sharded(1, 64, name="outlives", checkpoint_every=64)  # None means capacity
     assert len(again) == 10
     assert again.sample(8)["id"].max() < 10
+
+
+def has_ended(name):
+    """Wait for the end of an actor that was killed: Ray gets round to it some time later."""
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        try:
+            ray.get_actor(name)
+        except ValueError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+NAMED = {"alpha": 0.5, "eps": 0.25, "name": "settled"}
+
+
+@pytest.fixture(scope="module")
+def settled(cluster):
+    """A buffer with a name."""
+    from per_td.ray import ShardedReplayBuffer
+
+    example = TensorDict({"x": torch.zeros(3)})
+    buffer = ShardedReplayBuffer(2, 64, **NAMED, example=example, actor_options={"num_cpus": 0})
+    buffer.extend(TensorDict({"x": torch.rand(6, 3)}, [6]), torch.arange(6.0))
+    yield buffer
+    buffer.close()
+
+
+@pytest.mark.parametrize(
+    ("other", "match"),
+    [
+        ({"weight_normalization": "buffer"}, "weight_normalization is 'batch', asked for 'buffer'"),
+        ({"capacity_per_shard": 999}, "capacity_per_shard is 64, asked for 999"),
+        ({"alpha": 0.9}, "alpha is 0.5, asked for 0.9"),
+        ({"eps": 0.5}, "eps is 0.25, asked for 0.5"),
+        ({"new_priority": "ever_max"}, "new_priority is 'buffer_max', asked for 'ever_max'"),
+        ({"draw": "stratified"}, "draw is 'independent', asked for 'stratified'"),
+        ({"layout": "columns"}, "layout is 'auto', asked for 'columns'"),
+        ({"num_shards": 1}, "num_shards is 2, asked for 1"),
+        ({"num_shards": 3}, "num_shards is 2, asked for 3"),
+        ({"fsync": True}, "fsync is False, asked for True"),
+        ({"checkpoint_every": 9}, "checkpoint_every is 64, asked for 9"),
+        ({"checkpoint_dir": "/x"}, "checkpoint_dir is None, asked for '/x/shard-00000'"),
+        ({"example": {"x": torch.zeros(4)}}, r"example is .*\[3\].*, asked for .*\[4\]"),
+    ],
+)
+def test_shards_of_a_name_with_other_settings_are_refused_and_go_on(settled, other, match):
+    from per_td.ray import ShardedReplayBuffer
+
+    given = {"num_shards": 2, "capacity_per_shard": 64} | NAMED | other
+    with pytest.raises(ConfigurationError, match=match):
+        ShardedReplayBuffer(**given, actor_options={"num_cpus": 0})
+    assert settled.stats()["shards_living"] == 2
+    assert settled.sample(8).batch_size == (8,)
+    total = sum(report.total for report in settled.reports())
+    assert total == pytest.approx(sum(k**0.5 for k in range(6)), rel=1e-6)
+    assert has_ended("settled-2")  # what was started for it
+
+
+def test_shards_of_a_name_are_found_with_the_settings_that_they_have(settled):
+    from per_td.ray import ShardedReplayBuffer
+
+    settled.alpha = 0.75
+    try:
+        again = ShardedReplayBuffer(
+            np.int64(2),
+            np.int64(64),
+            5,
+            **NAMED | {"alpha": np.float32(0.75)},
+            shard_device=torch.device("cpu"),
+            example=TensorDict({"x": torch.zeros(3)}),
+            beta=0.9,
+        )
+        assert len(again) == 6
+        assert again.sample()["x"].shape == (5, 3)
+    finally:
+        settled.alpha = 0.5
 
 
 @pytest.mark.slow
@@ -398,7 +663,7 @@ def test_settings_are_plain_numbers_and_take_effect_when_set_or_are_refused(
     buffer.save(tmp_path)
     from per_td.ray import saving
 
-    state = saving.read(tmp_path)
+    state, _ = saving.read(tmp_path)
     assert {type(value) for value in state["settings"].values()} <= {int, float, str}
     assert (state["batch_size"], state["beta_increment"]) == (8, 0.5)
 

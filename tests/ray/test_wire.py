@@ -20,6 +20,17 @@ def test_leaves_come_back_as_they_were(dtype):
     assert wire.nbytes(packed) == leaf[:, ::2].numel() * leaf.itemsize
 
 
+RARE = [torch.complex32, torch.complex64, torch.float8_e5m2, torch.uint16]
+
+
+@pytest.mark.parametrize("dtype", RARE)
+def test_leaves_of_rare_dtypes_travel_too(dtype):
+    leaf = torch.arange(16, dtype=torch.uint8).repeat(3).view(dtype)
+    (back,) = wire.unpack(wire.pack({("x",): leaf})).values()
+    assert back.dtype == dtype
+    assert torch.equal(back.view(torch.uint8), leaf.view(torch.uint8))
+
+
 def test_read_only_memory_becomes_a_tensor_without_a_copy_and_without_a_warning():
     values = np.arange(5.0)
     values.flags.writeable = False

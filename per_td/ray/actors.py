@@ -1,0 +1,157 @@
+"""The actors of the shards: started, or found by their name, and ended."""
+
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from tensordict import TensorDict
+
+from per_td.errors import ConfigurationError
+from per_td.ray.errors import ShardError, raised_by
+from per_td.ray.shard import Shard
+from per_td.ray.structures import Told, tell
+from per_td.ray.writer import checked
+from per_td.storage.structure import Structure
+
+_NAMES = {"capacity": "capacity_per_shard", "device": "shard_device", "folder": "checkpoint_dir"}
+"""Names of arguments, by those of the settings of a shard."""
+
+
+def start(
+    seeds: list[int],
+    settings: dict[str, Any],
+    *,
+    folder: Path | None,
+    name: str | None,
+    options: dict[str, Any],
+    timeout_s: float,
+    told: Told | None,
+    **others: Any,
+) -> tuple[list[Any], list[Any]]:
+    """Start an actor per seed; with a name, those that are there already are used.
+
+    Arguments of actors are small and by value: Ray hands them to a restarted one again.
+
+    Args:
+        seeds: of the shards' draws.
+        settings: of each shard's buffer, and an example.
+        folder, name, options: see `ShardedReplayBuffer`.
+        timeout_s: seconds that shards which are there may take to answer.
+        told: the structure of the example.
+        others: other arguments of `Shard`, which shards that are there must have too.
+
+    Returns:
+        All shards, and those of them that were started here.
+
+    Raises:
+        ConfigurationError: shards that are there have other settings, or Ray refuses the options.
+        ShardError: shards that are there do not answer.
+    """
+    remote, answers = ray.remote(Shard), []
+    shards: list[Any] = []
+    started: list[Any] = []
+    try:
+        for number, seed in enumerate(seeds):
+            place = None if folder is None else str(folder / f"shard-{number:05d}")
+            arguments = others | {"folder": place}
+            own = {"max_restarts": -1} | options
+            if name is not None:
+                own |= {"name": f"{name}-{number}", "lifetime": "detached"}
+            found = None if name is None else _find(own)
+            if found is None:
+                try:
+                    actor = remote.options(**own)
+                    started.append(actor.remote(settings, seed=seed, told=told, **arguments))
+                except (TypeError, ValueError) as error:
+                    found = None if name is None else _find(own)  # another learner was faster
+                    if found is None:
+                        raise ConfigurationError(
+                            f"actor_options: expected options that Ray takes, got {options}:"
+                            f" {error}"
+                        ) from error
+            if found is not None:
+                answers.append(found.differences.remote(settings | arguments))
+            shards.append(started[-1] if found is None else found)
+        for differences in answers_of(answers, timeout_s):
+            _require_none(differences, name)
+    except BaseException:
+        end(started)
+        raise
+    return shards, started
+
+
+def end(shards: list[Any]) -> None:
+    """End actors for good."""
+    for shard in shards:
+        ray.kill(shard, no_restart=True)
+
+
+def answers_of(answers: list[Any], timeout_s: float) -> list[Any]:
+    """Wait for the answers of all shards.
+
+    Raises:
+        ShardError: a shard is lost, or takes longer than `timeout_s`.
+    """
+    try:
+        found: list[Any] = ray.get(answers, timeout=timeout_s)
+    except (RayActorError, GetTimeoutError) as error:
+        raise ShardError(f"expected answers of all shards, got {error}") from error
+    except RayTaskError as error:
+        raise raised_by(error) from None
+    return found
+
+
+def device_of(device: Any) -> torch.device | int:
+    """Check a device of shards, which other machines may have, and this one not.
+
+    Raises:
+        ConfigurationError: no machine has it.
+    """
+    if type(device) is int and device >= 0:
+        return device
+    try:
+        found = torch.device(device)
+    except (TypeError, RuntimeError) as error:
+        raise ConfigurationError(f"shard_device: expected a device, got {device!r}") from error
+    if found.type == "meta":
+        raise ConfigurationError("shard_device: expected one that holds values, got meta")
+    return found
+
+
+def small(example: Any) -> tuple[TensorDict, Told]:
+    """Make an example of the same kind that takes little memory, and its structure.
+
+    Raises:
+        SchemaError: the shards cannot store such transitions.
+    """
+    leaves, structure = checked(example, batched=False)
+    told = tell(structure)
+    zeros = [
+        (key, torch.zeros((), dtype=leaf.dtype, device="cpu").expand(leaf.shape[1:]))
+        for key, leaf in leaves.items()
+    ]
+    plain = Structure.from_state(told.nodes)
+    return plain.assembled(zeros, {}, torch.Size([]), torch.device("cpu")), told
+
+
+def _find(options: dict[str, Any]) -> Any:
+    """The actor of the name in Ray's `options`, if there is one."""
+    try:
+        return ray.get_actor(options["name"], options.get("namespace"))
+    except ValueError:
+        return None
+
+
+def _require_none(differences: dict[str, tuple[Any, Any]], name: str | None) -> None:
+    """Raise ConfigurationError if a shard has other settings than those asked for."""
+    if differences:
+        each = (
+            f"{_NAMES.get(setting, setting)} is {has!r}, asked for {asked!r}"
+            for setting, (has, asked) in differences.items()
+        )
+        raise ConfigurationError(
+            f"name: expected shards {name!r} with the settings asked for, got others:"
+            f" {'; '.join(each)}"
+        )
