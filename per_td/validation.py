@@ -239,7 +239,11 @@ def as_tensor(name: str, value: Any, error: type[PerTdError]) -> Tensor:
         if isinstance(value, np.ndarray) and not (value.flags.carray and value.dtype.isnative):
             # torch does not share backward strides, swapped bytes or memory that is read-only
             value = np.array(value, dtype=value.dtype.newbyteorder("="), order="C")
-        tensor: Tensor = torch.as_tensor(value).detach()
+        first = value
+        while isinstance(first, list | tuple) and first:
+            first = first[0]
+        dtype = torch.float32 if type(first) is float else None  # whatever torch's default is
+        tensor: Tensor = torch.as_tensor(value, dtype=dtype).detach()
     except _REFUSALS as refusal:
         raise error(
             f"{name}: expected a tensor, an array or numbers, got {type(value).__name__}: {refusal}"

@@ -47,7 +47,7 @@ def steps(settings: dict, path) -> list:
     """What a user may call, each in its turn; what each gives is to be the same in every mode."""
     lead = (2,) if "num_buffers" in settings else ()
     made: dict = {}
-    rated, ones = torch.tensor([0.5, 2.0, 7.0]), torch.ones(*lead, 2)
+    rated, ones = torch.tensor([0.3, 2.0, 7.0], dtype=torch.float32), torch.ones(*lead, 2)
     leaves = {("x",): ones, ("next", "done"): ones > 0}
 
     def make():
@@ -92,7 +92,7 @@ def steps(settings: dict, path) -> list:
         make,
         lambda: made["b"].add(transitions(0, *lead, 1)[..., 0]),
         lambda: made["b"].extend(transitions(1, *lead, 8)),
-        lambda: made["b"].extend(transitions(9, *lead, 3), rated.expand(*lead, 3)),
+        lambda: made["b"].extend(transitions(9, *lead, 3), rated.expand(*lead, 3).tolist()),
         lambda: made["b"].extend_leaves(leaves),
         update,
         update,
@@ -150,13 +150,15 @@ def test_the_courses_buffer_and_trees_work_in_every_mode(mode, choice, monkeypat
     with MODES[mode]():
         course, tree = TransitionReplayBuffer(4), SumTree(10)
         for i in range(6):
-            course.push([float(i), 1.0], i % 2, 0.5, [0.0, 1.0], False)
+            course.push([float(i), 0.3], i % 2, 0.5, [0.0, 1.0], False)
         *_, index, weight = course.sample(3)
         tree.update(torch.arange(5), [1.0, 2.0, 3.0, 4.0, 5.0])
     course.update_priorities(index, torch.ones(3, dtype=torch.float32))
     course.alpha = 0.0
-    course.push([0.0, 1.0], 0, 0.5, [0.0, 1.0], True)
-    assert course.sample(3)[0].dtype == weight.dtype == torch.float32
+    course.push([0.0, 0.3], 0, 0.5, [0.0, 1.0], True)
+    states = course.sample(3)[0]
+    assert states.dtype == weight.dtype == torch.float32
+    assert (states[:, 1] == torch.tensor(0.3, dtype=torch.float32)).all()
     course.buffer.check_valid()
     tree.update([2], [7.0])
     assert float(tree.total) == 1 + 2 + 7 + 4 + 5
