@@ -52,6 +52,14 @@ def generations(buffer: ReplayBuffer, device: torch.device) -> Tensor | None:
     return found if fits else None
 
 
+def generations_at(storage: Storage, rows: Tensor) -> Tensor | None:
+    """Generations of filled rows of a storage, int64 [R] as `rows`; None if it has none."""
+    known: Tensor | None = getattr(storage, "_slot_generations", None)
+    if known is None or len(known) < storage.shape[0]:
+        return None
+    return known[rows.to(known.device)].to(rows.device)
+
+
 def forget(storage: Storage, buffer: ReplayBuffer) -> None:
     """Stop a storage from telling a buffer of writes."""
     storage._attached_entities.remove(buffer)

@@ -225,7 +225,9 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             Indices of R records, slice after slice, a tuple of int64 [R], one for each dimension
             of the storage; R is `batch_size` unless slices may be shorter. And a dictionary of
             "priority_weight", float32 [R], the same for all records of a slice, and the flags
-            under `truncated_key`, "done" and "terminated" beside it, and `init_key`.
+            under `truncated_key`, "done" and "terminated" beside it, and `init_key`. For each
+            record also "slice_start", int64 [R, ndim], the slot of its slice's first record, and
+            that slot's "slice_start_generation", int64 [R], if the storage has generations.
 
         Raises:
             EmptyBufferError: the storage is empty, or no record can begin a slice.
@@ -249,6 +251,7 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
 
         position = torch.arange(length, device=self.device)
         index = slice_batches.advance(slot[chosen].unsqueeze(-1), position, storage.shape)
+        start = index[:, :1].expand_as(index)
         begins = (position == 0).expand_as(index)
         ends = (position == length - 1).expand_as(index)
         weight = weight.unsqueeze(-1).expand_as(index)
@@ -257,10 +260,16 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             there = over.cumsum(-1) - over.long() == 0  # up to the first end
             ends = (ends | over)[there]
             index, begins, weight = index[there], begins[there], weight[there]
+            start = start[there]
         where = unravelled(index.reshape(-1), storage.shape)
         keys = self.truncated_key, self.init_key
         marks = slice_batches.marks(storage[:], where, begins, ends, *keys)
-        return where, {"priority_weight": weight.reshape(-1)} | marks
+        start = torch.stack(unravelled(start.reshape(-1), storage.shape), -1)
+        info = {"priority_weight": weight.reshape(-1), slice_batches.START: start} | marks
+        generation = privates.generations_at(storage, start[:, 0])
+        if generation is not None:
+            info[slice_batches.START_GENERATION] = generation
+        return where, info
 
     def _weights(self, mass: Tensor, chosen: Tensor, size: int) -> Tensor:
         """Weights [n] of the `chosen` [n] among the records that can begin a slice, `mass` [S]."""
@@ -300,26 +309,20 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
         """The first record of each slice of a sampled batch, with the priority of the slice.
 
         Args:
-            batch: as it was sampled, [R], or reshaped to [slices, length], with TD errors.
+            batch: as it was sampled, [R], or reshaped to [slices, length], with TD errors. Records
+                may have been cut off, as burn-in does: the priority of a slice is that of the
+                records left, and goes to the slot of its first record as it was drawn.
             priority_key: entry of the TD errors, in the `td_error_unit`, [R] or [R, k].
 
         Returns:
-            TensorDict [S] with "index", with `reduction` over |TD error| of the whole slice under
-            `priority_key`, in the same unit, and with "index_generation" if the batch has it.
+            TensorDict [S] with "index", with `reduction` over |TD error| of the slice under
+            `priority_key`, in the same unit, and with "index_generation" if the batch has that of
+            first records.
 
         Raises:
-            PriorityError: there are no TD errors.
-            RuntimeError: slices may be shorter, and there are no ends under `truncated_key`.
+            PriorityError: there are no TD errors, or "slice_start" is missing; or the batch has
+                several dimensions, and a row holds records of several slices.
         """
-        if self.span[1] or not self.strict_length:
-            lengths = slice_batches.lengths_of(batch, self.truncated_key)
-        else:
-            length, n = self._adjusted_batch_size(batch.numel())
-            lengths = torch.full((n,), length, dtype=torch.int64, device=batch.device)
         return slice_batches.first_records(
-            batch,
-            lengths,
-            priority_key,
-            reduction=self.reduction,
-            unit=self.td_error_unit,
+            batch, priority_key, reduction=self.reduction, unit=self.td_error_unit
         )
