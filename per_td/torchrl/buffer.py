@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from math import isclose
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from per_td.torchrl import privates
 from per_td.torchrl.plain import as_plain, from_plain
 from per_td.torchrl.sampler import PrioritizedSampler
 from per_td.torchrl.slices import PrioritizedSliceSampler
-from per_td.torchrl.td_errors import first_of_each, magnitudes, required
+from per_td.torchrl.td_errors import as_key, first_of_each, magnitudes, required
 from per_td.torchrl.writer import GenerationWriter, slots_of
 from per_td.weights import priority_of
 
@@ -135,6 +136,8 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             raise ConfigurationError(
                 f"sync: expected True for a storage of {kept.ndim} dimensions, got False"
             )
+        if batch_size is not None:
+            batch_size = validation.positive_int("batch_size", batch_size)
         capacity = slots_of(kept)
         if sampler is None:
             sampler = PrioritizedSampler(
@@ -150,7 +153,10 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                 weight_normalization=weight_normalization,
                 td_error_unit=td_error_unit,
             )
-        elif (sampler.alpha, sampler.beta) != (alpha, beta):
+        elif not (
+            isclose(sampler.alpha, validation.real("alpha", alpha))
+            and isclose(sampler.beta, validation.real("beta", beta))
+        ):
             raise ConfigurationError(
                 f"sampler: expected the buffer's alpha={alpha} and beta={beta},"
                 f" got alpha={sampler.alpha} and beta={sampler.beta}"
@@ -186,6 +192,8 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                 f"{name}: expected to be set on the buffer's sampler, got {value!r} for the buffer;"
                 f" use buffer.sampler.{name}"
             )
+        if name == "priority_key":
+            value = as_key(name, value)
         super().__setattr__(name, value)
 
     # --- parts ------------------------------------------------------------------------------------
@@ -394,9 +402,13 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             and "priority_weight", float32.
 
         Raises:
+            ConfigurationError: `batch_size` is not an integer of at least 1 (a ValueError).
             EmptyBufferError: nothing is stored, or nothing can be drawn (a RuntimeError).
         """
         size = self._batch_size if batch_size is None else batch_size
+        if size is not None:
+            size = validation.positive_int("batch_size", size)
+            batch_size = None if batch_size is None else size
         agreed = self._batch_size in (None, size) or self._warned_batch_size_conflict
         if size is not None and agreed and include_info is None and not self._service_shutdown:
             with self._replay_lock:
@@ -447,9 +459,13 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             PriorityError: NaN, infinite, or neither one value nor one per index; nothing is
                 written then.
         """
+        sampler = self.prioritized_sampler
+        priority = validation.as_tensor("priority", priority, PriorityError)
+        if self.dim_extend > 0 and priority.ndim > 1:
+            priority = self._transpose(priority).flatten()
         with self._replay_lock, self._write_lock:
             self._catch_up()
-        ReplayBuffer.update_priority(self, index, priority)
+            sampler.update_priority(index, priority, storage=self._storage)
 
     def update_tensordict_priority(self, data: TensorDictBase) -> None:
         """Set the priorities of a batch from the TD errors that a loss left in it.

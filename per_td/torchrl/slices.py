@@ -15,7 +15,10 @@ from per_td import validation
 from per_td.errors import ConfigurationError, EmptyBufferError
 from per_td.torchrl import boundaries, privates, slice_batches
 from per_td.torchrl.sampler import PrioritizedSampler, unravelled
+from per_td.torchrl.td_errors import as_key
 from per_td.weights import importance_weights
+
+_KEYS = ("end_key", "traj_key", "truncated_key", "init_key")
 
 
 class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSliceSampler):
@@ -103,6 +106,8 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
         weight_normalization: str = "buffer",
         td_error_unit: str = "abs",
     ) -> None:
+        if end_keys is not None:
+            end_keys = tuple(as_key("end_keys", key) for key in end_keys)
         SliceSampler.__init__(
             self,
             num_slices=num_slices,
@@ -133,7 +138,7 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             weight_normalization=weight_normalization,
             td_error_unit=td_error_unit,
         )
-        self._given_end_keys = self.end_keys if end_key is None else (end_key,)
+        self._given_end_keys = self.end_keys if end_key is None else (self.end_key,)
         self._given_ends = ends if trajectories is None else boundaries.ends_of(trajectories)
         self._forget()
 
@@ -150,6 +155,8 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "span":
             value = boundaries.right_span(value)
+        elif name in _KEYS and value is not None:
+            value = as_key(name, value)
         elif name in ("num_slices", "slice_len"):
             if name in self.__dict__ and self.__dict__[name] is None:
                 other = "slice_len" if name == "num_slices" else "num_slices"
@@ -230,10 +237,12 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             that slot's "slice_start_generation", int64 [R], if the storage has generations.
 
         Raises:
+            ConfigurationError: `batch_size` is not an integer of at least 1.
             EmptyBufferError: the storage is empty, or no record can begin a slice.
             RuntimeError: `batch_size` cannot be divided into slices, or the ends of trajectories
                 cannot be found.
         """
+        batch_size = validation.positive_int("batch_size", batch_size)
         self._follow(storage)
         if len(storage) == 0:
             raise EmptyBufferError("Cannot sample from an empty storage.")
