@@ -142,6 +142,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         >>> buffer.update_tensordict_priority(batch)
     """
 
+    @torch.inference_mode(False)  # what is made here stays
     def __init__(
         self,
         max_capacity: int,
@@ -340,8 +341,9 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
                 f"max_capacity: expected {size}, the size of the storage, for a sampler that is"
                 f" shared with other processes, got {capacity}"
             )
-        self._table = self._table.moved(size, device)
-        self._stale = self._stale.to(device)
+        with torch.inference_mode(False):
+            self._table = self._table.moved(size, device)
+            self._stale = self._stale.to(device)
 
     def _flat(self, index: Any, storage: Storage | None) -> Tensor:
         shape = () if storage is None else getattr(storage, "shape", None) or ()
