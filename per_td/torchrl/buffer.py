@@ -543,7 +543,9 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                 td_error, squared = self._magnitudes(td_error, rows), False
             slot = validation.as_index(index, device) if plain else sampler._flat(index, storage)
             if generation is not None:
-                if generation.ndim != 1:
+                if not plain and generation.numel() == rows:  # a record in each place
+                    generation = generation.reshape(-1)
+                elif generation.ndim != 1:
                     generation = first_of_each(generation, data.ndim)
                 generation = validation.as_index(generation, device, "index_generation")
                 if generation.shape != slot.shape:

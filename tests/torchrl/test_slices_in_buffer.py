@@ -43,3 +43,26 @@ def test_the_r2d2_mix_goes_to_first_records_that_are_still_there(columns, reshap
     buffer.update_tensordict_priority(batch if reshaped else batch.reshape(-1))
     torch.testing.assert_close(sampler.priority, expected)
     assert buffer.stats()["stale_updates"] == late
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_records_of_two_dimensions_are_late_one_by_one_in_a_folded_batch(single):
+    buffer = TensorDictPrioritizedReplayBuffer(
+        alpha=1.0, beta=1.0, eps=0.0, storage=LazyTensorStorage(60, ndim=2), batch_size=24
+    )
+    buffer.extend(torch.stack([Stream(20, j).data(0, 20) for j in range(3)]))
+    batch = buffer.sample()
+    batch["td_error"] = torch.arange(24.0) + 2
+    buffer.extend(torch.stack([Stream(20, j).data(0, 9) for j in range(3)]))
+    expected, late = buffer.sampler.priority, 0
+    for (row, column), value in zip(batch["index"].tolist(), batch["td_error"], strict=True):
+        late += row < 9
+        expected[row * 3 + column] = value if row >= 9 else expected[row * 3 + column]
+    assert 0 < late < 24
+    if single:
+        for record in batch:
+            buffer.update_tensordict_priority(record)
+    else:
+        buffer.update_tensordict_priority(batch.reshape(4, 6))
+    assert torch.equal(buffer.sampler.priority, expected)
+    assert buffer.stats()["stale_updates"] == late
