@@ -54,6 +54,7 @@ class PriorityTable:
         ConfigurationError: an argument is not one of those accepted.
     """
 
+    @torch.inference_mode(False)  # what is made here stays
     def __init__(
         self,
         capacity: int,
@@ -120,10 +121,14 @@ class PriorityTable:
 
     @alpha.setter
     def alpha(self, value: float) -> None:
-        value = validation.real("alpha", value)
-        if value != self.alpha:
+        value, previous = validation.real("alpha", value), self.alpha
+        if value != previous:
             self._set_alpha(value)
-            self._refill()
+            try:
+                self._refill()
+            except BaseException:  # such as no memory for the masses
+                self._set_alpha(previous)
+                raise
 
     def _set_alpha(self, value: float) -> None:
         self.trees.set(ALPHA, value)

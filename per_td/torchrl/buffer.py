@@ -1,8 +1,9 @@
 """TensorDictPrioritizedReplayBuffer: TorchRL's, on per_td's priorities."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from math import isclose
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,16 @@ from torchrl.data import replay_buffers as torchrl_buffers
 from torchrl.data.replay_buffers import ReplayBuffer, TensorDictReplayBuffer
 from torchrl.data.replay_buffers.samplers import RandomSampler, Sampler
 from torchrl.data.replay_buffers.storages import Storage
+from torchrl.data.replay_buffers.writers import Writer
 
 from per_td import validation
-from per_td.errors import ConfigurationError, IndexRangeError, PriorityError
+from per_td.errors import CheckpointError, ConfigurationError, IndexRangeError, PriorityError
 from per_td.torchrl import privates
 from per_td.torchrl.plain import as_plain, from_plain
 from per_td.torchrl.sampler import PrioritizedSampler
 from per_td.torchrl.slices import PrioritizedSliceSampler
-from per_td.torchrl.td_errors import first_of_each, magnitudes, required
-from per_td.torchrl.writer import GenerationWriter, slots_of
+from per_td.torchrl.td_errors import as_key, first_of_each, magnitudes, required
+from per_td.torchrl.writer import GenerationWriter, fit_cursor, slots_of
 from per_td.weights import priority_of
 
 _EPS = 1e-8
@@ -98,6 +100,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
     _sync: bool
     _cache: privates.ColumnCache
     _seen_writes: int  # with sync=False: the priorities know of so many writes
+    _seen_emptied: int  # and of so many times that all was forgotten
     _supplied: Tensor | None = None  # priorities of elements that TorchRL's methods are writing
 
     def __init__(
@@ -135,6 +138,8 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             raise ConfigurationError(
                 f"sync: expected True for a storage of {kept.ndim} dimensions, got False"
             )
+        if batch_size is not None:
+            batch_size = validation.positive_int("batch_size", batch_size)
         capacity = slots_of(kept)
         if sampler is None:
             sampler = PrioritizedSampler(
@@ -150,7 +155,10 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                 weight_normalization=weight_normalization,
                 td_error_unit=td_error_unit,
             )
-        elif (sampler.alpha, sampler.beta) != (alpha, beta):
+        elif not (
+            isclose(sampler.alpha, validation.real("alpha", alpha))
+            and isclose(sampler.beta, validation.real("beta", beta))
+        ):
             raise ConfigurationError(
                 f"sampler: expected the buffer's alpha={alpha} and beta={beta},"
                 f" got alpha={sampler.alpha} and beta={sampler.beta}"
@@ -158,7 +166,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         _checked(sampler)._follow(kept)
         self._sync = sync
         self._prioritized_sampler = None  # TorchRL's name for the one that it keeps aside
-        self._seen_writes = 0
+        self._seen_writes = self._seen_emptied = 0
         self._cache = privates.ColumnCache()
         TensorDictReplayBuffer.__init__(
             self,
@@ -186,6 +194,8 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                 f"{name}: expected to be set on the buffer's sampler, got {value!r} for the buffer;"
                 f" use buffer.sampler.{name}"
             )
+        if name == "priority_key":
+            value = as_key(name, value)
         super().__setattr__(name, value)
 
     # --- parts ------------------------------------------------------------------------------------
@@ -236,12 +246,32 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                 f"storage: expected max_size={self._storage.max_size}, got {storage.max_size}"
             )
         with self._replay_lock, self._write_lock:
+            self._catch_up()
+            fit_cursor(self._writer, storage)
             previous = ReplayBuffer.set_storage(self, storage, collate_fn)
             privates.forget(previous, self)
             storage.attach(self)
             self._writer.register_storage(storage)
+            if isinstance(self._writer, GenerationWriter):
+                self._writer.exceed(privates.newest_generation(previous))
             self._sampler._empty()
             self._initialize_prioritized_sampler()
+        return previous
+
+    def set_writer(self, writer: Writer) -> Writer:
+        """Use another writer; a cursor beyond what is filled is brought back.
+
+        Returns:
+            The writer used so far.
+
+        Raises:
+            ConfigurationError: its cursor is negative or no integer.
+        """
+        with self._replay_lock, self._write_lock:
+            self._catch_up()
+            fit_cursor(writer, self._storage)
+            previous = ReplayBuffer.set_writer(self, writer)
+            self._note_writes()
         return previous
 
     def _initialize_prioritized_sampler(self) -> None:
@@ -354,7 +384,13 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         self, write: Callable[..., Any], data: Any, priority: Tensor | None
     ) -> Any:
         """Write by TorchRL's methods, which call `mark_update` on the way."""
-        with self._replay_lock, torch.no_grad():
+        # a storage allocates its memory at the first write: outside the caller's inference mode
+        first = torch.is_inference_mode_enabled() and not getattr(
+            self._storage, "initialized", True
+        )
+        lasting = torch.inference_mode(False) if first else nullcontext()
+        with self._replay_lock, lasting, torch.no_grad():
+            privates.require_writable(self._storage)
             self._supplied = priority
             try:
                 return write(self, data)
@@ -394,9 +430,13 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             and "priority_weight", float32.
 
         Raises:
+            ConfigurationError: `batch_size` is not an integer of at least 1 (a ValueError).
             EmptyBufferError: nothing is stored, or nothing can be drawn (a RuntimeError).
         """
         size = self._batch_size if batch_size is None else batch_size
+        if size is not None:
+            size = validation.positive_int("batch_size", size)
+            batch_size = None if batch_size is None else size
         agreed = self._batch_size in (None, size) or self._warned_batch_size_conflict
         if size is not None and agreed and include_info is None and not self._service_shutdown:
             with self._replay_lock:
@@ -419,16 +459,22 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         """With sync=False, give elements written since the last call the priority of new ones."""
         if self._sync or not isinstance(self._sampler, PrioritizedSampler):
             return
-        written, capacity = int(self._writer._write_count), self._storage.max_size
-        if written < self._seen_writes:  # emptied by another process
+        writer, capacity = self._writer, self._storage.max_size
+        written = int(writer._write_count)
+        emptied, before = _emptied(writer)
+        if emptied != self._seen_emptied or written < self._seen_writes:  # by another process
             self._sampler._empty()
-            self._seen_writes = 0
+            self._seen_emptied, self._seen_writes = emptied, min(before, written)
         new = min(written - self._seen_writes, capacity)
         if new:
-            end = self._writer._cursor
+            end = writer._cursor
             index = torch.arange(end - new, end, device="cpu").remainder_(capacity)
             self._sampler.mark_update(index, storage=self._storage)
         self._seen_writes = written
+
+    def _note_writes(self) -> None:
+        """Take all writes for known to the priorities, with sync=False."""
+        self._seen_emptied, self._seen_writes = _emptied(self._writer)[0], int(self.write_count)
 
     # --- priorities -------------------------------------------------------------------------------
 
@@ -447,9 +493,13 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             PriorityError: NaN, infinite, or neither one value nor one per index; nothing is
                 written then.
         """
+        sampler = self.prioritized_sampler
+        priority = validation.as_tensor("priority", priority, PriorityError)
+        if self.dim_extend > 0 and priority.ndim > 1:
+            priority = self._transpose(priority).flatten()
         with self._replay_lock, self._write_lock:
             self._catch_up()
-        ReplayBuffer.update_priority(self, index, priority)
+            sampler.update_priority(index, priority, storage=self._storage)
 
     def update_tensordict_priority(self, data: TensorDictBase) -> None:
         """Set the priorities of a batch from the TD errors that a loss left in it.
@@ -493,7 +543,9 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                 td_error, squared = self._magnitudes(td_error, rows), False
             slot = validation.as_index(index, device) if plain else sampler._flat(index, storage)
             if generation is not None:
-                if generation.ndim != 1:
+                if not plain and generation.numel() == rows:  # a record in each place
+                    generation = generation.reshape(-1)
+                elif generation.ndim != 1:
                     generation = first_of_each(generation, data.ndim)
                 generation = validation.as_index(generation, device, "index_generation")
                 if generation.shape != slot.shape:
@@ -548,7 +600,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             self._clear_prefetch_queue_locked()
             with self._replay_lock, self._write_lock:
                 ReplayBuffer.empty(self, empty_write_count=empty_write_count)
-                self._seen_writes = int(self.write_count)
+                self._note_writes()
 
     def stats(self) -> dict[str, int | float | bool]:
         """TorchRL's counters, and how many priorities were stale or refused."""
@@ -568,24 +620,38 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         state["_prefetch_state"] = as_plain(state["_prefetch_state"])
         return state
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state.
 
         Raises:
-            CheckpointError: its priorities are of another kind, or of another capacity; nothing is
-                changed then.
+            CheckpointError: a part of it is missing, or of another kind or capacity, or its numbers
+                cannot be; nothing is changed then.
         """
+        for part in ("_storage", "_sampler", "_writer", "_transforms", "_batch_size"):
+            if not isinstance(state_dict, dict) or part not in state_dict:
+                raise CheckpointError(f"expected the state of a buffer, got one without {part!r}")
         self.prioritized_sampler.check_state(state_dict["_sampler"])
+        privates.check_storage_state(self._storage, state_dict["_storage"])
+        if isinstance(self._writer, GenerationWriter):
+            self._writer.check_state(state_dict["_writer"])
+        if (size := state_dict["_batch_size"]) is not None:
+            try:
+                validation.positive_int("_batch_size", size)
+            except ConfigurationError as error:
+                raise CheckpointError(str(error)) from error
         ahead = from_plain(state_dict.get("_prefetch_state"))
         with self._at_rest():
             super().load_state_dict(state_dict | {"_prefetch_state": ahead})
-            self._seen_writes = int(self.write_count)
+            fit_cursor(self._writer, self._storage)
+            self._note_writes()
 
     def dumps(self, path: str | Path) -> None:
         """Write storage, sampler, writer and transforms into the folder `path`."""
         with self._at_rest():
             super().dumps(path)
 
+    @torch.inference_mode(False)
     def loads(self, path: str | Path) -> None:
         """Take over a state that `dumps` wrote into the folder `path`.
 
@@ -594,9 +660,12 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         """
         sampler = self.prioritized_sampler
         sampler.check_state(sampler.saved(Path(path) / "sampler"))
+        if isinstance(self._writer, GenerationWriter):
+            self._writer.check_state(self._writer.saved(Path(path) / "writer"))
         with self._at_rest():
             super().loads(path)
-            self._seen_writes = int(self.write_count)
+            fit_cursor(self._writer, self._storage)
+            self._note_writes()
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:
@@ -613,6 +682,11 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         if not self._sync and get_spawning_popen() is not None:
             state["_sampler"] = RandomSampler()  # the priorities stay with the process that samples
         return state
+
+
+def _emptied(writer: Writer) -> tuple[int, int]:
+    """How often all was forgotten, and the count of writes then; zeros if the writer cannot say."""
+    return writer.emptied if isinstance(writer, GenerationWriter) else (0, 0)
 
 
 def _checked(sampler: Any) -> PrioritizedSampler:

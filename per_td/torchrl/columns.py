@@ -56,12 +56,12 @@ def _explore(data: Any, capacity: int, device: torch.device, columns: list[Tenso
 
 
 def _is_column(value: Tensor, device: torch.device) -> bool:
-    """True if `value` is on `device` and its memory holds its numbers as they are."""
+    """True if `value` is on `device`, its memory holds its numbers as they are, and may change."""
     return (
         value.layout == torch.strided
         and not value.is_nested
         and value.device == device
-        and not (value.is_neg() or value.is_conj())
+        and not (value.is_neg() or value.is_conj() or value.is_inference())
     )
 
 

@@ -4,12 +4,13 @@ With them, a buffer that asks for nothing special is written and read column by 
 storage, writer and sampler as by TorchRL's methods, with the same results.
 """
 
+import math
 from array import array
 from operator import is_
 from typing import Any
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, is_tensor_collection
 from torch import Tensor
 from torchrl.data.replay_buffers import ReplayBuffer
 from torchrl.data.replay_buffers.storages import (
@@ -19,7 +20,7 @@ from torchrl.data.replay_buffers.storages import (
     _collate_id,
 )
 
-from per_td.errors import EmptyBufferError
+from per_td.errors import CheckpointError, ConfigurationError, EmptyBufferError
 from per_td.priorities.sampling import sample_weighted
 from per_td.torchrl.columns import Columns
 from per_td.torchrl.sampler import PrioritizedSampler
@@ -50,6 +51,60 @@ def generations(buffer: ReplayBuffer, device: torch.device) -> Tensor | None:
         and found.is_contiguous()
     )
     return found if fits else None
+
+
+def newest_generation(storage: Storage) -> int:
+    """The largest generation of a slot of a storage, -1 for none; on CUDA the host waits."""
+    known: Tensor | None = getattr(storage, "_slot_generations", None)
+    return -1 if known is None or not known.numel() else int(known.max())
+
+
+def require_writable(storage: Storage) -> None:
+    """Refuse to write to memory that was made in an inference mode, outside of one.
+
+    Raises:
+        ConfigurationError: the storage holds such memory, to which torch would not write.
+    """
+    data: Any = getattr(storage, "_storage", None)
+    if torch.is_inference_mode_enabled() or not is_tensor_collection(data):
+        return
+    leaf = next(iter(data.values(True, True)), None)  # one stands for all: they are made at once
+    if isinstance(leaf, Tensor) and leaf.is_inference():
+        raise ConfigurationError(
+            "storage: expected memory made outside torch.inference_mode(), to which one can write"
+            " at any time, got memory made inside; nothing was written"
+        )
+
+
+def check_storage_state(storage: Storage, state: Any) -> None:
+    """Refuse the state of a storage whose numbers cannot be.
+
+    Raises:
+        CheckpointError: the number of elements is not an integer from 0 up to the storage's size,
+            or its tensors are not of that size.
+    """
+    if not isinstance(state, dict):
+        raise CheckpointError(f"storage: expected a dictionary, got {type(state).__name__}")
+    data = state.get("_storage")
+    size = len(data) if isinstance(data, list) else state.get("_len", 0)
+    if type(size) is not int or not 0 <= size <= storage.max_size:
+        raise CheckpointError(f"storage: expected 0 to {storage.max_size} elements, got {size!r}")
+    leaves = list(data.values()) if isinstance(data, dict) else [data]
+    shapes = {tuple(leaf.shape[: storage.ndim]) for leaf in leaves if isinstance(leaf, Tensor)}
+    slots = {math.prod(shape) for shape in shapes if len(shape) == storage.ndim}
+    expected = storage.max_size if storage.ndim == 1 else max([storage.max_size, *slots])
+    if shapes and (len(shapes) > 1 or slots != {expected}):
+        raise CheckpointError(
+            f"storage: expected tensors of {expected} slots, got shapes {sorted(shapes)}"
+        )
+
+
+def generations_at(storage: Storage, rows: Tensor) -> Tensor | None:
+    """Generations of filled rows of a storage, int64 [R] as `rows`; None if it has none."""
+    known: Tensor | None = getattr(storage, "_slot_generations", None)
+    if known is None or len(known) < storage.shape[0]:
+        return None
+    return known[rows.to(known.device)].to(rows.device)
 
 
 def forget(storage: Storage, buffer: ReplayBuffer) -> None:

@@ -1,6 +1,7 @@
 """PrioritizedSampler: TorchRL's, on per_td's priorities."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,36 @@ _NEVER = -2
 """A generation that no slot has: a slot that was never written has -1."""
 
 
+def _stacked(index: Any, ndim: int) -> Any:
+    """Indices in each dimension, a tuple, as one tensor [B, ndim]; others as they are.
+
+    In a storage of one dimension, a tuple of numbers holds so many slots.
+    """
+    if not isinstance(index, tuple) or not index:
+        return index
+    parts = [validation.as_tensor("index", part, IndexRangeError) for part in index]
+    if ndim < 2 and all(part.ndim == 0 for part in parts):
+        return torch.stack(parts)
+    if len(parts) != max(ndim, 1) or any(part.shape != parts[0].shape for part in parts):
+        raise IndexRangeError(
+            f"index: expected a tuple of {max(ndim, 1)} tensors of one shape, one for each"
+            f" dimension of the storage, got shapes {[list(part.shape) for part in parts]}"
+        )
+    return torch.stack([part.reshape(-1) for part in parts], -1)
+
+
 def flat_index(index: Any, shape: torch.Size | tuple[int, ...], device: torch.device) -> Tensor:
     """Slots of a storage, counted row by row where it has several dimensions, int64 [B].
 
     Args:
-        index: an int, [B], or for several dimensions [B, ndim] or a tuple of ndim [B].
+        index: an int, [B], or for several dimensions [B, ndim] or a tuple of ndim ints or [B].
         shape: of the storage; the first entry does not matter.
         device: of the result.
+
+    Raises:
+        IndexRangeError: it holds no integers, or its parts differ in shape.
     """
-    index = torch.stack(index, -1) if isinstance(index, tuple) else torch.as_tensor(index)
+    index = validation.as_tensor("index", _stacked(index, len(shape)), IndexRangeError)
     places: Tensor = validation.as_index(index.reshape(-1), device).view(index.shape)
     if places.ndim > 1 and len(shape) > 1 and places.shape[-1] == len(shape):
         outside, flat = (places < 0).any(-1), torch.zeros_like(places[..., 0])
@@ -120,6 +142,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         >>> buffer.update_tensordict_priority(batch)
     """
 
+    @torch.inference_mode(False)  # what is made here stays
     def __init__(
         self,
         max_capacity: int,
@@ -201,7 +224,10 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
 
     @beta.setter
     def beta(self, value: float) -> None:
-        self._beta = validation.real("beta", value)
+        value = validation.real("beta", value)
+        with suppress(ConfigurationError):  # a few roundings beyond 1, the full correction, are 1
+            value = validation.real("beta", value, high=1.0)
+        self._beta = value
 
     @property
     def reduction(self) -> str:
@@ -315,8 +341,9 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
                 f"max_capacity: expected {size}, the size of the storage, for a sampler that is"
                 f" shared with other processes, got {capacity}"
             )
-        self._table = self._table.moved(size, device)
-        self._stale = self._stale.to(device)
+        with torch.inference_mode(False):
+            self._table = self._table.moved(size, device)
+            self._stale = self._stale.to(device)
 
     def _flat(self, index: Any, storage: Storage | None) -> Tensor:
         shape = () if storage is None else getattr(storage, "shape", None) or ()
@@ -338,8 +365,10 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             {"priority_weight": float32 [B]}.
 
         Raises:
+            ConfigurationError: `batch_size` is not an integer of at least 1.
             EmptyBufferError: the storage is empty, or nothing in it can be drawn.
         """
+        batch_size = validation.positive_int("batch_size", batch_size)
         self._follow(storage)
         size = len(storage)
         if not size:

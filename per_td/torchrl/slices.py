@@ -15,7 +15,10 @@ from per_td import validation
 from per_td.errors import ConfigurationError, EmptyBufferError
 from per_td.torchrl import boundaries, privates, slice_batches
 from per_td.torchrl.sampler import PrioritizedSampler, unravelled
+from per_td.torchrl.td_errors import as_key
 from per_td.weights import importance_weights
+
+_KEYS = ("end_key", "traj_key", "truncated_key", "init_key")
 
 
 class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSliceSampler):
@@ -103,6 +106,8 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
         weight_normalization: str = "buffer",
         td_error_unit: str = "abs",
     ) -> None:
+        if end_keys is not None:
+            end_keys = tuple(as_key("end_keys", key) for key in end_keys)
         SliceSampler.__init__(
             self,
             num_slices=num_slices,
@@ -133,7 +138,7 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             weight_normalization=weight_normalization,
             td_error_unit=td_error_unit,
         )
-        self._given_end_keys = self.end_keys if end_key is None else (end_key,)
+        self._given_end_keys = self.end_keys if end_key is None else (self.end_key,)
         self._given_ends = ends if trajectories is None else boundaries.ends_of(trajectories)
         self._forget()
 
@@ -150,6 +155,8 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "span":
             value = boundaries.right_span(value)
+        elif name in _KEYS and value is not None:
+            value = as_key(name, value)
         elif name in ("num_slices", "slice_len"):
             if name in self.__dict__ and self.__dict__[name] is None:
                 other = "slice_len" if name == "num_slices" else "num_slices"
@@ -225,13 +232,17 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             Indices of R records, slice after slice, a tuple of int64 [R], one for each dimension
             of the storage; R is `batch_size` unless slices may be shorter. And a dictionary of
             "priority_weight", float32 [R], the same for all records of a slice, and the flags
-            under `truncated_key`, "done" and "terminated" beside it, and `init_key`.
+            under `truncated_key`, "done" and "terminated" beside it, and `init_key`. For each
+            record also "slice_start", int64 [R, ndim], the slot of its slice's first record, and
+            that slot's "slice_start_generation", int64 [R], if the storage has generations.
 
         Raises:
+            ConfigurationError: `batch_size` is not an integer of at least 1.
             EmptyBufferError: the storage is empty, or no record can begin a slice.
             RuntimeError: `batch_size` cannot be divided into slices, or the ends of trajectories
                 cannot be found.
         """
+        batch_size = validation.positive_int("batch_size", batch_size)
         self._follow(storage)
         if len(storage) == 0:
             raise EmptyBufferError("Cannot sample from an empty storage.")
@@ -249,6 +260,7 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
 
         position = torch.arange(length, device=self.device)
         index = slice_batches.advance(slot[chosen].unsqueeze(-1), position, storage.shape)
+        start = index[:, :1].expand_as(index)
         begins = (position == 0).expand_as(index)
         ends = (position == length - 1).expand_as(index)
         weight = weight.unsqueeze(-1).expand_as(index)
@@ -257,10 +269,16 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             there = over.cumsum(-1) - over.long() == 0  # up to the first end
             ends = (ends | over)[there]
             index, begins, weight = index[there], begins[there], weight[there]
+            start = start[there]
         where = unravelled(index.reshape(-1), storage.shape)
         keys = self.truncated_key, self.init_key
         marks = slice_batches.marks(storage[:], where, begins, ends, *keys)
-        return where, {"priority_weight": weight.reshape(-1)} | marks
+        start = torch.stack(unravelled(start.reshape(-1), storage.shape), -1)
+        info = {"priority_weight": weight.reshape(-1), slice_batches.START: start} | marks
+        generation = privates.generations_at(storage, start[:, 0])
+        if generation is not None:
+            info[slice_batches.START_GENERATION] = generation
+        return where, info
 
     def _weights(self, mass: Tensor, chosen: Tensor, size: int) -> Tensor:
         """Weights [n] of the `chosen` [n] among the records that can begin a slice, `mass` [S]."""
@@ -300,26 +318,20 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
         """The first record of each slice of a sampled batch, with the priority of the slice.
 
         Args:
-            batch: as it was sampled, [R], or reshaped to [slices, length], with TD errors.
+            batch: as it was sampled, [R], or reshaped to [slices, length], with TD errors. Records
+                may have been cut off, as burn-in does: the priority of a slice is that of the
+                records left, and goes to the slot of its first record as it was drawn.
             priority_key: entry of the TD errors, in the `td_error_unit`, [R] or [R, k].
 
         Returns:
-            TensorDict [S] with "index", with `reduction` over |TD error| of the whole slice under
-            `priority_key`, in the same unit, and with "index_generation" if the batch has it.
+            TensorDict [S] with "index", with `reduction` over |TD error| of the slice under
+            `priority_key`, in the same unit, and with "index_generation" if the batch has that of
+            first records.
 
         Raises:
-            PriorityError: there are no TD errors.
-            RuntimeError: slices may be shorter, and there are no ends under `truncated_key`.
+            PriorityError: there are no TD errors, or "slice_start" is missing; or the batch has
+                several dimensions, and a row holds records of several slices.
         """
-        if self.span[1] or not self.strict_length:
-            lengths = slice_batches.lengths_of(batch, self.truncated_key)
-        else:
-            length, n = self._adjusted_batch_size(batch.numel())
-            lengths = torch.full((n,), length, dtype=torch.int64, device=batch.device)
         return slice_batches.first_records(
-            batch,
-            lengths,
-            priority_key,
-            reduction=self.reduction,
-            unit=self.td_error_unit,
+            batch, priority_key, reduction=self.reduction, unit=self.td_error_unit
         )

@@ -4,10 +4,11 @@ import math
 from typing import Any
 
 from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
 from torch import Tensor
 
 from per_td import validation
-from per_td.errors import PriorityError
+from per_td.errors import ConfigurationError, PriorityError
 
 REDUCTIONS = ("max", "min", "mean", "median", "sum", "r2d2")
 TD_ERROR_UNITS = ("abs", "squared")
@@ -78,6 +79,30 @@ def magnitudes(td_error: Tensor, rows: int, *, unit: str, reduction: str, key: A
             f" got shape {list(td_error.shape)}"
         )
     return reduce_priority(magnitude(td_error.reshape(rows, -1), unit), reduction)
+
+
+def _names(key: Any) -> list[str]:
+    """The names in a nested key; none if a part of it is no name."""
+    if isinstance(key, str):
+        return [key]
+    parts = [_names(part) for part in key] if isinstance(key, tuple) else [[]]
+    return [name for part in parts for name in part] if all(parts) else []
+
+
+def as_key(name: str, key: Any) -> NestedKey:
+    """Check a key of a TensorDict, and return its plain form: ("a",) is "a".
+
+    Args:
+        name: name of the argument, for the error.
+        key: string, or tuple of keys.
+
+    Raises:
+        ConfigurationError: it is neither.
+    """
+    names = _names(key)
+    if not names:
+        raise ConfigurationError(f"{name}: expected a string or a tuple of them, got {key!r}")
+    return names[0] if len(names) == 1 else tuple(names)
 
 
 def required(data: TensorDictBase, key: Any) -> Tensor:

@@ -41,7 +41,7 @@ def test_stored_terminations_are_kept_beside_the_marks():
 def test_marks_may_be_left_out():
     buffer = filled(20, [Stream(20, 1)], 20, slice_len=3, truncated_key=None, init_key=None)
     batch, info = buffer.sample(6, return_info=True)
-    assert set(info) == {"priority_weight", "index"}
+    assert set(info) == {"priority_weight", "index", "slice_start"}
     stored = buffer.storage[:][batch["index"][:, 0]]
     assert torch.equal(batch["is_init"], stored["is_init"])
     assert torch.equal(batch[TRUNCATED], stored[TRUNCATED])
@@ -127,6 +127,92 @@ def test_what_is_missing_for_priorities_of_slices_is_named():
     with pytest.raises(PriorityError, match="td_error: expected this entry in the batch, got"):
         buffer.sampler.slice_priorities(batch)
     batch["td_error"] = torch.zeros(len(batch))
-    del batch["next", "truncated"]
-    with pytest.raises(RuntimeError, match="expected the ends of the slices under"):
-        buffer.sampler.slice_priorities(batch)
+    for key in ("slice_start", "index"):
+        with pytest.raises(PriorityError, match=f"{key}: expected this entry in the batch, got"):
+            buffer.sampler.slice_priorities(batch.exclude(key))
+    with pytest.raises(PriorityError, match="expected a batch with records"):
+        buffer.sampler.slice_priorities(batch[:0])
+
+
+def cuts(batch, length):
+    """Ways to hand a batch of slices on: burn-in, a shorter end, every other record."""
+    rows = batch.reshape(-1, length)
+    yield from (batch, rows, rows[:, 2:], rows[:, :2], rows[:, ::2], rows[:, -1:], rows[:, 1:-1])
+    yield from (rows[:, 2:].reshape(-1), rows[:, -1], rows[:, 1:].reshape(2, -1, length - 1))
+
+
+@pytest.mark.parametrize("number", ["slice_len", "num_slices"])
+@pytest.mark.parametrize("columns", [1, 3])
+@pytest.mark.parametrize("reduction", ["max", "sum", "r2d2"])
+def test_what_is_left_of_a_slice_is_reduced_for_the_slot_where_it_began(number, columns, reduction):
+    streams = [Stream(60, j, longest=12) for j in range(columns)]
+    settings = {number: 4 if number == "slice_len" else 6, "reduction": reduction}
+    buffer = filled(33, streams, 60, **settings)
+    rows = buffer.sample(24).reshape(6, 4)
+    rows["td_error"] = torch.rand(6, 4, 2)
+    for cut in cuts(rows.reshape(-1), 4):
+        slot, priority = buffer.sampler.slice_priorities(cut)
+        assert torch.equal(slot, rows["index"][:, 0])
+        left = cut["td_error"].reshape(6, -1)
+        expected = {"max": left.amax(1), "sum": left.sum(1)}
+        expected["r2d2"] = 0.9 * left.amax(1) + 0.1 * left.mean(1)
+        torch.testing.assert_close(priority, expected[reduction])
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_the_start_of_a_slice_goes_around_the_end_of_the_ring(columns):
+    steps = 26
+    done = torch.zeros(steps, 1, dtype=torch.bool)
+    sampler = PrioritizedSliceSampler(20 * columns, ALPHA, BETA, slice_len=5, reduction="sum")
+    storage = LazyTensorStorage(20 * columns, ndim=1 if columns == 1 else 2)
+    buffer = TensorDictReplayBuffer(storage=storage, sampler=sampler, batch_size=500)
+    k = torch.arange(steps)
+    one = TensorDict({"k": k, "next": {"done": done}}, [steps])
+    for data in one.split(13):
+        buffer.extend(data if columns == 1 else torch.stack([data] * columns))
+    batch = buffer.sample()
+    around = batch["index"].reshape(100, 5, -1)[..., 0]
+    assert (around[:, 0] > around[:, -1]).any()
+    batch["td_error"] = torch.rand(500)
+    slot, priority = sampler.slice_priorities(batch)
+    assert torch.equal(slot, batch["index"].reshape(100, 5, -1)[:, 0])
+    torch.testing.assert_close(priority, batch["td_error"].reshape(100, 5).sum(1))
+
+
+def test_slices_of_different_lengths_may_lose_their_ends_marks_and_first_records():
+    buffer = filled(20, [Stream(33, 1)], 33, slice_len=4, strict_length=False, reduction="sum")
+    batch = buffer.sample(40)
+    batch["td_error"] = torch.rand(len(batch))
+    ends = batch[TRUNCATED].squeeze(-1).nonzero().squeeze(-1) + 1
+    pieces = batch.split(torch.diff(ends, prepend=torch.zeros(1, dtype=torch.int64)).tolist())
+    left = [piece[1:] for piece in pieces if len(piece) > 1]
+    assert 1 < len(left) < len(pieces)
+    cut = torch.cat(left).exclude(TRUNCATED)
+    slot, priority = buffer.sampler.slice_priorities(cut)
+    assert slot.tolist() == [piece["index"][0].tolist() for piece in pieces if len(piece) > 1]
+    torch.testing.assert_close(priority, torch.stack([piece["td_error"].sum() for piece in left]))
+
+
+def test_a_row_with_records_of_two_slices_is_refused():
+    buffer = filled(33, [Stream(33, 1)], 33, slice_len=3)
+    buffer.update_priority(torch.arange(33), torch.rand(33))
+    batch = buffer.sample(24)
+    batch["td_error"] = torch.rand(24)
+    for wrong in (batch.reshape(4, 6), batch.reshape(8, 3).transpose(0, 1)):
+        with pytest.raises(PriorityError, match=r"one slice in each row, got \["):
+            buffer.sampler.slice_priorities(wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_flags_of_any_dtype_end_trajectories_and_keep_their_dtype(dtype):
+    sampler = PrioritizedSliceSampler(60, 1.0, 1.0, slice_len=4)
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(60), sampler=sampler, batch_size=16)
+    flag = (torch.arange(60) % 12 == 11).unsqueeze(-1).to(dtype)
+    following = {"done": flag, "terminated": flag}
+    data = {"k": torch.arange(60), "next": following, "is_init": flag.roll(1)}
+    buffer.extend(TensorDict(data, [60]))
+    batch = buffer.sample()
+    assert batch[DONE].dtype == batch["is_init"].dtype == batch["next", "terminated"].dtype == dtype
+    assert batch[DONE].reshape(4, 4).tolist() == [[0, 0, 0, 1]] * 4
+    assert batch["is_init"].reshape(4, 4).tolist() == [[1, 0, 0, 0]] * 4
+    assert (batch["k"].reshape(4, 4)[:, 0] % 12 <= 8).all()
