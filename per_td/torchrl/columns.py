@@ -13,10 +13,11 @@ from tensordict import MemoryMappedTensor, TensorDict
 from torch import Tensor
 
 from per_td import kernels
+from per_td.errors import SchemaError
 from per_td.kernels import reference
 from per_td.storage import batches
 from per_td.storage.rows import Rows
-from per_td.validation import plain_rows
+from per_td.validation import plain_rows, require_plain
 
 _TENSORS = (Tensor, MemoryMappedTensor)
 
@@ -187,7 +188,11 @@ class Columns:
         if not _collect(self._expected, data, rows, skip="index"):
             return None
         rows[self._index] = self._no_slots  # until `write` knows them
-        return [plain_rows(row, self._device) for row in rows]
+        rows = [plain_rows(row, self._device) for row in rows]
+        if self._operations is reference and self._device.type == "cpu":
+            for row in rows:  # kernels look for memory before they write; torch does not
+                require_plain("transitions", row, SchemaError)
+        return rows
 
     def write(self, rows: list[Tensor], start: int, n: int) -> Tensor:
         """Write rows and their slots, and count up their generations.

@@ -318,7 +318,7 @@ def test_rows_without_entries_are_written_and_drawn(choice):
     assert both.buffers[0].sample()["index"].max() < 9
 
 
-def test_rows_that_cannot_be_read_move_nothing_on():
+def test_rows_that_cannot_be_read_move_nothing_on(choice):
     buffer = make(capacity=9)
     buffer.extend(data(4))
     new = data(3, 4)
