@@ -278,7 +278,8 @@ class PrioritizedReplayBuffer(Copied):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         with self._lock:
-            self._require_rest()
+            if self._busy:
+                raise self._at_work()
             if self._guard is not None:
                 return object.__reduce_ex__(self, protocol)  # torch's reducers share the tensors
             return super().__reduce_ex__(protocol)
@@ -286,7 +287,8 @@ class PrioritizedReplayBuffer(Copied):
     @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         with self._lock:
-            self._require_rest()
+            if self._busy:
+                raise self._at_work()
             return super().__deepcopy__(memo)
 
     def close(self) -> None:
@@ -358,13 +360,14 @@ class PrioritizedReplayBuffer(Copied):
         ring = self._storage
         if mask is not None:
             mask = self._as_mask(mask, (*ring.lead, n))
-        self._require_rest()
+        if self._busy:
+            raise self._at_work()
         index = ring.next_slots(n, mask)
         if priority is not None:
             priority = self._priorities.check_initial(priority, index, mask)
         if self._guard is not None:
             self._guard.note.begin(*ring.runs(n, mask))
-        before = ring.ring_count()
+        ring.begun = None
         try:
             self._busy = True
             self._write(leaves, n, index, priority, mask)
@@ -372,8 +375,8 @@ class PrioritizedReplayBuffer(Copied):
             raise
         except BaseException as error:  # an interrupt, say: what is written needs its priority
             validation.refuse_transform(error)
-            if self._guard is None and before is not None:
-                ring.set_count(before)
+            if self._guard is None:
+                ring.take_back()
                 self._priorities.rebuild()
                 self._write(leaves, n, index, priority, mask)
             raise
@@ -381,13 +384,12 @@ class PrioritizedReplayBuffer(Copied):
             self._busy = False
         return index
 
-    def _require_rest(self) -> None:
-        """Refuse a call in the middle of another, where nothing fits together."""
-        if self._busy:
-            raise PerTdError(
-                "expected no call from within another call of the buffer, got one, such as from a"
-                " signal handler, or from another thread: threads=True makes a buffer for several"
-            )
+    def _at_work(self) -> PerTdError:
+        """Return the error of a call in the middle of another, where nothing fits together."""
+        return PerTdError(
+            "expected no call from within another call of the buffer, got one, such as from a"
+            " signal handler, or from another thread: threads=True makes a buffer for several"
+        )
 
     def _write(
         self, leaves: Leaves, n: int, index: Tensor, priority: Tensor | None, mask: Tensor | None
@@ -436,7 +438,8 @@ class PrioritizedReplayBuffer(Copied):
     def _at_rest(self) -> Iterator[None]:
         """Hold the lock, and refuse calls from within."""
         with self._lock:
-            self._require_rest()
+            if self._busy:
+                raise self._at_work()
             try:
                 self._busy = True
                 yield
@@ -470,9 +473,8 @@ class PrioritizedReplayBuffer(Copied):
     def _sample_now(self, batch_size: int | None) -> TensorDict:
         with self._lock:
             rows, index, weight, generation = self._drawn(batch_size)
-            return self._storage.batch(
-                rows, priority_weight=weight, index=index, generation=generation
-            )
+            beside = {"priority_weight": weight, "index": index, "generation": generation}
+            return self._storage.batch(rows, beside)
 
     def sample_leaves(self, batch_size: int | None = None) -> tuple[Leaves, Tensor, Tensor]:
         """`sample` without a TensorDict: tensors [B, ...] by key, index and weight."""
@@ -497,13 +499,14 @@ class PrioritizedReplayBuffer(Copied):
 
     def _drawn(self, batch_size: int | None) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
         """Transitions drawn, a tensor per key, their slots, weights and generations."""
-        n, ring, size = self._batch_size(batch_size), self._storage, None
-        self._require_rest()
+        n, ring, table, size = self._batch_size(batch_size), self._storage, self._priorities, None
+        if self._busy:
+            raise self._at_work()
         if not ring.lead:
             size = len(ring)
             if not size:
                 raise EmptyBufferError("expected transitions to sample from, got an empty buffer")
-            if self.draw == "without_replacement" and n > size:
+            if table.draw == "without_replacement" and n > size:
                 raise EmptyBufferError(
                     f"expected batch_size <= {size}, the transitions in the buffer, to draw"
                     f" without replacement, got {n}"
@@ -511,7 +514,7 @@ class PrioritizedReplayBuffer(Copied):
         try:
             self._busy = True
             rows, index, weight, generation = sample_rows(
-                self._priorities, ring, n, self.generator, beta=self._beta, size=size
+                table, ring, n, self._generator, beta=self._beta, size=size
             )
         except EmptyBufferError:
             if ring.lead and not (ring.written > 0).all():
@@ -525,7 +528,7 @@ class PrioritizedReplayBuffer(Copied):
             raise
         finally:
             self._busy = False
-        return rows, index, weight, ring.in_batch(generation)
+        return rows, index, weight, ring.in_batch(generation) if ring.epoch else generation
 
     def _batch_size(self, batch_size: int | None) -> int:
         """That asked for, or that of the constructor."""
@@ -584,14 +587,15 @@ class PrioritizedReplayBuffer(Copied):
                 generation = validation.as_index(
                     generation, self.device, "generation", lead=ring.lead
                 )
-                generation = ring.in_ring(generation)
+                generation = ring.in_ring(generation) if ring.epoch else generation
             elif self._guard is not None:  # else a slot that others have written since could get it
                 raise PriorityError(
                     "generation: expected that of the batch, which a shared buffer needs, got None"
                 )
             if mask is not None:
                 mask = self._as_mask(mask, index.shape)
-            self._require_rest()
+            if self._busy:
+                raise self._at_work()
             try:
                 self._busy = True
                 stale = self._priorities.update(
@@ -605,7 +609,8 @@ class PrioritizedReplayBuffer(Copied):
                 raise
             finally:
                 self._busy = False
-            self._drop(stale)
+            if isinstance(stale, Tensor) or stale:
+                self._stale += stale
 
     def update_tensordict_priority(self, batch: Any) -> None:
         """`update_priority` with "index", "td_error" and "generation" (if any) of a batch [B].
@@ -623,11 +628,7 @@ class PrioritizedReplayBuffer(Copied):
             ConfigurationError: the number is negative, or none.
         """
         with self._lock:
-            self._drop(validation.integer("updates", updates, 0))
-
-    def _drop(self, stale: Tensor | int) -> None:
-        if isinstance(stale, Tensor) or stale:
-            self._stale += stale
+            self._stale += validation.integer("updates", updates, 0)
 
     def increase_beta(self) -> None:
         """Add `beta_increment` to beta, up to 1 (section 3.4: beta grows to 1 over training)."""

@@ -76,6 +76,8 @@ class RingStorage:
         self.starts = torch.arange(0, self.groups * capacity, capacity, device=self.home)
         self.starts = self.starts.unsqueeze(-1)
         self.record: Any = None
+        self.begun: tuple[Any, int, Tensor | None] | None = None
+        """Write counts after the last write, and what it was told, for `take_back`."""
         self._rows = self.groups * capacity + (groups is not None)  # a spare one for masked writes
         self._schema = Schema()
         self._block: Tensor | None = None
@@ -307,6 +309,7 @@ class RingStorage:
             self._write_unknown(new, n, mask)
             return None
         runs, after = self.runs(n, mask)
+        self.begun = after, n, mask
         self._operations_for(n).write_rows(self, new, n, runs, mask=mask)
         self.set_count(after)
         return runs
@@ -320,6 +323,7 @@ class RingStorage:
         else:
             place, after = before + mask.cumsum(-1) - 1, before + mask.sum(-1, keepdim=True)
             kept = mask & (place >= after - capacity)
+        self.begun = after.squeeze(-1), n, mask
         starts = self.starts.to(self.device)
         row = torch.where(kept, place.remainder_(capacity) + starts, self._rows - 1).flatten()
         row = row.to(self.home)
@@ -327,6 +331,12 @@ class RingStorage:
             new_rows = validation.plain_rows(leaf.detach(), self.home)
             reference.indexable(column)[row] = reference.indexable(new_rows)
         self.set_count(after.squeeze(-1))
+
+    def take_back(self) -> None:
+        """Set the write counts to those before the write that has `begun`, if one has."""
+        if self.begun is not None:
+            after, n, mask = self.begun
+            self.set_count(after - (n if mask is None else mask.sum(-1)))
 
     def _operations_for(self, n: int) -> ModuleType:
         """The operations, or plain torch where its threads share the copying of `n` rows."""
@@ -399,7 +409,7 @@ class RingStorage:
         """Rows in the order of the keys as leaves."""
         return dict(zip(self._leaves, rows, strict=True))
 
-    def batch(self, rows: list[Tensor], **beside: Tensor) -> TensorDict:
+    def batch(self, rows: list[Tensor], beside: dict[str, Tensor]) -> TensorDict:
         """A batch as users get it: rows in the order of the keys, and "index" and others beside."""
         leaves, size = zip(self._leaves, rows, strict=True), beside["index"].shape
         return self._schema.structure.assembled(leaves, beside, size, self.device)

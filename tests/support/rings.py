@@ -9,4 +9,4 @@ from per_td.storage.ring import RingStorage
 def read(ring: RingStorage, index: Tensor) -> TensorDict:
     """The transitions in the slots `index` as a batch has them."""
     rows, generation = ring.gather(index)
-    return ring.batch(rows, index=index, generation=ring.in_batch(generation))
+    return ring.batch(rows, {"index": index, "generation": ring.in_batch(generation)})
