@@ -8,7 +8,7 @@ from torch import Tensor
 
 from per_td import draws, validation
 from per_td.errors import PerTdError
-from per_td.kernels.flags import ALPHA, ALPHA_EXPONENT, EPS
+from per_td.kernels.flags import ALPHA, ALPHA_EXPONENT, EPS, MINIMA
 from per_td.kernels.layout import Layout
 from per_td.kernels.reference import Runs
 from per_td.memory import Zeros, zeros
@@ -164,17 +164,24 @@ class PriorityTable:
         self._choose(check_choices(self.capacity, self.arguments | changes))
 
     def _choose(self, chosen: dict[str, str]) -> None:
-        self.draw, self.method, self.new_priority, self._weight_normalization = chosen.values()
-        self.way = draws.resolve_method(
-            self.method,
-            self.draw,
+        draw, method, new_priority, normalization = chosen.values()
+        way = draws.resolve_method(
+            method,
+            draw,
             self.capacity,
             self.device,
             compiled=self.trees.compiled,
             many=bool(self.lead),
         )
+        if normalization == "buffer":
+            self.trees.keep_minima(True)
+        self.way: str = way
         """Method that draws, never "auto"."""
-        self.trees.keep_minima(self._weight_normalization == "buffer")
+        # no interrupt comes between these
+        self.draw, self.method, self.new_priority = draw, method, new_priority
+        self._weight_normalization = normalization
+        if normalization != "buffer":
+            self.trees.keep_minima(False)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -421,6 +428,10 @@ class PriorityTable:
 
     def rebuild(self) -> None:
         """Recompute masses, ranks, sums and extremes from the raw priorities, in O(N)."""
+        kept = self.trees.keeps_minima
+        self.trees.set(MINIMA, float(kept))  # an interrupt may have come between the two
+        if not kept:
+            self.trees.minima.fill_(torch.inf)
         self._refill()
 
     def _refill(self, mass: Tensor | None = None) -> None:

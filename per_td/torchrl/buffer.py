@@ -685,7 +685,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
 
 
 def _emptied(writer: Writer) -> tuple[int, int]:
-    """How often all was forgotten, and the count of writes then; zeros if the writer cannot say."""
+    """Number of emptyings, and the write count at the last; zeros if the writer cannot tell."""
     return writer.emptied if isinstance(writer, GenerationWriter) else (0, 0)
 
 

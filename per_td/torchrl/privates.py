@@ -1,4 +1,4 @@
-"""Private attributes of TorchRL's buffers, storages and writers, read and set here alone.
+"""Private attributes of TorchRL's buffers, storages and writers, which subclasses also use.
 
 With them, a buffer that asks for nothing special is written and read column by column: on the same
 storage, writer and sampler as by TorchRL's methods, with the same results.
