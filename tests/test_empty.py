@@ -11,9 +11,10 @@ from per_td import (
     kernels,
 )
 from tests.support import processes
+from tests.support.choices import CHOICES
 
 
-@pytest.fixture(params=kernels.CHOICES)
+@pytest.fixture(params=CHOICES)
 def choice(request, monkeypatch) -> str:
     monkeypatch.setenv(kernels.VARIABLE, request.param)
     return request.param

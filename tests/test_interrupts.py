@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from per_td import PerTdError, PrioritizedReplayBuffer, kernels
+from tests.support.choices import CHOICES
 from tests.support.processes import torn, transitions
 
 
-@pytest.fixture(params=kernels.CHOICES)
+@pytest.fixture(params=CHOICES)
 def choice(request, monkeypatch) -> str:
     monkeypatch.setenv(kernels.VARIABLE, request.param)
     return request.param

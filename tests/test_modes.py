@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict
 
 from per_td import PrioritizedReplayBuffer, SumTree, TransitionReplayBuffer, kernels
+from tests.support.choices import CHOICES
 
 
 @contextlib.contextmanager
@@ -126,7 +127,7 @@ def played(settings, path, modes) -> list[torch.Tensor]:
     return out
 
 
-@pytest.mark.parametrize("choice", kernels.CHOICES)
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("mode", [*list(MODES)[1:], "first", "in turns"])
 def test_every_call_gives_the_same_in_every_mode(mode, settings, choice, tmp_path, monkeypatch):
@@ -143,7 +144,7 @@ def test_every_call_gives_the_same_in_every_mode(mode, settings, choice, tmp_pat
         assert torch.allclose(one, other, rtol=1e-6, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("choice", kernels.CHOICES)
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("mode", list(MODES)[1:])
 def test_the_courses_buffer_and_trees_work_in_every_mode(mode, choice, monkeypatch):
     monkeypatch.setenv(kernels.VARIABLE, choice)

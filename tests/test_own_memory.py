@@ -5,11 +5,12 @@ import torch
 from tensordict import TensorDict
 
 from per_td import PrioritizedReplayBuffer, kernels
+from tests.support.choices import CHOICES
 
 LAYOUTS = ("columns", "records")
 
 
-@pytest.fixture(params=kernels.CHOICES)
+@pytest.fixture(params=CHOICES)
 def choice(request, monkeypatch) -> str:
     monkeypatch.setenv(kernels.VARIABLE, request.param)
     return request.param

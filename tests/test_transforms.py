@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from per_td import PerTdError, PrioritizedReplayBuffer, kernels
+from tests.support.choices import CHOICES
 from tests.support.processes import transitions
 
 
@@ -29,7 +30,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("choice", kernels.CHOICES)
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("transform", ["grad", "vmap"])
 @pytest.mark.parametrize("name", CALLS)

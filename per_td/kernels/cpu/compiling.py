@@ -66,6 +66,9 @@ class Kernel:
         self._name = function.__qualname__ + ("_checked" if CHECKED else "")
         function.__qualname__ = f"{self._name}_{_sources()}"
         self._function, self._signature = function, signature
+        self._thread: threading.Thread | None = None
+        self._failed: BaseException | None = None
+        self._done = False
         self._made = part(cache=True, nogil=True, error_model="numpy")(function)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -75,14 +78,24 @@ class Kernel:
     def ready(self) -> Any:
         """Compile the function, unless that is done, and return it."""
         with Kernel._one_at_a_time:
-            if not self._made.signatures:
+            if not self._done:
                 names = self._function.__globals__
                 for name in self._function.__code__.co_names:
                     if isinstance(names.get(name), Kernel):
                         names[name] = names[name].ready()
-                self._compile()
+                self._compile_aside()
                 names[self._function.__name__] = self._made
+                self._done = True
             return self._made
+
+    def _compile_aside(self) -> None:
+        """Compile in a thread, where no signal can interrupt numba and leave it half changed."""
+        if self._thread is None:  # else a wait for it was interrupted
+            self._thread = threading.Thread(target=self._compile, daemon=True)
+            self._thread.start()
+        self._thread.join()
+        if self._failed is not None:
+            raise self._failed
 
     def _compile(self) -> None:
         started = time.monotonic()
@@ -92,6 +105,8 @@ class Kernel:
         try:
             self._made.compile(self._signature)
             self._made.disable_compile()
+        except BaseException as error:
+            self._failed = error
         finally:
             late.cancel()
         if self._made.stats.cache_misses:
