@@ -79,7 +79,6 @@ def signals(until: float, seed: int) -> None:
             raise RaisedError
 
     buffer.extend(processes.transitions(range(500)))
-    calls(buffer, seed, time.monotonic() + 0.5)  # kernels are loaded: numba may lose an interrupt
     signal.signal(signal.SIGALRM, handle)
     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.0007)
     try:

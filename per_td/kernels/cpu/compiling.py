@@ -60,15 +60,15 @@ class Kernel:
     The compiled function then takes its place in its module, so that later calls go there.
     """
 
-    _one_at_a_time, _seconds, _told = threading.RLock(), 0.0, False
+    _making_ready, _compiling = threading.RLock(), threading.Lock()
+    _seconds, _told = 0.0, False
 
     def __init__(self, function: Callable[..., Any], signature: str) -> None:
         self._name = function.__qualname__ + ("_checked" if CHECKED else "")
         function.__qualname__ = f"{self._name}_{_sources()}"
         self._function, self._signature = function, signature
-        self._thread: threading.Thread | None = None
+        self._compiled = False
         self._failed: BaseException | None = None
-        self._done = False
         self._made = part(cache=True, nogil=True, error_model="numpy")(function)
 
     def __call__(self, *arguments: Any) -> Any:
@@ -77,42 +77,42 @@ class Kernel:
 
     def ready(self) -> Any:
         """Compile the function, unless that is done, and return it."""
-        with Kernel._one_at_a_time:
-            if not self._done:
-                names = self._function.__globals__
+        with Kernel._making_ready:
+            names = self._function.__globals__
+            if not self._compiled:
                 for name in self._function.__code__.co_names:
                     if isinstance(names.get(name), Kernel):
                         names[name] = names[name].ready()
-                self._compile_aside()
-                names[self._function.__name__] = self._made
-                self._done = True
+                # in a thread, where no signal interrupts numba and leaves it half changed
+                finished = threading.Event()  # an interrupted join takes the thread for ended
+                threading.Thread(target=self._compile, args=(finished,), daemon=True).start()
+                finished.wait()
+                if self._failed is not None:
+                    raise self._failed
+            names[self._function.__name__] = self._made
             return self._made
 
-    def _compile_aside(self) -> None:
-        """Compile in a thread, where no signal can interrupt numba and leave it half changed."""
-        if self._thread is None:  # else a wait for it was interrupted
-            self._thread = threading.Thread(target=self._compile, daemon=True)
-            self._thread.start()
-        self._thread.join()
-        if self._failed is not None:
-            raise self._failed
-
-    def _compile(self) -> None:
-        started = time.monotonic()
-        late = threading.Timer(max(0.0, _PATIENCE - Kernel._seconds), _tell)
-        late.daemon = True
-        late.start()
-        try:
-            self._made.compile(self._signature)
-            self._made.disable_compile()
-        except BaseException as error:
-            self._failed = error
-        finally:
-            late.cancel()
-        if self._made.stats.cache_misses:
-            Kernel._seconds += time.monotonic() - started
-            file = self._function.__module__.rpartition(".")[2]
-            _remove_outdated(Path(self._made.stats.cache_path), f"{file}.{self._name}")
+    def _compile(self, finished: threading.Event) -> None:
+        """Compile the function, unless an earlier thread has, whose caller was interrupted."""
+        with Kernel._compiling:
+            started = time.monotonic()
+            late = threading.Timer(max(0.0, _PATIENCE - Kernel._seconds), _tell)
+            late.daemon = True
+            late.start()
+            try:
+                if not self._compiled:
+                    self._made.compile(self._signature)
+                    self._made.disable_compile()
+                    self._compiled = True
+            except BaseException as error:
+                self._failed = error
+            finally:
+                late.cancel()
+                finished.set()
+            if self._made.stats.cache_misses:
+                Kernel._seconds += time.monotonic() - started
+                file = self._function.__module__.rpartition(".")[2]
+                _remove_outdated(Path(self._made.stats.cache_path), f"{file}.{self._name}")
 
 
 def _tell() -> None:
