@@ -29,7 +29,7 @@ from per_td.errors import (
 from per_td.memory import STORAGES, Memory
 from per_td.priorities.sampling import sample_rows
 from per_td.priorities.table import PriorityTable
-from per_td.storage.leaves import Leaves, entries_of, nested
+from per_td.storage.leaves import Leaves, entries_of
 from per_td.storage.ring import RingStorage, as_mask
 
 __all__ = ["Draw", "PrioritizedReplayBuffer"]
@@ -253,8 +253,8 @@ class PrioritizedReplayBuffer(Copied):
 
     def _take_up(self) -> None:
         """Make the lock and the prefetcher, which are each object's own."""
-        if self._storage.compiled and (self._threads or self._guard is not None):
-            kernels.prepare()
+        if self._threads or self._guard is not None:
+            kernels.prepare(self._device)
         own: AbstractContextManager[Any] = threading.RLock() if self._threads else nullcontext()
         self._lock = own if self._guard is None else self._guard
         if self._lock is own and self._threads:
@@ -284,7 +284,6 @@ class PrioritizedReplayBuffer(Copied):
                 return object.__reduce_ex__(self, protocol)  # torch's reducers share the tensors
             return super().__reduce_ex__(protocol)
 
-    @torch.inference_mode(False)
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         with self._lock:
             if self._busy:
@@ -404,9 +403,7 @@ class PrioritizedReplayBuffer(Copied):
             priority = None if priority is None else priority[..., -self.capacity :]
         self._priorities.write_new(index, priority, mask)
 
-    def _as_mask(self, mask: Any, shape: tuple[int, ...]) -> Tensor | None:
-        if mask is None:
-            return None
+    def _as_mask(self, mask: Any, shape: tuple[int, ...]) -> Tensor:
         if not self._storage.lead:
             raise ConfigurationError(
                 f"mask: expected None, got {type(mask).__name__}: one buffer writes and updates all"
@@ -1031,7 +1028,7 @@ class PrioritizedReplayBuffer(Copied):
             shared=shared,
             threads=threads,
             prefetch=prefetch,
-            example=None if example is None else TensorDict(nested(example.items()), []),
+            example=example,
         )
         buffer.load_state_dict(state)
         return buffer

@@ -4,13 +4,14 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 
 from per_td.checkpoint import file as checkpoint
 from per_td.checkpoint.state_values import check_values
 from per_td.errors import AllocationError, CheckpointError, DiskAllocationError
 from per_td.priorities.table import PriorityTable
-from per_td.storage.leaves import Leaves, flattened, nested
+from per_td.storage.leaves import flattened, nested
 from per_td.storage.moves import Move
 from per_td.storage.ring import RingStorage
 from per_td.storage.structure import Structure
@@ -117,11 +118,17 @@ def state_of(parts: Parts, settings: dict[str, Any], *, copy: bool) -> dict[str,
     }
 
 
-def example_of(state: dict[str, Any]) -> Leaves | None:
-    """A transition like those of a checked state, [...] by key; None if it knows no keys."""
+def example_of(state: dict[str, Any]) -> TensorDict | None:
+    """A transition like those of a checked state, []; None if it knows no keys."""
     leaves = flattened(state["transitions"])
     lead = 1 if state["settings"].get("num_buffers") is None else 2
-    return {key: leaf.new_zeros(leaf.shape[lead:]) for key, leaf in leaves.items()} or None
+    one = ((key, leaf.new_zeros(leaf.shape[lead:])) for key, leaf in leaves.items())
+    size, home = torch.Size([]), torch.device("cpu")
+    return _structure_of(state).assembled(one, {}, size, home) if leaves else None
+
+
+def _structure_of(state: dict[str, Any]) -> Structure:
+    return Structure.from_state(state.get("structure", "[]"))
 
 
 def _moves(ring: RingStorage, state: dict[str, Any]) -> list[Move]:
@@ -158,7 +165,7 @@ def restore(parts: Parts, state: Any) -> None:
     if generator is not None and state["generator"] is not None:
         _continue(generator, state["generator"])
     try:
-        ring.restore(leaves, moves, Structure.from_state(state.get("structure", "[]")))
+        ring.restore(leaves, moves, _structure_of(state))
     except (AllocationError, DiskAllocationError):  # the last that may be refused
         if generator is not None and before is not None:
             generator.set_state(before)

@@ -49,12 +49,12 @@ def operations(device: torch.device, *, launches: bool = True) -> ModuleType:
     return reference
 
 
-def prepare() -> None:
-    """Compile the usual kernels for the CPU, where there are any, before a lock is taken.
+def prepare(device: torch.device) -> None:
+    """Compile the usual kernels for tensors on `device`, if numba does, before a lock is taken.
 
     Else the first call would compile what it needs, and others who wait for the lock with it.
     """
-    door = _cpu() if allowed() else None
+    door = _cpu() if device.type == "cpu" and allowed() else None
     if door is not None:
         door.prepare()
 

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -115,6 +116,15 @@ def test_copies_keep_the_structure(copied):
     buffer = PrioritizedReplayBuffer(10, 5)
     buffer.extend(transitions(8))
     assert_structure(copied(buffer).sample(), [5])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="shared buffers are for Linux")
+def test_a_shared_buffer_made_of_a_file_has_its_structure(tmp_path):
+    buffer = PrioritizedReplayBuffer(10, 5)
+    buffer.extend(transitions(8))
+    buffer.save(tmp_path / "buffer.pt")
+    loaded = PrioritizedReplayBuffer.load(tmp_path / "buffer.pt", shared=True)
+    assert_structure(loaded.sample(), [5], kind=TensorDict)
 
 
 @pytest.mark.parametrize("capacity", [10, 4])

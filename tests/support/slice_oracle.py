@@ -17,10 +17,11 @@ class Stream:
     """Records 0, 1, 2, ... of one environment, in episodes of random lengths."""
 
     def __init__(self, steps, seed, longest=7):
-        torch.manual_seed(seed)
+        torch.manual_seed(seed)  # for what is drawn from it
+        own = torch.Generator().manual_seed(seed)  # a thread that prefetches draws from torch's
         self.episode, self.last = [], []
         while len(self.episode) < steps:
-            length = int(torch.randint(1, longest + 1, ()))
+            length = int(torch.randint(1, longest + 1, (), generator=own))
             self.episode += [self.episode[-1] + 1 if self.episode else 0] * length
             self.last += [False] * (length - 1) + [True]
 
