@@ -7,6 +7,7 @@ STANDARD_EXTEND = ("per_td", "per_td, plain torch", "copy into columns", "TorchR
 GROWTH = tuple(10**k for k in range(4, 9))
 CROSSOVER = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 10_000_000)
 CUDA_BATCHES = (256, 1_024, 8_192, 65_536)
+ALL = "extend + sample + update"
 OURS, UNIFORM = Ref("per_td"), Ref("TorchRL uniform", "sample")
 FASTTD3 = 10_240 * 4_096  # steps kept of each of its environments
 
@@ -68,6 +69,28 @@ CASES: tuple[Case, ...] = (
                 Ref("per_td in TorchRL"),
                 1.4,
                 UNIFORM,
+            ),
+        ),
+    ),
+    Case(
+        "scripts",
+        "As TorchRL's own scripts use it",
+        "A memory-mapped storage of 1M slots, three batches drawn ahead, and a transform that moves"
+        " the batch to a device. One transition is written, a batch drawn, a small network learns"
+        " from it (not timed), and its priorities are set.",
+        contestants=(
+            "per_td drop-in",
+            "TorchRL uniform, in scripts",
+            "TorchRL prioritized, in scripts",
+        ),
+        parts=("extend", "sample", "update"),
+        seconds=20,
+        goals=(
+            Goal(
+                "extend + sample + update as in TorchRL's scripts / its uniform buffer",
+                Ref("per_td drop-in", ALL),
+                0.5,
+                Ref("TorchRL uniform, in scripts", ALL),
             ),
         ),
     ),

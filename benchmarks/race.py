@@ -21,7 +21,7 @@ FEWEST_ROUNDS, MOST_ROUNDS = 7, 400
 
 @dataclass(frozen=True)
 class Part:
-    """One timed call. `before` is called first and not timed; `summed`: it counts in `TOTAL`."""
+    """One timed call. `before` is called first and not timed; `summed`: it counts in the total."""
 
     name: str
     run: Callable[[], object]
@@ -80,9 +80,10 @@ def _cpu_turn(entry: Entry, calls: int) -> dict[str, float]:
             start = clock()
             part.run()
             times[part.name].append((clock() - start) / 1e3)
-    summed = [times[part.name] for part in entry.parts if part.summed]
+    summed = [part.name for part in entry.parts if part.summed]
     if len(summed) > 1:
-        times[TOTAL] = [sum(call) for call in zip(*summed, strict=True)]
+        calls_of = zip(*(times[name] for name in summed), strict=True)
+        times[" + ".join(summed)] = [sum(call) for call in calls_of]
     return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
 
 

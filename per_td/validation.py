@@ -317,7 +317,7 @@ def as_values(name: str, values: Any, index: Tensor) -> Tensor:
         PriorityError: they are not one real number per index.
     """
     if _is_plain(values, torch.float32, index.device) and values.shape == index.shape:
-        return values.detach()
+        return values.detach() if values.requires_grad else values
     reals = as_reals(name, values, index.device, torch.float32)
     if reals.shape not in (index.shape, (*index.shape, 1)) and not (
         reals.ndim == 0 and index.numel() == 1

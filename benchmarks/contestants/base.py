@@ -47,6 +47,7 @@ class Contestant:
     clock = "cpu"
     cuda_only = False  # cannot even be rehearsed without a GPU
     note = ""  # a footnote to its rows
+    summed: tuple[str, ...] = ("sample", "update")  # parts of which a total is shown
 
     def __init__(self, point: Point) -> None:
         if self.requires is not None and find_spec(self.requires) is None:
@@ -62,7 +63,7 @@ class Contestant:
                 PARTS[name],
                 getattr(self, name),
                 getattr(self, f"before_{name}", None),
-                name in ("sample", "update"),
+                name in self.summed,
             )
             for name in names
             if hasattr(self, name)

@@ -1,14 +1,28 @@
 """TorchRL's buffer: with its own samplers, and with per_td's."""
 
+import contextlib
+import itertools
 import os
 import warnings
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.contestants.base import Contestant, NotRun
-from benchmarks.workload import ALPHA, BETA, EPS, Point
+from benchmarks.workload import ALPHA, BETA, EPS, Point, transitions
+
+
+@contextlib.contextmanager
+def prioritized() -> Iterator[None]:
+    """Raise NotRun if TorchRL's prioritized replay cannot be made inside."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (RuntimeError, NameError, TypeError) as error:
+        raise NotRun(f"its tree does not load with this torch ({error})") from error
 
 
 class _TorchRL(Contestant):
@@ -104,11 +118,94 @@ class TorchRLPrioritized(InTorchRL):
     def sampler(self) -> object:
         from torchrl.data.replay_buffers import PrioritizedSampler
 
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return PrioritizedSampler(
-                    self.point.capacity, alpha=ALPHA, beta=BETA, eps=EPS, **self.options
-                )
-        except (RuntimeError, NameError, TypeError) as error:
-            raise NotRun(f"its tree does not load with this torch ({error})") from error
+        with prioritized():
+            return PrioritizedSampler(
+                self.point.capacity, alpha=ALPHA, beta=BETA, eps=EPS, **self.options
+            )
+
+
+class Learner:
+    """Work between `sample` and `update`: a step of a network of two hidden layers on the batch."""
+
+    def __init__(self) -> None:
+        sizes = (8, 256, 256, 4)
+        layers = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
+        self.network = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+        self.optimizer = torch.optim.Adam(self.network.parameters())
+
+    def step(self, observation: Tensor) -> None:
+        self.optimizer.zero_grad()
+        self.network(observation).square().mean().backward()
+        self.optimizer.step()
+
+
+class _AsInScripts(Contestant):
+    """A buffer as TorchRL's own training scripts make it, with a learner between its calls."""
+
+    requires = "torchrl"
+    summed = ("extend", "sample", "update")
+
+    def __init__(self, point: Point) -> None:
+        super().__init__(point)
+        os.environ.setdefault("RL_LOGGING_LEVEL", "WARNING")
+        from torchrl.data import LazyMemmapStorage
+
+        self.buffer = self.make(
+            storage=LazyMemmapStorage(point.capacity),
+            batch_size=point.batch,
+            prefetch=3,
+            transform=lambda batch: batch.to("cpu"),  # where a GPU would stand
+        )
+        self.buffer.extend(self.initial()[0])
+        self.incoming, self.learner = transitions(1, point.schema), Learner()
+
+    def make(self, **options: object) -> object:
+        raise NotImplementedError
+
+    def extend(self) -> None:
+        self.buffer.extend(self.incoming)
+
+    def sample(self) -> None:
+        self.batch = self.buffer.sample()
+
+    def before_update(self) -> None:
+        self.learner.step(self.batch["observation"])
+        self.batch.set("td_error", self.pool.next()[1].abs())
+
+    def update(self) -> None:
+        self.buffer.update_tensordict_priority(self.batch)
+
+
+class DropInAsInScripts(_AsInScripts):
+    """per_td's drop-in."""
+
+    name = "per_td drop-in"
+
+    def make(self, **options: object) -> object:
+        from per_td.torchrl import TensorDictPrioritizedReplayBuffer
+
+        return TensorDictPrioritizedReplayBuffer(alpha=ALPHA, beta=BETA, eps=EPS, **options)
+
+
+class UniformAsInScripts(_AsInScripts):
+    """TorchRL's uniform buffer, whose `update` does nothing."""
+
+    name = "TorchRL uniform, in scripts"
+
+    def make(self, **options: object) -> object:
+        from torchrl.data import TensorDictReplayBuffer
+
+        return TensorDictReplayBuffer(**options)
+
+
+class PrioritizedAsInScripts(_AsInScripts):
+    """TorchRL's own prioritized buffer."""
+
+    name = "TorchRL prioritized, in scripts"
+    peer = True
+
+    def make(self, **options: object) -> object:
+        from torchrl.data import TensorDictPrioritizedReplayBuffer
+
+        with prioritized():
+            return TensorDictPrioritizedReplayBuffer(alpha=ALPHA, beta=BETA, eps=EPS, **options)

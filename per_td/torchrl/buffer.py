@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDictBase, is_tensor_collection
 from torch import Tensor
 from torchrl.data import replay_buffers as torchrl_buffers
 from torchrl.data.replay_buffers import ReplayBuffer, TensorDictReplayBuffer
@@ -51,9 +51,9 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
     Same arguments, same interface. Batches also carry "index_generation", by which a priority
     update that comes too late, when its slot holds another transition, is recognised and dropped.
 
-    A one-dimensional `LazyTensorStorage` or `LazyMemmapStorage` of TensorDicts, without transform,
-    prefetch, collate function, sample unit, pinned memory or compilation, is written and read
-    column by column, which is several times faster; the results are the same.
+    A one-dimensional `LazyTensorStorage` or `LazyMemmapStorage` of TensorDicts, without collate
+    function, sample unit or compilation, is written and read column by column, which is several
+    times faster; the results are the same.
 
     Args:
         alpha: exponent of the priorities; may be set at any time on `sampler`.
@@ -290,12 +290,12 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         Returns:
             Its slot: an int, or int64 [B, ndim] for a storage of several dimensions.
         """
+        data = privates.to_store(self._transform, data)
+        if data is None:
+            return torch.zeros((0, self._storage.ndim), dtype=torch.long, device="cpu")
         written = self._write_columns(data, 1, single=True, supply=True)
         if written is not None:
             return written[0]
-        data = self._transform.inv(data)
-        if data is None:
-            return torch.zeros((0, self._storage.ndim), dtype=torch.long, device="cpu")
         rows = data.batch_size[: self._storage.ndim - 1].numel()
         return self._write_by_torchrl(ReplayBuffer._add, data, self._priorities_of(data, rows))
 
@@ -321,18 +321,18 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                 "update_priority: expected None or False for a buffer with sync=False, got True"
             )
         supply = update_priority is not False
-        n = len(tensordicts) if tensordicts.ndim else 0
-        short = self._write_columns(tensordicts, n, single=False, supply=supply)
+        data = privates.to_store(self._transform, tensordicts)
+        if data is None:
+            return torch.zeros((0, self._storage.ndim), dtype=torch.long, device="cpu")
+        n = len(data) if data.ndim else 0
+        short = self._write_columns(data, n, single=False, supply=supply)
         if short is not None:
             start, index = short
-            device = tensordicts.device or torch.device("cpu")
+            device = data.device or torch.device("cpu")
             if index.device == device:
                 return index
             index = torch.arange(start, start + n, device=device)  # a copy might have to wait
             return index.remainder_(self._storage.max_size)
-        data = self._transform.inv(tensordicts)
-        if data is None:
-            return torch.zeros((0, self._storage.ndim), dtype=torch.long, device="cpu")
         rows = data.batch_size[: self._storage.ndim].numel()
         turned = self.dim_extend > 0
         priority = self._priorities_of(data, rows, turned=turned) if supply else None
@@ -392,6 +392,8 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         with self._replay_lock, lasting, torch.no_grad():
             privates.require_writable(self._storage)
             self._supplied = priority
+            if is_tensor_collection(data):
+                data = data.clone(recurse=False)  # TorchRL puts the slots into it
             try:
                 return write(self, data)
             finally:
@@ -438,22 +440,46 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             size = validation.positive_int("batch_size", size)
             batch_size = None if batch_size is None else size
         agreed = self._batch_size in (None, size) or self._warned_batch_size_conflict
-        if size is not None and agreed and include_info is None and not self._service_shutdown:
-            with self._replay_lock:
-                columns = self._cache.of(self, marks=True)
-                if columns is not None:
-                    with self._write_lock:
-                        self._catch_up()
-                        batch, info = privates.read(self, columns, size)
-                    return (batch, info) if return_info else batch
-        return TensorDictReplayBuffer.sample(self, batch_size, return_info, include_info)
+        usual = agreed and include_info is None and not self._service_shutdown
+        if size is not None and usual and self._sample_dependency is None:
+            drawn = self._next(size) if self._prefetch else self._sample(size)
+            return drawn if return_info else drawn[0]
+        drawn = TensorDictReplayBuffer.sample(self, batch_size, True, include_info)
+        if include_info is False:
+            privates.without(*drawn)
+        return drawn if return_info else drawn[0]
 
-    def _sample(self, batch_size: int) -> Any:
-        sampler = self.prioritized_sampler
+    def _next(self, batch_size: int) -> tuple[Any, dict[str, Any]]:
+        """The oldest batch drawn ahead; replace it by another, as TorchRL does."""
+        with self._futures_lock:
+            ahead = self._prefetch_queue
+            drawn: tuple[Any, dict[str, Any]]
+            drawn = ahead.popleft().result() if ahead else self._sample(batch_size)
+            while len(ahead) < self._prefetch_cap:
+                ahead.append(self._prefetch_executor.submit(self._sample, batch_size))
+        return drawn
+
+    def _sample(self, batch_size: int) -> tuple[Any, dict[str, Any]]:
+        """Draw a batch, transform it, and put the entries beside it into it.
+
+        TorchRL calls this too, from its threads of `prefetch`.
+        """
+        sampler, apart = self.prioritized_sampler, privates.is_changed(self)
         with self._replay_lock, self._write_lock:
-            sampler._follow(self._storage)
+            columns = self._cache.of(self, marks=True)
+            if columns is None:
+                sampler._follow(self._storage)
             self._catch_up()
-        return TensorDictReplayBuffer._sample(self, batch_size)
+            if columns is not None:
+                drawn = privates.read(self, columns, batch_size, apart=apart)
+        if columns is None:
+            return privates.completed(*TensorDictReplayBuffer._sample(self, batch_size))
+        return privates.completed(*privates.changed(self, *drawn)) if apart else drawn
+
+    def _restore_prefetch_queue_locked(self, *args: Any, **kwargs: Any) -> None:
+        super()._restore_prefetch_queue_locked(*args, **kwargs)
+        for future in self._prefetch_queue:
+            privates.completed(*future.result())  # those of TorchRL's buffer are not
 
     def _catch_up(self) -> None:
         """With sync=False, give elements written since the last call the priority of new ones."""

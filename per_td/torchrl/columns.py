@@ -210,15 +210,17 @@ class Columns:
         self._ops.write_rows(self._written, rows, n, runs, stamps=self._generation, index=index)
         return index
 
-    def gather(self, index: Tensor, extra: dict[str, Tensor]) -> TensorDict:
-        """The rows `index` [B], with `extra` entries [B] beside them.
+    def gather(self, index: Tensor) -> tuple[list[Tensor], Tensor]:
+        """The rows `index`, a tensor per column, and their generations.
 
         Args:
             index: slots that exist, int64 [B].
-            extra: takes up "index" and "index_generation", int64 [B], too.
         """
         found, _ = self._ops.gather(self._drawn, index, written=None)
-        *rows, extra["index_generation"] = found
+        *rows, generation = found
         rows.insert(self._index, index)
-        extra["index"] = index
-        return _assemble(self._root, rows, index.shape, extra)
+        return rows, generation
+
+    def batch(self, rows: list[Tensor], extra: dict[str, Tensor]) -> TensorDict:
+        """A TensorDict of rows from `gather`, with `extra` entries [B] beside them."""
+        return _assemble(self._root, rows, rows[self._index].shape, extra)

@@ -10,7 +10,9 @@ from operator import is_
 from typing import Any
 
 import torch
-from tensordict import TensorDict, is_tensor_collection
+from tensordict import TensorDict, is_tensor_collection, is_tensorclass
+from tensordict.nn.utils import _set_dispatch_td_nn_modules
+from tensordict.utils import expand_as_right
 from torch import Tensor
 from torchrl.data.replay_buffers import ReplayBuffer
 from torchrl.data.replay_buffers.storages import (
@@ -19,6 +21,9 @@ from torchrl.data.replay_buffers.storages import (
     Storage,
     _collate_id,
 )
+from torchrl.data.replay_buffers.utils import _pin_memory
+from torchrl.envs.transforms import Compose, Transform
+from torchrl.envs.transforms._base import _CallableTransform
 
 from per_td.errors import CheckpointError, ConfigurationError, EmptyBufferError
 from per_td.priorities.sampling import sample_weighted
@@ -153,8 +158,8 @@ class ColumnCache:
     def of(self, buffer: ReplayBuffer, *, marks: bool) -> Columns | None:
         """The columns; None if something asks for TorchRL's methods.
 
-        That is: a part of another kind or of another size, a transform, or data other than
-        TensorDicts of tensors on the storage's device.
+        That is: a part of another kind or of another size, or data other than TensorDicts of
+        tensors on the storage's device.
 
         Args:
             buffer: the buffer.
@@ -169,10 +174,7 @@ class ColumnCache:
             getattr(buffer._writer, "_generation", None),
             sampler,
             table,
-            buffer._prefetch,
-            buffer._pin_memory,
             buffer._sample_unit,
-            buffer._sample_dependency,
             buffer._collate_fn,
         )
         if not all(map(is_, parts, self._parts)):
@@ -184,7 +186,7 @@ class ColumnCache:
                 and table.device == storage.device
                 and table.capacity == storage.max_size
             )
-        if self._generation is None or (marks and not self._marks) or len(buffer._transform):
+        if self._generation is None or (marks and not self._marks):
             return None
         now = storage._mutation_revision_value.get_obj().value
         if now != self.revision:
@@ -204,10 +206,7 @@ def _plain_generations(buffer: ReplayBuffer) -> Tensor | None:
         and storage.initialized
         and not storage._compilable
         and not getattr(writer, "_compilable", True)
-        and not buffer._prefetch
-        and not buffer._pin_memory
         and buffer._sample_unit is None
-        and buffer._sample_dependency is None
         and buffer._collate_fn is _collate_id
     )
     return generations(buffer, storage.device) if plain else None
@@ -263,13 +262,86 @@ def write(
     return start, index
 
 
-def read(buffer: ReplayBuffer, columns: Columns, n: int) -> tuple[TensorDict, dict[str, Any]]:
-    """Draw n elements: the batch, and the entries added to it. The caller holds the locks."""
+def read(
+    buffer: ReplayBuffer, columns: Columns, n: int, *, apart: bool
+) -> tuple[TensorDict, dict[str, Any]]:
+    """Draw n elements. The caller holds the locks.
+
+    Args:
+        buffer: a plain buffer.
+        columns: from the cache.
+        n: number of elements.
+        apart: leave the entries that are no part of an element out of the batch.
+
+    Returns:
+        The batch, and those entries.
+    """
     sampler, size = buffer._sampler, stored(buffer._storage)
     if not size:
         raise EmptyBufferError("Cannot sample from an empty storage.")
     index, weight = sample_weighted(
         sampler._table, n, sampler._rng, beta=sampler._beta, written=size, size=size
     )
-    info = {"priority_weight": weight}
-    return columns.gather(index, info), info
+    rows, generation = columns.gather(index)
+    info = {"priority_weight": weight, "index_generation": generation, "index": index}
+    return columns.batch(rows, {} if apart else info), info
+
+
+def to_store(transform: Compose, data: Any) -> Any:
+    """Apply the inverse transforms to data that will be written; None if one holds them back."""
+    if not any(map(_is_inverted, transform.transforms)):
+        return data
+    with _set_dispatch_td_nn_modules(True):
+        return transform.inv(data)
+
+
+def _is_inverted(transform: Transform) -> bool:
+    """False if the inverse of a transform surely leaves everything as it is."""
+    inverse = type(transform)._inv_call
+    return not (
+        inverse is _CallableTransform._inv_call
+        or (inverse is Transform._inv_call and not transform.in_keys_inv)
+    )
+
+
+def is_changed(buffer: ReplayBuffer) -> bool:
+    """True if `changed` has anything to do."""
+    return bool(buffer._pin_memory or len(buffer._transform))
+
+
+def changed(buffer: ReplayBuffer, batch: Any, info: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Apply the transforms to a batch, and pin its memory and the entries' if the buffer does."""
+    if len(buffer._transform):
+        with _set_dispatch_td_nn_modules(True):
+            batch = buffer._transform(batch)
+    if buffer._pin_memory:
+        batch, *pinned = map(_pin_memory, (batch, *info.values()))
+        info = dict(zip(info, pinned, strict=True))
+    return batch, info
+
+
+def completed(batch: Any, info: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Put the entries beside a batch into it, on its device.
+
+    Raises:
+        RuntimeError: the transforms made something of another size of it.
+    """
+    if not is_tensor_collection(batch) or is_tensorclass(batch):
+        return batch, info
+    with batch.unlock_():
+        for key, value in info.items():
+            entry = torch.stack(value, -1) if isinstance(value, tuple) else value
+            if batch.device is not None:
+                entry = entry.to(batch.device)
+            if entry.ndim < batch.ndim:
+                entry = expand_as_right(entry, batch)
+            batch.set(key, entry)
+    return batch, info
+
+
+def without(batch: Any, info: dict[str, Any]) -> None:
+    """Take the entries that `completed` puts into a batch out of it, but for the slots."""
+    if is_tensor_collection(batch) and not is_tensorclass(batch):
+        with batch.unlock_():
+            for key in info.keys() - {"index"}:
+                batch.pop(key, None)

@@ -30,6 +30,8 @@ def remote_buffer(cluster):
         beta=0.5,
         storage=partial(LazyTensorStorage, 100),
         batch_size=8,
+        prefetch=2,
+        transform=lambda batch: batch.set("twice", 2 * batch["x"]) if "x" in batch else batch,
         remote_config={"num_cpus": 0},
     )
     yield buffer
@@ -42,10 +44,13 @@ def test_the_drop_in_works_inside_torchrls_ray_replay_buffer(remote_buffer):
     assert len(remote_buffer) == 20
     batch = remote_buffer.sample()
     assert batch["x"].shape == (8,)
+    assert torch.equal(batch["twice"], 2 * batch["x"])
     hot = batch[:1]
     hot["td_error"] = torch.tensor([1e6])
     remote_buffer.update_tensordict_priority(hot)
-    again = remote_buffer.sample(200)
+    for _ in range(2):  # drawn ahead of the update
+        remote_buffer.sample()
+    again = remote_buffer.sample()
     assert (again["index"] == hot["index"]).float().mean() > 0.9
     assert torch.isfinite(again["priority_weight"]).all()
 

@@ -153,14 +153,18 @@ def prefetch(until: float, seed: int) -> None:
 def forks(until: float, seed: int) -> None:
     """Children of forks go on, while threads of the parent call."""
     buffer, dice = PrioritizedReplayBuffer(500, 64, eps=0.0, prefetch=2), random.Random(seed)
-    beside = threading.Thread(target=calls, args=(buffer, seed, until))
-    beside.start()
 
     def child() -> None:
         buffer.check_valid()
         calls(buffer, dice.randrange(1000), time.monotonic() + 0.05)
         buffer.check_valid()
 
+    # The first call of an operation of torch takes glibc's lock of exit functions. A child that is
+    # forked meanwhile waits for it for ever.
+    calls(buffer, seed, time.monotonic() + 1)
+    child()
+    beside = threading.Thread(target=calls, args=(buffer, seed, until))
+    beside.start()
     while time.monotonic() < until:
         assert os.waitpid(processes.forked(child), 0)[1] == 0
     beside.join()

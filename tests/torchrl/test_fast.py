@@ -134,9 +134,7 @@ def test_tensors_replaced_in_the_storage_are_found():
 @pytest.mark.parametrize(
     "setting",
     [
-        {"prefetch": 2},
         {"collate_fn": lambda batch: batch},
-        {"transform": lambda td: td},
         {"storage": ListStorage},
         {"storage": lambda: LazyTensorStorage(20, ndim=2)},
         {"storage": lambda: LazyTensorStorage(20, compilable=True), "compilable": True},

@@ -175,9 +175,9 @@ def test_generations_are_read_one_after_the_other_whatever_the_columns_do():
     block = torch.arange(40).reshape(10, 4)
     stored = TensorDict({"index": block[:, 0], "x": block[:, 1]}, [10])
     columns = Columns.of(stored, torch.arange(100, 110))
-    batch = columns.gather(torch.tensor([9, 1]), {})
-    assert batch["index_generation"].tolist() == [109, 101]
-    assert batch["x"].tolist() == [37, 5]
+    rows, generation = columns.gather(torch.tensor([9, 1]))
+    assert generation.tolist() == [109, 101]
+    assert columns.batch(rows, {})["x"].tolist() == [37, 5]
 
 
 def test_columns_on_another_device_than_their_storage_are_none():
