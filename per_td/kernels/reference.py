@@ -37,6 +37,9 @@ __all__ = [
     "write_rows",
 ]
 
+_LONGEST = 4096
+"""Most numbers of a prefix sum, which adds up as many roundings."""
+
 Reduce = Callable[[Tensor], Tensor]
 Runs: TypeAlias = "array[int]"
 """First slot and length of a run of slots for each group, int64."""
@@ -69,16 +72,16 @@ def _columns(trees: Trees) -> list[tuple[Tensor, Tensor, Reduce]]:
 
 def _refresh(trees: Trees, index: Tensor | None) -> None:
     """Recompute the ancestors of the leaves `index` [B] from their children; None: all nodes."""
-    for children, nodes, reduce in _columns(trees):
-        at = index
-        for level in trees.layout.levels(nodes):
-            groups = children.view(-1, FANOUT)
-            if at is not None and at.numel() < groups.shape[0]:
-                at = at // FANOUT
-                level[at] = reduce(groups.index_select(0, at))
-            else:  # as many updates as nodes: the whole level is cheaper, and so are those above
-                level[: groups.shape[0]] = reduce(groups)
-            children = level
+    kinds = [(kind, trees.layout.levels(kind[1])) for kind in _columns(trees)]
+    for height, width in enumerate(trees.layout.widths):
+        # as many updates as nodes: the whole level is cheaper, and so are those above
+        index = index >> 4 if index is not None and index.numel() < width else None
+        for (leaves, _, reduce), levels in kinds:
+            level, groups = levels[height], (leaves, *levels)[height].view(-1, FANOUT)
+            if index is None:
+                level[:width] = reduce(groups)
+            else:  # where an index occurs twice, both write the same
+                level.index_copy_(0, index, reduce(groups.index_select(0, index)))
 
 
 def refill(trees: Trees) -> None:
@@ -120,7 +123,7 @@ def keep_last(index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """
     ordered, order = index.sort(stable=True)
     last = torch.searchsorted(ordered, ordered, right=True) - 1
-    return ordered, value[order[last]]
+    return ordered, value.index_select(0, order.index_select(0, last))
 
 
 # --- changes --------------------------------------------------------------------------------------
@@ -156,8 +159,8 @@ def for_new(trees: Trees, *, ever_max: bool) -> Tensor:
 
 def _write(trees: Trees, distribution: Distribution, leaf: Tensor, priority: Tensor) -> None:
     """Write valid priorities of leaves [n], their masses and their nodes."""
-    trees.raw[leaf] = priority
-    trees.leaves[leaf] = distribution.masses(trees, priority)
+    trees.raw.index_copy_(0, leaf, priority)
+    trees.leaves.index_copy_(0, leaf, distribution.masses(trees, priority))
     _refresh(trees, leaf)
     largest = trees.layout.tops(trees.maxima).amax(-1)
     torch.maximum(trees.ever_max, largest, out=trees.ever_max)
@@ -308,14 +311,19 @@ def generations(slot: Tensor, written: Tensor | int, capacity: int) -> Tensor:
 
 
 def _child_at(prefix: Tensor, target: Tensor) -> Tensor:
-    """Find the child that holds the point `target` [n] by the prefix sums of 16 children [n, 16].
+    """Find the children that hold the points `target` [n, k] by prefix sums of masses [n, c].
 
-    It is the first child whose prefix sum lies above the point. Such a child has a positive mass,
-    so a mass of 0 is never drawn. A point at or past the end (rounding) is moved inside first. If
-    all 16 masses are 0, it is child 0.
+    It is the first child whose prefix sum lies above the point; at or past the end (rounding), the
+    last that adds to the sum. Such a child has a positive mass, so a mass of 0 is never drawn. If
+    all masses are 0, it is child 0.
     """
-    inside = torch.minimum(target, torch.nextafter(prefix[:, -1], torch.zeros_like(target)))
-    return (prefix <= inside.unsqueeze(-1)).sum(-1).remainder_(FANOUT)
+    last = torch.searchsorted(prefix, prefix.amax(-1, keepdim=True))
+    return torch.searchsorted(prefix, target, right=True).minimum(last)
+
+
+def _left(prefix: Tensor, target: Tensor, step: Tensor) -> Tensor:
+    """Subtract the masses before the children `step` from the points; see `_child_at`."""
+    return target - torch.nn.functional.pad(prefix, (1, 0)).gather(1, step)
 
 
 def find(trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -329,21 +337,25 @@ def find(trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
         Slots int64 and their masses float32, in the shape of `target`.
     """
     layout = trees.layout
-    point = target.view(layout.groups, -1)
-    tops = layout.tops(trees.sums)
-    prefix = tops.cumsum(-1)
-    inside = torch.minimum(point, torch.nextafter(prefix[:, -1:], torch.zeros_like(point)))
-    step = torch.searchsorted(prefix, inside, right=True).remainder_(layout.width)  # as `_child_at`
-    before = torch.nn.functional.pad(prefix, (1, 0)).gather(-1, step)
-    node, point = (step + _first_tops(trees)).flatten(), (point - before).flatten()
-    levels = layout.levels(trees.sums)[: layout.height - 1]
-    for children in (*reversed(levels), trees.leaves):
-        prefix = children.view(-1, FANOUT).index_select(0, node).cumsum(-1, dtype=torch.float64)
-        step = _child_at(prefix, point).unsqueeze(-1)
-        before = torch.nn.functional.pad(prefix, (1, 0)).gather(-1, step).squeeze(-1)
-        point = point - before
-        node = node * FANOUT + step.squeeze(-1)
-    mass = trees.leaves.index_select(0, node).view(target.shape)
+    levels = [trees.leaves, *layout.levels(trees.sums)][: layout.height + 1]
+    height, width = layout.height, layout.width
+    if trees.device.type == "cpu":  # elsewhere, long prefix sums may fall where a mass is 0
+        # begin at a level of which all nodes are no more than the children one step takes
+        most = min(FANOUT * target.numel(), _LONGEST * layout.groups)
+        while height > 0 and layout.groups * layout.nodes(height - 1) <= most:
+            height -= 1
+        width = layout.nodes(height)
+    tops = levels[height][: layout.groups * width].view(layout.groups, width)
+    prefix, point = tops.cumsum(-1, dtype=torch.float64), target.view(layout.groups, -1)
+    step = _child_at(prefix, point)
+    node = step + trees.starts // FANOUT**height if layout.groups > 1 else step
+    for children in reversed(levels[:height]):
+        point = _left(prefix, point, step).view(-1, 1)
+        groups = children.view(-1, FANOUT).index_select(0, node.view(-1))
+        prefix = groups.cumsum(-1, dtype=torch.float64)
+        step = _child_at(prefix, point)
+        node = torch.add(step, node.view(-1, 1), alpha=FANOUT)
+    mass = trees.leaves.index_select(0, node.view(-1)).view(target.shape)
     return (node.view(layout.groups, -1) - trees.starts).view(target.shape), mass
 
 
@@ -453,7 +465,7 @@ def _arrivals(
     mass = groups.index_select(0, node).double()
     prefix = mass.cumsum(-1)
     point = torch.rand(node.shape, dtype=torch.float64, device=node.device, generator=generator)
-    first = _child_at(prefix, point * prefix[:, -1]).unsqueeze(-1)
+    first = _child_at(prefix, (point * prefix[:, -1]).unsqueeze(-1))
     later = _exponential((len(node), FANOUT), node.device, generator) / mass
     arrivals = (arrival.unsqueeze(-1) + later).scatter_(1, first, arrival.unsqueeze(-1))
     return arrivals.masked_fill_(mass <= 0, torch.inf)
