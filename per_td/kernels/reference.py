@@ -359,12 +359,6 @@ def find(trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
     return (node.view(layout.groups, -1) - trees.starts).view(target.shape), mass
 
 
-def _first_tops(trees: Trees) -> Tensor:
-    """First top of each tree, int64 [S, 1]; see `Layout`."""
-    groups, width = trees.layout.groups, trees.layout.width
-    return torch.arange(0, groups * width, width, device=trees.device).unsqueeze(-1)
-
-
 def draw(
     trees: Trees,
     point: Tensor,
@@ -458,7 +452,7 @@ def _arrivals(
 ) -> Tensor:
     """Draw arrival times [n, 16] for the children of each `node` [n], the first at `arrival` [n].
 
-    See `draw_distinct`.
+    See `_by_arrival`.
     """
     groups = children.view(-1, FANOUT)
     node = node.clamp(max=len(groups) - 1)  # nodes that never arrive may lie in the padding
@@ -471,33 +465,24 @@ def _arrivals(
     return arrivals.masked_fill_(mass <= 0, torch.inf)
 
 
-def draw_distinct(
+def _by_arrival(
     trees: Trees, n: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw `n` different slots from each tree, distributed as draws one by one.
+    """Run `draw_distinct` by times of arrival, in O(n log N) whatever the masses are.
 
     Let every slot arrive at a time ~ Exp(mass): the order of arrival is the order of sequential
     draws without replacement. A node's first arrival is ~ Exp(sum), it is that of one child drawn
     in proportion to mass, and the other children arrive later by independent Exp(mass)
     (exponentials have no memory). So the first n arrivals are found level by level, keeping n nodes
-    on each: O(n log N) without touching the tree. (Kool et al. 2019, arXiv 1903.06059, section 4.1,
-    do the same with Gumbel variables.)
-
-    Args:
-        trees: the trees.
-        n: slots of each tree, at most its leaves.
-        generator: source of the random numbers, on the same device.
-
-    Returns:
-        Slots int64 [S, n] in the order drawn, their masses float32, and bool: False if fewer than n
-        slots have a positive mass, and the first one drawn stands in.
+    on each, without touching the tree. (Kool et al. 2019, arXiv 1903.06059, section 4.1, do the
+    same with Gumbel variables.)
     """
     layout = trees.layout
     tops = layout.tops(trees.sums)
     arrivals = _exponential((layout.groups, layout.width), trees.device, generator) / tops
     arrivals = arrivals.masked_fill_(tops <= 0, torch.inf)
     arrival, best = arrivals.topk(min(n, layout.width), largest=False, sorted=True)
-    node = best + _first_tops(trees)
+    node = best + trees.starts // FANOUT**layout.height
     levels = layout.levels(trees.sums)[: layout.height - 1]
     for children in (*reversed(levels), trees.leaves):
         arrivals = _arrivals(children, node.flatten(), arrival.flatten(), generator)
@@ -509,6 +494,58 @@ def draw_distinct(
     slot = slot.clamp_(0, layout.capacity - 1)
     mass = trees.leaves.index_select(0, (slot + trees.starts).flatten()).view(slot.shape)
     return slot, mass, found
+
+
+def distinct_points(trees: Trees, n: int, generator: torch.Generator | None) -> Tensor:
+    """Random numbers in [0, 1) to draw `n` different slots from each tree, float64 [S, 2 n]."""
+    shape = trees.layout.groups, 2 * n
+    return torch.rand(shape, dtype=torch.float64, device=trees.device, generator=generator)
+
+
+def first_distinct(
+    trees: Trees, slot: Tensor, mass: Tensor, n: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Take the first `n` different of slots that were drawn with replacement; see `draw_distinct`.
+
+    Args:
+        trees, n, generator: see `draw_distinct`.
+        slot, mass: the slots [S, k] in the order drawn, and their masses.
+    """
+    found = None
+    while True:
+        k = slot.shape[1]
+        ordered, order = slot.sort(dim=-1, stable=True)
+        again = torch.nn.functional.pad(ordered.diff() == 0, (1, 0))
+        if found is not None or not (again.sum(-1) > k - n).any():
+            place = (order + k * again).sort(-1)[0][:, :n] % k  # repeats come last
+            return slot.gather(1, place), mass.gather(1, place), found
+        more, masses, found = _by_arrival(trees, n, generator)
+        slot, mass = torch.cat([slot, more], 1), torch.cat([mass, masses], 1)
+
+
+def draw_distinct(
+    trees: Trees, n: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Draw `n` different slots from each tree, distributed as draws one by one.
+
+    Draws with replacement, of which repeats are rejected, are sequential draws without. If 2 n
+    points give fewer than n slots, `_by_arrival` draws n more: the order in which slots not yet
+    drawn arrive does not depend on the others, so those of them that are new go on from there, and
+    they are enough. Where the host must not wait, `_by_arrival` draws all of them.
+
+    Args:
+        trees: the trees.
+        n: slots of each tree, at most its leaves.
+        generator: source of the random numbers, on the same device.
+
+    Returns:
+        Slots int64 [S, n] in the order drawn, their masses float32, and bool: False if fewer than n
+        slots have a positive mass, and a slot drawn before stands in. None: all are True.
+    """
+    if not validation.can_raise(trees.leaves):
+        return _by_arrival(trees, n, generator)
+    point = distinct_points(trees, n, generator) * trees.total.unsqueeze(-1)
+    return first_distinct(trees, *find(trees, point), n, generator)
 
 
 # --- rows -----------------------------------------------------------------------------------------
