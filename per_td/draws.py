@@ -12,22 +12,19 @@ MULTINOMIAL_LIMIT = 2**24
 """torch.multinomial refuses more categories than this."""
 
 # method="auto" takes torch.multinomial up to this capacity, and the tree above it or if there is no
-# entry; in plain torch, and on the CPU with compiled kernels. Medians on one core of
-# an AMD EPYC (torch 2.13), batches of 256, microseconds, with weights in the second table:
-#   slots                         1,000   10,000   30,000   100,000   1,000,000
-#   independent: tree               109      213      142       183         182
-#   independent: multinomial         27       41       60       142       1,221
-#   without replacement: tree       369      715      685       739         780
-#   without replacement: multin.     63      323      663     2,180      43,382
-#
-#   slots, compiled               1,000   10,000   20,000    30,000   100,000   1,000,000
-#   independent: tree                10       12       12        12        14          64
-#   independent: multinomial         36       51       64        76       155       1,449
-#   without replacement: tree       334      554      611       607       952       2,176
-#   without replacement: multin.     75      312      511       693     2,142      51,184
+# entry; in plain torch, and on the CPU with compiled kernels. The least of 300 times on one core of
+# an Intel Xeon that others used too (torch 2.13), batches of 256 with weights, microseconds:
+#   slots                           300   1,000   5,000  10,000  30,000  100,000  1,000,000
+#   independent: tree                85      88     122     128     130      165        187
+#   independent: tree, compiled      14      14      16      16      16       17         18
+#   independent: multinomial         56      61      69      77     105      243
+#   without replacement: tree       555     169     211     219     223      262        297
+#   without repl.: tree, compiled   492      52      53      53      53       54         59
+#   without repl.: multinomial       77      94     179     261     701
+# The tree is slow where a batch takes nearly all there is, as of 300: hence the last limit.
 # On CUDA torch.multinomial makes the host wait without replacement; the tree never does.
-MULTINOMIAL_UP_TO = {("cpu", "independent"): 100_000, ("cpu", "without_replacement"): 20_000}
-COMPILED_UP_TO = {("cpu", "without_replacement"): 20_000}
+MULTINOMIAL_UP_TO = {("cpu", "independent"): 30_000, ("cpu", "without_replacement"): 5_000}
+COMPILED_UP_TO = {("cpu", "without_replacement"): 1_000}
 
 
 def check_method(method: str, draw: str, capacity: int) -> None:
@@ -49,16 +46,16 @@ def check_method(method: str, draw: str, capacity: int) -> None:
         )
 
 
-# Of many buffers: the least of 25 times on one core of an AMD EPYC (torch 2.13), 64 from each of
-# 100, milliseconds; kernels draw from the trees in the first line, plain torch in all others:
-#   slots of each                        300    1,000    3,000    10,000    30,000
-#   independent: tree, compiled         0.17     0.22     0.26      0.25      0.24
-#   independent: tree                   0.81     0.86     0.93       2.1       1.4
-#   independent: multinomial            0.44     0.60     0.90       2.2        10
-#   without replacement: tree            2.4      8.9      9.1        14        23
-#   without replacement: multinomial     1.1      3.1       18        55       204
-MANY_UP_TO = {("cpu", "independent"): 3_000, ("cpu", "without_replacement"): 1_500}
-COMPILED_MANY_UP_TO = {("cpu", "without_replacement"): 1_500}
+# Of many buffers: the least of 40 times there, 64 from each of 100, milliseconds:
+#   slots of each                     100     300   1,000   3,000  10,000  30,000
+#   independent: tree                0.40    0.52    0.68    0.93     1.2     1.5
+#   independent: tree, compiled      0.16    0.15    0.18    0.21    0.22    0.25
+#   independent: multinomial         0.33    0.41    0.57     1.0     2.2     6.6
+#   without replacement: tree         2.7     1.4     1.7     2.2     2.5     3.1
+#   without repl.: tree, compiled     1.8    0.27    0.28    0.31    0.34    0.40
+#   without repl.: multinomial       0.48    0.97     2.7     8.2      22      74
+MANY_UP_TO = {("cpu", "independent"): 2_000, ("cpu", "without_replacement"): 500}
+COMPILED_MANY_UP_TO = {("cpu", "without_replacement"): 150}
 
 
 def resolve_method(

@@ -337,10 +337,12 @@ def require_finite(
     Raises:
         PriorityError: a value is not, though `wanted`, and `can_raise`.
     """
-    valid = values.isfinite() if low == -math.inf else values.isfinite() & (values >= low)
+    valid = (values.abs() if low == -math.inf else values) < math.inf  # NaN is not
+    valid = valid if low == -math.inf else valid & (values >= low)
     if can_raise(values):
-        wrong = ~valid if wanted is None else wanted & ~valid
-        if wrong.any():
+        allowed = valid if wanted is None else valid | ~wanted
+        if not allowed.all():
+            wrong = ~allowed
             at = wrong.nonzero()[0].tolist()
             expected = "finite values" if low == -math.inf else f"finite values of at least {low:g}"
             place = at if len(at) > 1 and len(values) > 1 else at[-1]
@@ -368,8 +370,9 @@ def require_slots(
     """
     valid = (slot >= 0) & (slot < size)
     if can_raise(slot):
-        wrong = ~valid if wanted is None else wanted & ~valid
-        if wrong.any():
+        allowed = valid if wanted is None else valid | ~wanted
+        if not allowed.all():
+            wrong = ~allowed
             at = wrong.nonzero()[0].tolist()
             many = slot.ndim > 1 and len(slot) > 1
             most = (

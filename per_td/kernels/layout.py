@@ -91,6 +91,10 @@ class Layout:
         """Leaf that takes refused updates; its mass stays 0."""
         return self.groups * self.stride
 
+    def nodes(self, height: int) -> int:
+        """Number of nodes of each tree in a level; of leaves, that is 0."""
+        return -(-self.stride // FANOUT**height)
+
     def levels(self, nodes: Tensor) -> list[Tensor]:
         """Views of the levels in `nodes` [node_slots], from the leaves' parents up to the root."""
         ends = (*self.offsets[1:], self.node_slots)

@@ -37,6 +37,9 @@ __all__ = [
     "write_rows",
 ]
 
+_LONGEST = 4096
+"""Most numbers of a prefix sum, which adds up as many roundings."""
+
 Reduce = Callable[[Tensor], Tensor]
 Runs: TypeAlias = "array[int]"
 """First slot and length of a run of slots for each group, int64."""
@@ -69,16 +72,16 @@ def _columns(trees: Trees) -> list[tuple[Tensor, Tensor, Reduce]]:
 
 def _refresh(trees: Trees, index: Tensor | None) -> None:
     """Recompute the ancestors of the leaves `index` [B] from their children; None: all nodes."""
-    for children, nodes, reduce in _columns(trees):
-        at = index
-        for level in trees.layout.levels(nodes):
-            groups = children.view(-1, FANOUT)
-            if at is not None and at.numel() < groups.shape[0]:
-                at = at // FANOUT
-                level[at] = reduce(groups.index_select(0, at))
-            else:  # as many updates as nodes: the whole level is cheaper, and so are those above
-                level[: groups.shape[0]] = reduce(groups)
-            children = level
+    kinds = [(kind, trees.layout.levels(kind[1])) for kind in _columns(trees)]
+    for height, width in enumerate(trees.layout.widths):
+        # as many updates as nodes: the whole level is cheaper, and so are those above
+        index = index >> 4 if index is not None and index.numel() < width else None
+        for (leaves, _, reduce), levels in kinds:
+            level, groups = levels[height], (leaves, *levels)[height].view(-1, FANOUT)
+            if index is None:
+                level[:width] = reduce(groups)
+            else:  # where an index occurs twice, both write the same
+                level.index_copy_(0, index, reduce(groups.index_select(0, index)))
 
 
 def refill(trees: Trees) -> None:
@@ -120,7 +123,7 @@ def keep_last(index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """
     ordered, order = index.sort(stable=True)
     last = torch.searchsorted(ordered, ordered, right=True) - 1
-    return ordered, value[order[last]]
+    return ordered, value.index_select(0, order.index_select(0, last))
 
 
 # --- changes --------------------------------------------------------------------------------------
@@ -156,8 +159,8 @@ def for_new(trees: Trees, *, ever_max: bool) -> Tensor:
 
 def _write(trees: Trees, distribution: Distribution, leaf: Tensor, priority: Tensor) -> None:
     """Write valid priorities of leaves [n], their masses and their nodes."""
-    trees.raw[leaf] = priority
-    trees.leaves[leaf] = distribution.masses(trees, priority)
+    trees.raw.index_copy_(0, leaf, priority)
+    trees.leaves.index_copy_(0, leaf, distribution.masses(trees, priority))
     _refresh(trees, leaf)
     largest = trees.layout.tops(trees.maxima).amax(-1)
     torch.maximum(trees.ever_max, largest, out=trees.ever_max)
@@ -308,14 +311,19 @@ def generations(slot: Tensor, written: Tensor | int, capacity: int) -> Tensor:
 
 
 def _child_at(prefix: Tensor, target: Tensor) -> Tensor:
-    """Find the child that holds the point `target` [n] by the prefix sums of 16 children [n, 16].
+    """Find the children that hold the points `target` [n, k] by prefix sums of masses [n, c].
 
-    It is the first child whose prefix sum lies above the point. Such a child has a positive mass,
-    so a mass of 0 is never drawn. A point at or past the end (rounding) is moved inside first. If
-    all 16 masses are 0, it is child 0.
+    It is the first child whose prefix sum lies above the point; at or past the end (rounding), the
+    last that adds to the sum. Such a child has a positive mass, so a mass of 0 is never drawn. If
+    all masses are 0, it is child 0.
     """
-    inside = torch.minimum(target, torch.nextafter(prefix[:, -1], torch.zeros_like(target)))
-    return (prefix <= inside.unsqueeze(-1)).sum(-1).remainder_(FANOUT)
+    last = torch.searchsorted(prefix, prefix.amax(-1, keepdim=True))
+    return torch.searchsorted(prefix, target, right=True).minimum(last)
+
+
+def _left(prefix: Tensor, target: Tensor, step: Tensor) -> Tensor:
+    """Subtract the masses before the children `step` from the points; see `_child_at`."""
+    return target - torch.nn.functional.pad(prefix, (1, 0)).gather(1, step)
 
 
 def find(trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -329,28 +337,26 @@ def find(trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
         Slots int64 and their masses float32, in the shape of `target`.
     """
     layout = trees.layout
-    point = target.view(layout.groups, -1)
-    tops = layout.tops(trees.sums)
-    prefix = tops.cumsum(-1)
-    inside = torch.minimum(point, torch.nextafter(prefix[:, -1:], torch.zeros_like(point)))
-    step = torch.searchsorted(prefix, inside, right=True).remainder_(layout.width)  # as `_child_at`
-    before = torch.nn.functional.pad(prefix, (1, 0)).gather(-1, step)
-    node, point = (step + _first_tops(trees)).flatten(), (point - before).flatten()
-    levels = layout.levels(trees.sums)[: layout.height - 1]
-    for children in (*reversed(levels), trees.leaves):
-        prefix = children.view(-1, FANOUT).index_select(0, node).cumsum(-1, dtype=torch.float64)
-        step = _child_at(prefix, point).unsqueeze(-1)
-        before = torch.nn.functional.pad(prefix, (1, 0)).gather(-1, step).squeeze(-1)
-        point = point - before
-        node = node * FANOUT + step.squeeze(-1)
-    mass = trees.leaves.index_select(0, node).view(target.shape)
+    levels = [trees.leaves, *layout.levels(trees.sums)][: layout.height + 1]
+    height, width = layout.height, layout.width
+    if trees.device.type == "cpu":  # elsewhere, long prefix sums may fall where a mass is 0
+        # begin at a level of which all nodes are no more than the children one step takes
+        most = min(FANOUT * target.numel(), _LONGEST * layout.groups)
+        while height > 0 and layout.groups * layout.nodes(height - 1) <= most:
+            height -= 1
+        width = layout.nodes(height)
+    tops = levels[height][: layout.groups * width].view(layout.groups, width)
+    prefix, point = tops.cumsum(-1, dtype=torch.float64), target.view(layout.groups, -1)
+    step = _child_at(prefix, point)
+    node = step + trees.starts // FANOUT**height if layout.groups > 1 else step
+    for children in reversed(levels[:height]):
+        point = _left(prefix, point, step).view(-1, 1)
+        groups = children.view(-1, FANOUT).index_select(0, node.view(-1))
+        prefix = groups.cumsum(-1, dtype=torch.float64)
+        step = _child_at(prefix, point)
+        node = torch.add(step, node.view(-1, 1), alpha=FANOUT)
+    mass = trees.leaves.index_select(0, node.view(-1)).view(target.shape)
     return (node.view(layout.groups, -1) - trees.starts).view(target.shape), mass
-
-
-def _first_tops(trees: Trees) -> Tensor:
-    """First top of each tree, int64 [S, 1]; see `Layout`."""
-    groups, width = trees.layout.groups, trees.layout.width
-    return torch.arange(0, groups * width, width, device=trees.device).unsqueeze(-1)
 
 
 def draw(
@@ -446,46 +452,37 @@ def _arrivals(
 ) -> Tensor:
     """Draw arrival times [n, 16] for the children of each `node` [n], the first at `arrival` [n].
 
-    See `draw_distinct`.
+    See `_by_arrival`.
     """
     groups = children.view(-1, FANOUT)
     node = node.clamp(max=len(groups) - 1)  # nodes that never arrive may lie in the padding
     mass = groups.index_select(0, node).double()
     prefix = mass.cumsum(-1)
     point = torch.rand(node.shape, dtype=torch.float64, device=node.device, generator=generator)
-    first = _child_at(prefix, point * prefix[:, -1]).unsqueeze(-1)
+    first = _child_at(prefix, (point * prefix[:, -1]).unsqueeze(-1))
     later = _exponential((len(node), FANOUT), node.device, generator) / mass
     arrivals = (arrival.unsqueeze(-1) + later).scatter_(1, first, arrival.unsqueeze(-1))
     return arrivals.masked_fill_(mass <= 0, torch.inf)
 
 
-def draw_distinct(
+def _by_arrival(
     trees: Trees, n: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw `n` different slots from each tree, distributed as draws one by one.
+    """Run `draw_distinct` by times of arrival, in O(n log N) whatever the masses are.
 
     Let every slot arrive at a time ~ Exp(mass): the order of arrival is the order of sequential
     draws without replacement. A node's first arrival is ~ Exp(sum), it is that of one child drawn
     in proportion to mass, and the other children arrive later by independent Exp(mass)
     (exponentials have no memory). So the first n arrivals are found level by level, keeping n nodes
-    on each: O(n log N) without touching the tree. (Kool et al. 2019, arXiv 1903.06059, section 4.1,
-    do the same with Gumbel variables.)
-
-    Args:
-        trees: the trees.
-        n: slots of each tree, at most its leaves.
-        generator: source of the random numbers, on the same device.
-
-    Returns:
-        Slots int64 [S, n] in the order drawn, their masses float32, and bool: False if fewer than n
-        slots have a positive mass, and the first one drawn stands in.
+    on each, without touching the tree. (Kool et al. 2019, arXiv 1903.06059, section 4.1, do the
+    same with Gumbel variables.)
     """
     layout = trees.layout
     tops = layout.tops(trees.sums)
     arrivals = _exponential((layout.groups, layout.width), trees.device, generator) / tops
     arrivals = arrivals.masked_fill_(tops <= 0, torch.inf)
     arrival, best = arrivals.topk(min(n, layout.width), largest=False, sorted=True)
-    node = best + _first_tops(trees)
+    node = best + trees.starts // FANOUT**layout.height
     levels = layout.levels(trees.sums)[: layout.height - 1]
     for children in (*reversed(levels), trees.leaves):
         arrivals = _arrivals(children, node.flatten(), arrival.flatten(), generator)
@@ -497,6 +494,58 @@ def draw_distinct(
     slot = slot.clamp_(0, layout.capacity - 1)
     mass = trees.leaves.index_select(0, (slot + trees.starts).flatten()).view(slot.shape)
     return slot, mass, found
+
+
+def distinct_points(trees: Trees, n: int, generator: torch.Generator | None) -> Tensor:
+    """Random numbers in [0, 1) to draw `n` different slots from each tree, float64 [S, 2 n]."""
+    shape = trees.layout.groups, 2 * n
+    return torch.rand(shape, dtype=torch.float64, device=trees.device, generator=generator)
+
+
+def first_distinct(
+    trees: Trees, slot: Tensor, mass: Tensor, n: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Take the first `n` different of slots that were drawn with replacement; see `draw_distinct`.
+
+    Args:
+        trees, n, generator: see `draw_distinct`.
+        slot, mass: the slots [S, k] in the order drawn, and their masses.
+    """
+    found = None
+    while True:
+        k = slot.shape[1]
+        ordered, order = slot.sort(dim=-1, stable=True)
+        again = torch.nn.functional.pad(ordered.diff() == 0, (1, 0))
+        if found is not None or not (again.sum(-1) > k - n).any():
+            place = (order + k * again).sort(-1)[0][:, :n] % k  # repeats come last
+            return slot.gather(1, place), mass.gather(1, place), found
+        more, masses, found = _by_arrival(trees, n, generator)
+        slot, mass = torch.cat([slot, more], 1), torch.cat([mass, masses], 1)
+
+
+def draw_distinct(
+    trees: Trees, n: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Draw `n` different slots from each tree, distributed as draws one by one.
+
+    Draws with replacement, of which repeats are rejected, are sequential draws without. If 2 n
+    points give fewer than n slots, `_by_arrival` draws n more: the order in which slots not yet
+    drawn arrive does not depend on the others, so those of them that are new go on from there, and
+    they are enough. Where the host must not wait, `_by_arrival` draws all of them.
+
+    Args:
+        trees: the trees.
+        n: slots of each tree, at most its leaves.
+        generator: source of the random numbers, on the same device.
+
+    Returns:
+        Slots int64 [S, n] in the order drawn, their masses float32, and bool: False if fewer than n
+        slots have a positive mass, and a slot drawn before stands in. None: all are True.
+    """
+    if not validation.can_raise(trees.leaves):
+        return _by_arrival(trees, n, generator)
+    point = distinct_points(trees, n, generator) * trees.total.unsqueeze(-1)
+    return first_distinct(trees, *find(trees, point), n, generator)
 
 
 # --- rows -----------------------------------------------------------------------------------------

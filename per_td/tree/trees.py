@@ -165,7 +165,7 @@ class Trees:
         """
         draws.require_enough(self.layout.capacity, n)
         index, mass, found = self.ops.draw_distinct(self, n, generator)
-        if validation.can_raise(found) and not found.all():
+        if found is not None and validation.can_raise(found) and not found.all():
             self.require_enough(found.sum(-1), n)
         return index, mass
 

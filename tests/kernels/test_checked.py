@@ -79,6 +79,7 @@ refused("leaf_slots", 200, lambda tree: tree.update([290], [1.0]))
 refused("leaf_slots", 200, lambda tree: tree.fill(ones))
 refused("leaf_slots", 200, lambda tree: tree.find([299.5]))
 refused("leaf_slots", 200, lambda tree: tree.sample(500))
+refused("leaf_slots", 200, lambda tree: tree.sample(99, draw="without_replacement"))
 refused("node_slots", 9, lambda tree: tree.update([290], [1.0]))
 refused("node_slots", 9, lambda tree: tree.fill(ones))
 refused("capacity", 2000, lambda tree: tree._trees.ops.set_masses(tree._trees, index + 900, ones))
@@ -90,7 +91,7 @@ refused("height", 9, lambda tree: tree.sample(5))
 def test_kernels_with_bounds_checks_find_a_record_that_is_wrong():
     lines = checked("-c", OUT_OF_BOUNDS).splitlines()
     assert [line.partition(" ")[0] for line in lines] == [
-        *["leaf_slots"] * 5,
+        *["leaf_slots"] * 6,
         *["node_slots"] * 2,
         "capacity",
         "height",

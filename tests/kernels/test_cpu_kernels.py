@@ -12,7 +12,16 @@ from array import array
 import pytest
 import torch
 
-from per_td import ConfigurationError, IndexRangeError, PerTdError, PriorityError, SumTree, kernels
+from per_td import (
+    ConfigurationError,
+    EmptyBufferError,
+    IndexRangeError,
+    PerTdError,
+    PriorityError,
+    SumTree,
+    kernels,
+)
+from per_td.draws import DRAWS
 from per_td.kernels import reference
 from per_td.kernels.layout import Layout
 from per_td.priorities.sampling import sample_weighted
@@ -199,7 +208,7 @@ def test_alpha_may_be_anything_and_change(alpha, groups, monkeypatch):
     assert torch.equal(mass, mass_of(value.abs() + pair[0].eps, alpha))
 
 
-@pytest.mark.parametrize("draw", ["independent", "stratified"])
+@pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("normalization", ["batch", "buffer", "none"])
 @pytest.mark.parametrize("capacity", CAPACITIES)
 def test_the_same_seed_draws_the_same_slots_and_weights(
@@ -210,11 +219,12 @@ def test_the_same_seed_draws_the_same_slots_and_weights(
     priority = torch.rand(capacity) ** 4 * (torch.arange(capacity) % 3 != 1)
     priority = alike(priority, groups).clone()
     priority *= 1 if groups is None else 10.0 ** torch.arange(groups).unsqueeze(-1)
-    drawn = []
+    drawable, drawn = int((priority > 0).sum(-1).min()), []
+    n = min(500, drawable) if draw == "without_replacement" else 500
     for each in pair:
         each.restore(priority, priority.amax(-1))
         seeded = torch.Generator().manual_seed(3)
-        drawn.append(sample_weighted(each, 500, seeded, beta=0.6, written=capacity))
+        drawn.append(sample_weighted(each, n, seeded, beta=0.6, written=capacity))
     assert torch.equal(drawn[0][0], drawn[1][0])
     assert (priority.gather(-1, drawn[0][0]) > 0).all()
     torch.testing.assert_close(drawn[0][1], drawn[1][1], rtol=1e-6, atol=0)
@@ -222,6 +232,17 @@ def test_the_same_seed_draws_the_same_slots_and_weights(
     assert_same(*pair)  # `replayed` too
     if groups is None:
         assert pair[0].replayed.nonzero().flatten().tolist() == drawn[0][0].unique().tolist()
+
+
+def test_too_few_slots_for_a_draw_without_replacement_leave_nothing_marked(groups, monkeypatch):
+    for each in twins(monkeypatch, 300, eps=0.0, groups=groups, draw=DRAWS[2]):
+        each.write_runs(runs(0, 300, groups))
+        each.update(alike(torch.arange(5, 300), groups), alike([0.0] * 295, groups), written=300)
+        with pytest.raises(EmptyBufferError, match=r"at least 6 .* got 5"):
+            sample_weighted(each, 6, None, beta=0.6, written=300)
+        assert not each.trees.replayed.any()
+        index, _ = sample_weighted(each, 5, None, beta=0.6, written=300)
+        assert torch.equal(index.sort(-1)[0], alike(torch.arange(5), groups))
 
 
 def filled(capacity: int, groups: int | None, mass: torch.Tensor) -> Trees:

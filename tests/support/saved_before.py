@@ -2,7 +2,9 @@
 
 `PYTHONPATH=<a checkout of 67b0a04> python tests/support/saved_before.py` has made what is in
 tests/checkpoint/files: a file for each of `CASES`, and in played.json what `play` returned for the
-buffer that was saved. It uses the public interface alone, which both versions have.
+buffer that was saved, except for "without_replacement": such draws now take other random numbers,
+and `play` returned what is there when they did. It uses the public interface alone, which both
+versions have.
 """
 
 import json

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from operator import itemgetter
 
 import pytest
 import torch
@@ -153,8 +154,17 @@ def successive(mass: list[float], k: int) -> dict[tuple[int, ...], float]:
     return outcomes
 
 
-def test_draws_without_replacement_are_exactly_sequential(trees, device, generator):
-    mass = torch.tensor([8.0, 0.0, 1.0, 0.5, *[0.0] * 30, 2.0, 0.01])
+@pytest.mark.parametrize(
+    "mass",
+    [
+        [1.0, 1.5, 2.0, 1.25, 0.75],  # 2 n points mostly give n slots
+        [8.0, 0.0, 1.0, 0.5, *[0.0] * 30, 2.0, 0.01],
+        [6e-10, 3e-10, 1.0, 1e-10, 0.0],  # they never do: one slot holds 1 - 1e-9 of the mass
+    ],
+    ids=["even", "uneven", "one"],
+)
+def test_draws_without_replacement_are_exactly_sequential(mass, trees, choice, device, generator):
+    mass = torch.tensor(mass)
     mass = torch.stack([mass.roll(7 * s) * 10.0**-s for s in range(trees or 1)])
     tree = filled(mass if trees else mass[0], device)
     drawn = [
@@ -163,20 +173,28 @@ def test_draws_without_replacement_are_exactly_sequential(trees, device, generat
     ]
     for s, own in enumerate(mass.tolist()):
         expected = successive(own, 3)
-        order = {outcome: i for i, outcome in enumerate(expected)}
-        code = torch.tensor([order[tuple(rows[s])] for rows in drawn])
-        assert_drawn_from(code, list(expected.values()))
+        for seen in (tuple, lambda row: tuple(sorted(row)), itemgetter(0), itemgetter(1)):
+            shares: dict = {}  # of the ordered draws, of what is drawn at all, first and second
+            for outcome, p in expected.items():
+                shares[seen(outcome)] = shares.get(seen(outcome), 0.0) + p
+            place = {share: i for i, share in enumerate(shares)}
+            code = torch.tensor([place[seen(rows[s])] for rows in drawn])
+            assert_drawn_from(code, list(shares.values()))
 
 
 @pytest.mark.parametrize("capacity", CAPACITIES)
-def test_draws_without_replacement_can_take_everything_there_is(capacity, trees, device, generator):
+def test_draws_without_replacement_can_take_everything_there_is(
+    capacity, trees, choice, device, generator
+):
     mass = uneven(trees, capacity)
     positive = each(mass, trees)[0].nonzero().flatten().tolist()
     index = filled(mass, device).sample(len(positive), generator, draw="without_replacement")
     assert [sorted(row) for row in each(index, trees).tolist()] == [positive] * (trees or 1)
 
 
-def test_draws_without_replacement_do_not_stall_where_few_masses_dominate(trees, device, generator):
+def test_draws_without_replacement_do_not_stall_where_few_masses_dominate(
+    trees, choice, device, generator
+):
     tree = SumTree(100_000, device, num_trees=trees)
     tree.fill(torch.full(tree[:].shape, 1e-20))
     tree.update(alike(trees, [5, 77_777], torch.int64), alike(trees, [1e20, 1e10]))

@@ -23,7 +23,7 @@ from per_td.kernels.cpu import update
 from per_td.kernels.cpu.compiling import Kernel
 from per_td.kernels.cpu.records import ROWS, TREES
 from per_td.kernels.parts import Distribution, Rows, Trees
-from per_td.kernels.reference import Runs, draw_distinct, for_new, mark_replayed, weigh
+from per_td.kernels.reference import Runs, for_new, mark_replayed, weigh
 from per_td.validation import plain_rows
 
 __all__ = [
@@ -334,6 +334,27 @@ def draw(
         options,
     )
     return None if empty else (index, weight)
+
+
+def draw_distinct(
+    trees: Trees, n: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See `reference.draw_distinct`."""
+    total = trees.layout.groups * n
+    point = reference.distinct_points(trees, n, generator)
+    index = torch.empty((trees.layout.groups, n), dtype=torch.int64, device=_CPU)
+    mass = torch.empty_like(index, dtype=torch.float32)
+    short = draws.draw_distinct(
+        _trees_record(trees),
+        _address(point, torch.float64, point.numel()),
+        point.shape[1],
+        n,
+        _address(index, torch.int64, total),
+        _address(mass, torch.float32, total),
+    )
+    if short:
+        return reference.first_distinct(trees, index, mass, n, generator)
+    return index, mass, None
 
 
 def _addresses(tensors: Sequence[Tensor]) -> "array[int]":

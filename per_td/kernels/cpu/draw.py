@@ -201,6 +201,59 @@ def draw(
     return empty
 
 
+@kernel("int64(int64, int64, int64, int64, int64, int64)")
+def draw_distinct(record: int, point: int, points: int, n: int, index: int, mass: int) -> int:
+    """Find the slots that hold random points, and keep the first `n` different ones.
+
+    Args:
+        record: address of the trees' record.
+        point: random numbers in [0, 1), overwritten, float64 [groups, points].
+        points: points for each tree.
+        n: slots of each tree.
+        index, mass: take the slots and their masses, int64 and float32 [groups, n].
+
+    Returns:
+        The number of trees where the points hold fewer slots; the first of them stands in.
+    """
+    trees = trees_at(record)
+    levels, total, short, size = levels_of(trees), trees.groups * n, 0, 4
+    given, found, masses = (
+        doubles(point, trees.groups * points),
+        integers(index, total),
+        floats(mass, total),
+    )
+    node, value = np.empty(n, np.int64), np.empty(n, np.float32)
+    while size < 4 * n:
+        size *= 2
+    seen = np.empty(size, np.int64)  # a hash table of nodes
+    for s in range(trees.groups):
+        tops, sum_of_all = _tops(trees, levels, s), 0.0
+        for top in tops:
+            sum_of_all += top
+        seen[:] = -1
+        own, count, at, end = found[s * n : (s + 1) * n], 0, s * points, (s + 1) * points
+        while count < n and at < end and sum_of_all > 0:
+            target = given[at : min(at + n - count, end)]
+            for i in range(target.shape[0]):
+                target[i] *= sum_of_all
+            _choose_top(tops, target, node, s * trees.width)
+            _descend(trees, levels, target, node, value, False)
+            for i in range(target.shape[0]):
+                place = ((node[i] * 2654435761) >> 12) & (size - 1)
+                while seen[place] != -1 and seen[place] != node[i]:
+                    place = (place + 1) & (size - 1)
+                if seen[place] == -1:
+                    seen[place] = node[i]
+                    own[count], masses[s * n + count] = node[i] - s * trees.stride, value[i]
+                    count += 1
+            at += target.shape[0]
+        if count < n:
+            short += 1
+            own[count:] = own[0] if count > 0 else 0
+            masses[s * n + count : (s + 1) * n] = masses[s * n] if count > 0 else np.float32(0)
+    return short
+
+
 @kernel("int64(int64, int64, int64, int64, float64, int64, int64, int64)")
 def draw_rows(
     record: int, rows: int, point: int, n: int, beta: float, written: int, to: int, options: int
