@@ -28,8 +28,8 @@ CHECKED = checked()
 _PATIENCE = 2.0
 """Seconds of compilation after which a line is logged."""
 
-part = partial(njit, boundscheck=CHECKED)
-"""Compile a function that kernels call."""
+part = partial(njit, boundscheck=CHECKED, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""Compile a function that kernels call, and nothing else."""
 
 
 @cache
@@ -69,7 +69,8 @@ class Kernel:
         self._function, self._signature = function, signature
         self._compiled = False
         self._failed: BaseException | None = None
-        self._made = part(cache=True, nogil=True, error_model="numpy")(function)
+        options = {"boundscheck": CHECKED, "nogil": True, "error_model": "numpy"}
+        self._made = njit(cache=True, **options)(function)
 
     def __call__(self, *arguments: Any) -> Any:
         """Call the compiled function."""

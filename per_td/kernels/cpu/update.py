@@ -17,6 +17,7 @@ from per_td.kernels.cpu.vector import max_f32, min_positive_f32, sum_f32, sum_f6
 
 _TINY = float(np.finfo(np.float32).tiny)
 _HUGE = float(np.finfo(np.float32).max)
+_ZERO = np.int64(0)  # numba compiles a function anew for a literal 0
 
 
 def _refreshers(first: Any, above: Any) -> Any:
@@ -42,8 +43,8 @@ def _refreshers(first: Any, above: Any) -> Any:
 
         return row, some
 
-    row_of_leaves, some_leaves = level_with(first)
-    row_of_nodes, some_nodes = level_with(above)
+    row_of_leaves, some_leaves = of_leaves = level_with(first)
+    row_of_nodes, some_nodes = of_leaves if above is first else level_with(above)
 
     @part()
     def refresh_row(leaves: Any, nodes: Any, levels: Any, begin: int, end: int) -> None:
@@ -56,14 +57,14 @@ def _refreshers(first: Any, above: Any) -> Any:
     @part()
     def refresh(leaves: Any, nodes: Any, levels: Any, index: Any) -> None:
         if index.shape[0] >= levels[1, 0]:  # as many leaves as nodes: all of them are cheaper
-            refresh_row(leaves, nodes, levels, 0, 16 * levels[1, 0])
+            refresh_row(leaves, nodes, levels, _ZERO, 16 * levels[1, 0])
             return
         at = index.copy()
         some_leaves(leaves, nodes, at)
         for k in range(1, levels.shape[1]):
             children, level = nodes[levels[0, k - 1] :], nodes[levels[0, k] :]
             if at.shape[0] >= levels[1, k]:
-                row_of_nodes(children, level, 0, levels[1, k])
+                row_of_nodes(children, level, _ZERO, levels[1, k])
             else:
                 some_nodes(children, level, at)
 
