@@ -1,7 +1,7 @@
 """Batches: draws are spread over the shards, and their parts are joined."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,7 +184,7 @@ class Batches:
                 if empty:
                     failed.add(shard)
                 else:
-                    _deal(shard, drawn, counts, request.batches)
+                    deal(shard, drawn, counts, request.batches)
         return failed
 
     def _together(self, parts: list[_Part], totals: Tensor, beta: float) -> TensorDict:
@@ -244,7 +244,7 @@ class Batches:
         return torch.where(known, shares_of(totals) * ratio, torch.inf).amin()
 
 
-def _deal(shard: int, drawn: Drawn, counts: list[int], batches: deque[list[_Part]]) -> None:
+def deal(shard: int, drawn: Drawn, counts: list[int], batches: Iterable[list[_Part]]) -> None:
     """Cut what a shard drew, and give each batch its part."""
     end = 0
     for n, parts in zip(counts, batches, strict=True):

@@ -135,7 +135,7 @@ def test_prefetch_decides_how_many_batches_a_request_asks_for_unless_told(
 ):
     buffer = local(prefetch=prefetch, batches_per_request=given)
     assert buffer.batches_per_request == k
-    with pytest.raises(ConfigurationError, match="^batches_per_request: expected"):
+    with pytest.raises(ConfigurationError, match=r"^batches_per_request: expected"):
         buffer.batches_per_request = 5
 
 
