@@ -1,11 +1,12 @@
 """Sharded replay over Ray: what batches cost beside Ray's own copies and TorchRL's Ray buffer.
 
-    python -m benchmarks.ray_shards            # writes benchmarks/results/ray.{json,md}
+    python -m benchmarks.ray_shards
+    # writes benchmarks/results/ray.{json,md} and the table of docs/ray.md
 
 Every rate is the median of `--rounds` rounds, after a round of warm-up, in one process that learns
 nothing: sampling as fast as it can. On a machine with fewer cores than processes (shards, the
 learner, Ray's own), more shards cannot be faster: look at the ratios to Ray's copy of the same
-bytes, which pays for the same cores.
+bytes, which pays for the same cores. k is `batches_per_request`; a round has whole requests.
 """
 
 import statistics
@@ -22,9 +23,11 @@ from tensordict import TensorDict
 
 from benchmarks.arguments import option, parse_args
 from benchmarks.machine import about
-from benchmarks.pages import RESULTS, save, table
+from benchmarks.pages import DOCS, RESULTS, fill, save, table
 from per_td import PrioritizedReplayBuffer
 from per_td.ray import ShardedReplayBuffer
+
+ACTIONS = ("sample", "sample + update", "extend")
 
 
 @dataclass
@@ -32,10 +35,11 @@ class Args:
     """The settings of a run; each is a command-line option too."""
 
     shards: str = option("1,2,4", "numbers of shards, with commas")
+    requests: str = option("1,4,16", "numbers k of batches in a request, with commas")
     batch: int = option(256, "transitions in a batch")
     small: int = option(20_000, "CartPole-like transitions, 41 bytes")
     frames: int = option(3_000, "Atari-like transitions, 28 kB")
-    calls: int = option(20, "calls in a round")
+    calls: int = option(32, "calls in a round, a multiple of each k")
     rounds: int = option(9, "rounds of each measurement")
     torchrl: int = option(1, "0 leaves out TorchRL's buffers")
     out: str = option(str(RESULTS / "ray"), "files, without suffix")
@@ -113,20 +117,26 @@ def train_step(buffer, batch_size: int) -> None:
 
 
 def sharded_rows(data: TensorDict, num_shards: int, size: int, args: Args) -> list:
-    """Ours, without and with batches asked for ahead."""
+    """Ours, without and with batches asked for ahead, and k of them at a time."""
     rows = []
     options = {"actor_options": {"num_cpus": 0}, "timeout_s": 60.0}
     name = f"{num_shards} shard{'s' * (num_shards > 1)}"
+    shape = (num_shards, 2 * len(data) // num_shards)
+    own = f"{name} for {size} bytes"
     parts = data.split(args.batch)
-    with ShardedReplayBuffer(num_shards, 2 * len(data) // num_shards, **options) as buffer:
+    with ShardedReplayBuffer(*shape, name=own, **options) as buffer:
         for part in parts:
             buffer.extend(part, torch.rand(len(part)))
-        for prefetch in (0, 2):
-            buffer._prefetch = prefetch
-            ahead = f", prefetch={prefetch}" * bool(prefetch)
-            for what, call in (("sample", buffer.sample), ("sample + update", None)):
-                call = partial(call or partial(train_step, buffer), args.batch)
-                rows.append(row(f"{name}{ahead}: {what}", call, size, args))
+        ahead = [
+            (f", prefetch=2, k={k}", {"prefetch": 2, "batches_per_request": k})
+            for k in map(int, args.requests.split(","))
+        ]
+        for how, asked in [("", {}), *ahead]:  # another learner each time; the shards are the same
+            learner = ShardedReplayBuffer(*shape, name=own, **options, **asked)
+            calls = (learner.sample, partial(train_step, learner))
+            for what, call in zip(ACTIONS, calls, strict=False):
+                rows.append(row(f"{name}{how}: {what}", partial(call, args.batch), size, args))
+            learner.flush()
         rows.append(row(f"{name}: extend", partial(buffer.extend, parts[0]), size, args))
     if num_shards > 1:
         return rows
@@ -213,11 +223,35 @@ def page(results: dict) -> str:
     return "\n\n".join(parts)
 
 
+def published(results: dict) -> str:
+    """Make the table of docs/ray.md: microseconds, and times Ray's own copy."""
+    lines: dict[str, list[str]] = {}
+    head = [""]
+    for kind in results["kinds"]:
+        head += [f"{kind['kind']}: {action}" for action in ACTIONS]
+    for at, kind in enumerate(results["kinds"]):
+        for row in kind["rows"]:
+            name, _, action = row["name"].partition(": ")
+            if row is kind["rows"][0]:
+                name, action = "Ray's own copy", "sample"
+            if action in ACTIONS:
+                cells = lines.setdefault(name, [""] * (len(head) - 1))
+                text = f"{row['us_per_batch']:,.0f} ({row['times_ray_copy']:.1f})"
+                cells[len(ACTIONS) * at + ACTIONS.index(action)] = text
+    return table(head, [[name, *cells] for name, cells in lines.items()])
+
+
 def main(args: Args) -> dict:
     """Measure, print, write."""
     torch.set_num_threads(1)
     info = about()
-    ray.init(include_dashboard=False, object_store_memory=2**30, num_cpus=8, log_to_driver=False)
+    ray.init(
+        include_dashboard=False,
+        object_store_memory=2**30,
+        num_cpus=8,
+        log_to_driver=False,
+        namespace="benchmark",  # shards with a name want one
+    )
     try:
         kinds = [measure("small", args.small, args), measure("frames", args.frames, args)]
     finally:
@@ -229,6 +263,8 @@ def main(args: Args) -> dict:
         "kinds": kinds,
     }
     save(args.out, results, page(results))
+    if args.out == Args().out:
+        fill(DOCS / "ray.md", published(results))
     return results
 
 

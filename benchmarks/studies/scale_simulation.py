@@ -1,6 +1,7 @@
 """The limits of a replay of 10^3 shards: the learner's work per batch, and stale totals.
 
-    python -m benchmarks.studies.scale_simulation      # writes benchmarks/results/scale.{json,md}
+    python -m benchmarks.studies.scale_simulation
+    # writes benchmarks/results/scale.{json,md} and the table of docs/scale.md
 
 No shard is started: answers are made up, and what the learner does with them is timed (`Batches`
 without Ray; the process's own time, whatever else the machine does). How fast Ray carries small
@@ -20,8 +21,8 @@ import torch
 
 from benchmarks.arguments import option, parse_args
 from benchmarks.machine import about
-from benchmarks.pages import RESULTS, save, table
-from per_td.ray.batches import Batches
+from benchmarks.pages import DOCS, RESULTS, fill, number, save, table
+from per_td.ray.batches import Batches, deal
 from per_td.ray.counts import counts_of, shares_of
 from per_td.ray.ledger import Ledger
 from per_td.ray.shard import Drawn, Report
@@ -32,6 +33,7 @@ class Args:
     """The settings of a run; each is a command-line option too."""
 
     shards: int = option(1000, "shards K")
+    requests: str = option("1,4,16", "numbers k of batches in a request, with commas")
     messages: int = option(4000, "calls of the message measurement")
     repeats: int = option(15, "of each timing; the median counts")
     out: str = option(str(RESULTS / "scale"), "files, without suffix")
@@ -73,11 +75,11 @@ def answer(number: int, n: int, serial: int = 0) -> Drawn:
     return Drawn(report, packed, np.arange(n), np.arange(n), np.full(n, 0.1, np.float32))
 
 
-def coordinator(batch: int, args: Args) -> dict:
-    """The learner's own work for one batch over all shards."""
+def coordinator(batch: int, k: int, args: Args) -> dict:
+    """The learner's own work for one batch over all shards, of k that were asked for together."""
     ledger = Ledger(args.shards)
-    for number in range(args.shards):
-        ledger.note(number, answer(number, 0).report)
+    for shard in range(args.shards):
+        ledger.note(shard, answer(shard, 0).report)
     batches = Batches(
         [],
         ledger,
@@ -87,31 +89,45 @@ def coordinator(batch: int, args: Args) -> dict:
         generator=torch.Generator().manual_seed(0),
         timeout_s=1.0,
         device=torch.device("cpu"),
+        on_late=lambda: None,
     )
     generator = torch.Generator().manual_seed(0)
     totals = ledger.total.clone()
-    counts = counts_of(totals, batch, generator=generator).tolist()
-    parts = [(k, answer(k, n)) for k, n in enumerate(counts) if n]
-    sent = [pickle.dumps(drawn, protocol=5) for _, drawn in parts]
+
+    def counts() -> list[list[int]]:
+        spread = [counts_of(totals, batch, generator=generator) for _ in range(k)]
+        return torch.stack(spread, 1).tolist()
+
+    asked = [(shard, each) for shard, each in enumerate(counts()) if any(each)]
+    answers = [(shard, answer(shard, sum(each)), each) for shard, each in asked]
+    sent = [pickle.dumps(drawn, protocol=5) for _, drawn, _ in answers]
 
     def note() -> None:
-        for number, drawn in parts:
-            ledger.note(number, drawn.report)
+        for shard, drawn, _ in answers:
+            ledger.note(shard, drawn.report)
 
-    counts_us = median_us(lambda: counts_of(totals, batch, generator=generator), args.repeats)
-    read_us = median_us(lambda: [pickle.loads(each) for each in sent], args.repeats)
-    note_us = median_us(note, args.repeats)
-    joined_us = median_us(lambda: batches._together(list(parts), totals, 0.4), args.repeats)
-    total = counts_us + read_us + note_us + joined_us
+    def cut() -> list[list]:
+        parts: list[list] = [[] for _ in range(k)]
+        for shard, drawn, each in answers:
+            deal(shard, drawn, each, parts)
+        return parts
+
+    parts = cut()
+    work = {
+        "counts_us": counts,
+        "unpickle_us": lambda: [pickle.loads(each) for each in sent],
+        "ledger_us": note,
+        "cut_us": cut,
+        "join_and_weigh_us": lambda: [batches._together(list(p), totals, 0.4) for p in parts],
+    }
+    us = {name: median_us(call, args.repeats) / k for name, call in work.items()}
     return {
         "batch": batch,
-        "shards_asked": len(parts),
-        "counts_us": round(counts_us),
-        "unpickle_us": round(read_us),
-        "ledger_us": round(note_us),
-        "join_and_weigh_us": round(joined_us),
-        "samples_per_s": round(batch / total * 1e6),
-        "bytes_per_sample": round(sum(map(len, sent)) / batch, 1),
+        "batches_per_request": k,
+        "shards_asked": len(asked),
+        **{name: round(each) for name, each in us.items()},
+        "samples_per_s": round(batch / sum(us.values()) * 1e6),
+        "bytes_per_sample": round(sum(map(len, sent)) / batch / k, 1),
     }
 
 
@@ -188,6 +204,27 @@ def page(results: dict) -> str:
     return "\n\n".join(parts)
 
 
+def published(results: dict) -> str:
+    """Make the table of docs/scale.md: what k batches in a request leave of messages and work."""
+    rate, body = results["messages"][0]["messages_per_s"], []
+    for row in results["coordinator"]:
+        batch, k, asked = (row[key] for key in ("batch", "batches_per_request", "shards_asked"))
+        messages = 2 * asked / k  # a request and an update
+        work = sum(value for name, value in row.items() if name.endswith("_us"))
+        cells = (messages, work / 1000, row["samples_per_s"], batch * rate / messages)
+        body.append([f"{batch:,}", k, f"{asked:,}", *map(number, cells)])
+    head = [
+        "batch",
+        "k",
+        "shards asked",
+        "messages per batch",
+        "learner's ms per batch",
+        "samples/s of the learner",
+        f"samples/s of {rate:,} messages/s",
+    ]
+    return table(head, body)
+
+
 def main(args: Args) -> dict:
     """Measure, simulate, print, write."""
     torch.set_num_threads(1)
@@ -195,11 +232,17 @@ def main(args: Args) -> dict:
         "args": asdict(args),
         **about(),
         "ray": ray.__version__,
-        "coordinator": [coordinator(batch, args) for batch in (256, 1024, 4096, 65536)],
+        "coordinator": [
+            coordinator(batch, k, args)
+            for batch in (256, 1024, 4096, 65536)
+            for k in map(int, args.requests.split(","))
+        ],
         "messages": [messages(args)],
         "staleness": [staleness(moved, args) for moved in (0.0, 0.01, 0.1, 0.5, 1.0)],
     }
     save(args.out, results, page(results))
+    if args.out == Args().out:
+        fill(DOCS / "scale.md", published(results))
     return results
 
 

@@ -1,6 +1,9 @@
-"""Batches: one draw is spread over the shards, and their parts are joined."""
+"""Batches: draws are spread over the shards, and their parts are joined."""
 
-from typing import Any, NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import ray
@@ -24,16 +27,22 @@ from per_td.weights import importance_weights
 
 _Part = tuple[int, Drawn]
 _Kind = dict[Key, tuple[str, tuple[int, ...]]]
+_Asked = dict[Any, tuple[int, list[int]]]
+"""For each answer to come: its shard, and the number of transitions in it for each batch."""
 
 
-class Request(NamedTuple):
-    """A batch under way."""
+@dataclass
+class Request:
+    """Batches under way that were asked for together."""
 
     n: int
+    """Transitions in each."""
     totals: Tensor
     """Total masses of the shards, from which the counts were drawn, float64 [K]."""
-    asked: dict[Any, int]
-    """The shard of each answer to come."""
+    asked: _Asked
+    """Answers to come; empty once all are there."""
+    batches: deque[list[_Part]]
+    """The parts of each batch that has not been collected yet."""
 
 
 class Batches:
@@ -48,6 +57,7 @@ class Batches:
         generator: source of the counts.
         timeout_s: seconds to wait for the shards before their part is drawn from others.
         device: of the batches.
+        on_late: called before a shard that is late counts as lost.
     """
 
     def __init__(
@@ -61,6 +71,7 @@ class Batches:
         generator: torch.Generator | None,
         timeout_s: float,
         device: torch.device,
+        on_late: Callable[[], None],
     ) -> None:
         self._shards = shards
         self._ledger = ledger
@@ -70,20 +81,22 @@ class Batches:
         self._generator = generator
         self._timeout_s = timeout_s
         self._device = device
+        self._on_late = on_late
         self._told: Told | None = None
         self._structure = Structure()
         self._kind: _Kind | None = None
 
     @torch.inference_mode(False)
-    def request(self, n: int) -> Request:
-        """Ask each shard for its part of a batch of `n`.
+    def request(self, n: int, batches: int = 1) -> Request:
+        """Ask each shard, in one message, for its parts of so many batches of `n`.
 
         Raises:
             EmptyBufferError: no living shard has anything to draw.
             ShardError: no shard is living.
         """
         totals = self._totals()
-        return Request(n, totals, self._ask(totals, n))
+        asked = self._ask(totals, [n] * batches)
+        return Request(n, totals, asked, deque([] for _ in range(batches)))
 
     def _totals(self) -> Tensor:
         """The totals as last heard, float64 [K]; if all are 0, ask all shards first.
@@ -100,52 +113,64 @@ class Batches:
             )
         return self._ledger.total.clone()
 
-    def _ask(self, totals: Tensor, n: int) -> dict[Any, int]:
-        counts = counts_of(totals, n, self._draw, self._generator).tolist()
+    def _ask(self, totals: Tensor, sizes: list[int]) -> _Asked:
+        """Ask for so many transitions for each batch, spread over the shards batch by batch."""
+        counts = [counts_of(totals, n, self._draw, self._generator) for n in sizes]
         known = "" if self._told is None else self._told.name
         return {
-            self._shards[shard].sample.remote(count, known): shard
-            for shard, count in enumerate(counts)
-            if count
+            self._shards[shard].sample.remote(each, known): (shard, each)
+            for shard, each in enumerate(torch.stack(counts, 1).tolist())
+            if any(each)
         }
 
     def collect(self, request: Request, beta: float) -> TensorDict:
-        """Wait for a batch; draw from the others the part of a shard that fails or is late.
-
-        A round of waiting takes at most `timeout_s`; another one follows only if a shard failed.
+        """The next batch of a request; the first waits for the answers.
 
         Args:
-            request: from `request`.
+            request: from `request`, with a batch that has not been collected yet.
             beta: exponent of the weights.
 
         Raises:
             EmptyBufferError: no living shard has anything to draw.
             ShardError: no shard is living, or shards failed again and again.
         """
-        n, totals, asked = request
-        parts: list[_Part] = []
+        if request.asked:
+            self._complete(request)
+        return self._together(request.batches.popleft(), request.totals, beta)
+
+    def _complete(self, request: Request) -> None:
+        """Wait for all answers; draw from the others the parts of a shard that fails or is late.
+
+        A round of waiting takes at most `timeout_s`; another one follows only if a shard failed.
+        """
+        n, batches = request.n, request.batches
         for _ in range(len(self._shards) + 2):
-            failed = self._receive(asked, parts)
+            failed = self._receive(request)
             if not failed:
-                return self._together(parts, totals, beta)
+                return
             # Also what a failed shard gave before is drawn anew, so that the others have the shares
             # that they have without it.
-            parts = [part for part in parts if part[0] not in failed]
-            totals[sorted(failed)] = 0.0
-            if not totals.sum() > 0:
-                totals = self._totals()
-            asked = self._ask(totals, n - sum(len(drawn.slot) for _, drawn in parts))
+            for parts in batches:
+                parts[:] = [part for part in parts if part[0] not in failed]
+            request.totals[sorted(failed)] = 0.0
+            if not request.totals.sum() > 0:
+                request.totals = self._totals()
+            missing = [n - sum(len(drawn.slot) for _, drawn in parts) for parts in batches]
+            request.asked = self._ask(request.totals, missing)
         raise ShardError(f"expected a batch of {n}, got shards that fail one after the other")
 
-    def _receive(self, asked: dict[Any, int], parts: list[_Part]) -> set[int]:
-        """Add the answers to `parts`, and return the shards that gave none."""
-        answers = list(asked)
+    def _receive(self, request: Request) -> set[int]:
+        """Add the answers to the batches of a request, and return the shards that gave none."""
+        answers = list(request.asked)
         ready, late = ray.wait(answers, num_returns=len(answers), timeout=self._timeout_s)
-        failed = {asked[answer] for answer in late}
+        asked, request.asked = request.asked, {}
+        if late:
+            self._on_late()
+        failed = {asked[answer][0] for answer in late}
         for shard in failed:
             self._replies.lose(shard)
         for answer in ready:
-            shard = asked[answer]
+            shard, counts = asked[answer]
             try:
                 drawn = ray.get(answer)
             except RayActorError:
@@ -159,7 +184,7 @@ class Batches:
                 if empty:
                     failed.add(shard)
                 else:
-                    parts.append((shard, drawn))
+                    deal(shard, drawn, counts, request.batches)
         return failed
 
     def _together(self, parts: list[_Part], totals: Tensor, beta: float) -> TensorDict:
@@ -219,6 +244,21 @@ class Batches:
         return torch.where(known, shares_of(totals) * ratio, torch.inf).amin()
 
 
+def deal(shard: int, drawn: Drawn, counts: list[int], batches: Iterable[list[_Part]]) -> None:
+    """Cut what a shard drew, and give each batch its part."""
+    end = 0
+    for n, parts in zip(counts, batches, strict=True):
+        begin, end = end, end + n
+        if n:
+            part = drawn._replace(
+                packed=wire.rows(drawn.packed, begin, end),
+                slot=drawn.slot[begin:end],
+                generation=drawn.generation[begin:end],
+                mass=drawn.mass[begin:end],
+            )
+            parts.append((shard, part))
+
+
 def _joined(parts: list[Array]) -> Tensor:
     """One tensor in memory of its own: the parts may be read-only."""
     return torch.from_numpy(np.concatenate(parts))
@@ -238,12 +278,7 @@ def _leaves(parts: list[_Part]) -> Leaves:
                 f" {_kind(drawn)} in shard {shard}; with an `example`, shards refuse what is not"
                 " like it"
             )
-    columns = [{key: values for key, _, values in drawn.packed} for _, drawn in parts]
-    packed = [
-        (key, dtype, np.concatenate([column[key] for column in columns]))
-        for key, dtype, _ in parts[0][1].packed
-    ]
-    return wire.unpack(packed)
+    return wire.unpack(wire.joined([drawn.packed for _, drawn in parts]))
 
 
 def _kind(drawn: Drawn) -> _Kind:

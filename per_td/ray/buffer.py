@@ -15,6 +15,7 @@ from per_td.buffer import PrioritizedReplayBuffer
 from per_td.errors import ConfigurationError
 from per_td.ray import actors, saving, updates, wire
 from per_td.ray.batches import Batches, Request
+from per_td.ray.errors import ShardError
 from per_td.ray.ledger import Ledger
 from per_td.ray.replies import Replies
 from per_td.ray.shard import Report
@@ -53,7 +54,13 @@ class ShardedReplayBuffer:
             `actor_options`.
         device: of the batches; None is torch's default device.
         generator: source of the counts, and of the seeds of the shards' draws, on the CPU.
-        prefetch: batches asked for ahead. They do not know of the updates that came after.
+        prefetch: batches asked for ahead, at least. They do not know of the updates that came
+            after.
+        batches_per_request: number k of batches that a request to a shard asks for, and of updates
+            that a message to it carries; None: `prefetch`, and 1 without. All k are drawn from the
+            priorities at the time of the request, as what `prefetch` asks for. Updates that bring
+            generations wait in the learner for k of them, the next request, a shard that is late,
+            or any call that asks all shards, such as `flush`, `stats`, `save` and `close`.
         timeout_s: seconds that a batch waits for a shard before its part is drawn from the others.
         refresh_s: shards that were silent for so many seconds are asked for a report.
         start_timeout_s: seconds that the shards may take to start, restoring included.
@@ -93,6 +100,7 @@ class ShardedReplayBuffer:
         device: torch.device | str | int | None = None,
         generator: torch.Generator | None = None,
         prefetch: int = 0,
+        batches_per_request: int | None = None,
         timeout_s: float = 5.0,
         refresh_s: float = 1.0,
         start_timeout_s: float = 300.0,
@@ -128,6 +136,10 @@ class ShardedReplayBuffer:
         self._generator = validation.as_generator(generator, torch.device("cpu"))
         self._device = validation.resolve_device(device, sums=False)
         self._prefetch = validation.integer("prefetch", prefetch, 0)
+        self._per_request = validation.positive_int(
+            "batches_per_request",
+            max(self._prefetch, 1) if batches_per_request is None else batches_per_request,
+        )
         self._timeout_s = validation.real("timeout_s", timeout_s)
         self._start_timeout_s = validation.real("start_timeout_s", start_timeout_s)
         refresh_s = validation.real("refresh_s", refresh_s)
@@ -159,6 +171,9 @@ class ShardedReplayBuffer:
         )
         self._ledger = Ledger(num_shards)
         self._replies = Replies(self._shards, self._ledger, self._configure, refresh_s=refresh_s)
+        self._updates = updates.Updates(
+            self._shards, self._ledger, self._replies, per_message=self._per_request
+        )
         self._batches = Batches(
             self._shards,
             self._ledger,
@@ -168,6 +183,7 @@ class ShardedReplayBuffer:
             generator=generator,
             timeout_s=self._timeout_s,
             device=self.device,
+            on_late=self._updates.send,
         )
         self._ahead: deque[Request] = deque()
         self._writer = self.writer(0)
@@ -204,7 +220,7 @@ class ShardedReplayBuffer:
 
     def __len__(self) -> int:
         """Number of transitions in the living shards, asked now."""
-        self._replies.wait(self._timeout_s)
+        self._hear()
         return self._ledger.size
 
     def __enter__(self) -> "ShardedReplayBuffer":
@@ -214,8 +230,24 @@ class ShardedReplayBuffer:
         self.close()
 
     def close(self) -> None:
-        """End the shards, also those with a name. Their folders remain."""
-        actors.end(self._shards)
+        """End the shards, also those with a name, once they have all updates. Their folders remain.
+
+        A shard that does not answer is waited for up to `timeout_s`.
+
+        Raises:
+            IndexRangeError: a shard refused an index of an update; they have ended nevertheless.
+        """
+        try:
+            self.flush()
+        except ShardError:
+            pass  # these updates are lost with the shard
+        finally:
+            actors.end(self._shards)
+
+    def _hear(self) -> None:
+        """Send what is held back, and wait for a report of each shard."""
+        self._updates.send()
+        self._replies.wait(self._timeout_s)
 
     # --- settings ---------------------------------------------------------------------------------
 
@@ -245,7 +277,12 @@ class ShardedReplayBuffer:
     """Priority of new transitions that bring none."""
 
     prefetch: int = validation.fixed("prefetch", lambda self: self._prefetch)
-    """Number of batches asked for ahead."""
+    """Number of batches asked for ahead, at least."""
+
+    batches_per_request: int = validation.fixed(
+        "batches_per_request", lambda self: self._per_request
+    )
+    """Number of batches in a request to a shard, and of updates in a message to it."""
 
     epsilon = validation.fixed("epsilon", instead="expected eps, which can be set")
 
@@ -270,6 +307,7 @@ class ShardedReplayBuffer:
     def alpha(self, value: float) -> None:
         self._rules.alpha = value
         self._ahead.clear()
+        self._updates.send()
         self._configure()
         self._replies.wait(self._timeout_s)
 
@@ -281,6 +319,7 @@ class ShardedReplayBuffer:
     @eps.setter
     def eps(self, value: float) -> None:
         self._rules.eps = value
+        self._updates.send()  # they were made with the eps of before
         self._configure()
 
     def _configure(self, *shards: int) -> None:
@@ -328,14 +367,21 @@ class ShardedReplayBuffer:
         self._replies.listen()
         if self._ahead and self._ahead[0].n != n:
             self._ahead.clear()
-        while len(self._ahead) <= self._prefetch:
-            self._ahead.append(self._batches.request(n))
-        return self._batches.collect(self._ahead.popleft(), self.beta)
+        while sum(len(request.batches) for request in self._ahead) <= self._prefetch:
+            self._updates.send()
+            self._ahead.append(self._batches.request(n, self._per_request))
+        request = self._ahead.popleft()
+        batch = self._batches.collect(request, self.beta)
+        if request.batches:
+            self._ahead.appendleft(request)
+        return batch
 
     def update_priority(
         self, index: Any, td_error: Any, generation: Any = None, *, shard: Any
     ) -> None:
         """Send new priorities, |td_error| + eps, to the shards, without waiting for them.
+
+        See `batches_per_request` for when they are sent.
 
         Args:
             index, td_error, generation: as for `PrioritizedReplayBuffer.update_priority`, [B].
@@ -343,18 +389,14 @@ class ShardedReplayBuffer:
 
         Raises:
             IndexRangeError: shapes differ, or there is no such slot or shard. A slot that its shard
-                has not filled raises in a later call, or in `flush`.
+                has not filled raises in a later call, or in `flush`; its shard refuses the whole
+                message then.
             PriorityError: a TD error is NaN or infinite. Nothing has been sent then.
         """
         checked = updates.checked(
             index, td_error, generation, shard, self.num_shards, self._settings["capacity"]
         )
-        for number, columns in updates.per_shard(*checked):
-            n = len(columns[0])
-            if self._ledger.living[number]:
-                self._replies.expect(self._shards[number].update.remote(*columns), number, n)
-            else:
-                self._replies.lost_updates += n
+        self._updates.add(*checked)
         self._replies.make_room(self._timeout_s)
 
     def update_tensordict_priority(self, batch: Any) -> None:
@@ -367,12 +409,13 @@ class ShardedReplayBuffer:
         self.update_priority(index, td_error, batch.get("generation", None), shard=shard)
 
     def flush(self) -> None:
-        """Wait until the shards have answered all updates.
+        """Send the updates held back, and wait until the shards have answered all.
 
         Raises:
             ShardError: one does not answer within `timeout_s`.
             IndexRangeError: one refused an index.
         """
+        self._updates.send()
         self._replies.settle(self._timeout_s)
 
     # --- contents -------------------------------------------------------------------------------
@@ -380,12 +423,13 @@ class ShardedReplayBuffer:
     @property
     def priority(self) -> Tensor:
         """Raw priorities of all shards, float32 [len], one shard after the other, asked now."""
+        self._updates.send()
         parts = self._get([shard.priority.remote() for shard in self._shards])
         return torch.cat([wire.tensor(part) for part in parts])
 
     def reports(self) -> list[Report | None]:
         """The report of each shard, asked now; None for lost ones."""
-        self._replies.wait(self._timeout_s)
+        self._hear()
         pairs = zip(self._ledger.reports, self._ledger.living, strict=True)
         return [report if lives else None for report, lives in pairs]
 
@@ -397,7 +441,7 @@ class ShardedReplayBuffer:
             "lost_updates": updates lost with their shard; "shards_living": now; "shards_lost":
             number of times that a shard was lost or late.
         """
-        self._replies.wait(self._timeout_s)
+        self._hear()
         return {
             "written": self._ledger.sum("written"),
             "stale_updates": self._ledger.sum("stale"),
@@ -416,6 +460,7 @@ class ShardedReplayBuffer:
             CheckpointError: there is no `checkpoint_dir`.
             ShardError: a shard is lost.
         """
+        self._updates.send()
         self._get([shard.checkpoint.remote() for shard in self._shards])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -432,6 +477,7 @@ class ShardedReplayBuffer:
         folder.mkdir(parents=True, exist_ok=True)
         files = [saving.file_of(folder, k, token) for k in range(self.num_shards)]
         pairs = zip(self._shards, files, strict=True)
+        self._updates.send()
         self._get([shard.save.remote(file) for shard, file in pairs])
         settings = {key: value for key, value in self._settings.items() if key != "device"}
         state = {

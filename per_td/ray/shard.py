@@ -3,6 +3,7 @@
 import os
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
@@ -42,7 +43,7 @@ class Report(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Transitions drawn from a shard."""
+    """Transitions drawn from a shard, for one batch after the other."""
 
     report: Report
     packed: Packed
@@ -163,17 +164,28 @@ class Shard:
             self.checkpoint()
         return self.report(), wire.array(index)
 
-    def sample(self, n: int, known: str = "") -> Drawn | Report:
-        """Draw `n` transitions; returns only a report if there is nothing to draw.
+    def sample(self, counts: list[int], known: str = "") -> Drawn | Report:
+        """Draw for several batches; returns only a report if there is nothing to draw.
 
-        `known` is the name of the structure that the learner knows.
+        Args:
+            counts: transitions for each batch, not all 0.
+            known: name of the structure that the learner knows.
+
+        Returns:
+            The transitions of the first batch, then those of the second, and so on.
         """
         if not self._buffer.total_mass > 0:
             return self.report()
-        drawn = self._buffer.draw_leaves(n)
-        packed = wire.pack(drawn.leaves)
-        generation = wire.array(drawn.generation) + (self._epoch << _EPOCH_BITS)
-        slot, mass = wire.array(drawn.slot), wire.array(drawn.mass)
+        # Independent draws may be cut anywhere; stratified ones go through the slots in order
+        apart = counts if self._buffer.draw == "stratified" else [sum(counts)]
+        draws = [self._buffer.draw_leaves(n) for n in apart if n]
+        parts = [wire.pack(drawn.leaves) for drawn in draws]
+        packed = parts[0] if len(parts) == 1 else wire.joined(parts)
+        slot, generation, mass = (
+            np.concatenate([wire.array(values) for values in column])
+            for column in zip(*((d.slot, d.generation, d.mass) for d in draws), strict=True)
+        )
+        generation += self._epoch << _EPOCH_BITS
         told = None if self._told is None or self._told.name == known else self._told
         return Drawn(self.report(), packed, slot, generation, mass, told)
 

@@ -1,4 +1,4 @@
-"""Priority updates: checked in the learner, and sorted by shard."""
+"""Priority updates: checked in the learner, sorted by shard, held back and sent."""
 
 from typing import Any
 
@@ -8,7 +8,56 @@ from torch import Tensor
 
 from per_td import validation
 from per_td.errors import IndexRangeError
+from per_td.ray.ledger import Ledger
+from per_td.ray.replies import Replies
 from per_td.ray.wire import Array, array
+
+
+class Updates:
+    """Sends updates to the shards, those of several batches in one message per shard.
+
+    Args:
+        shards: the actors.
+        ledger: knows which of them live.
+        replies: expects the answers.
+        per_message: number of updates to wait for.
+    """
+
+    def __init__(
+        self, shards: list[Any], ledger: Ledger, replies: Replies, *, per_message: int
+    ) -> None:
+        self._shards = shards
+        self._ledger = ledger
+        self._replies = replies
+        self._per_message = per_message
+        self._count = 0
+        self._held: dict[int, list[list[Array]]] = {}
+
+    def add(self, shard: Tensor, columns: list[Tensor]) -> None:
+        """Hold back an update that `checked` has made, until there are enough of them.
+
+        One without generations is sent at once: it would hit what is written meanwhile.
+        """
+        at_once = len(columns) < 3
+        if at_once:
+            self.send()
+        for number, part in per_shard(shard, columns):
+            self._held.setdefault(number, []).append(part)
+        self._count += 1
+        if at_once or self._count >= self._per_message:
+            self.send()
+
+    def send(self) -> None:
+        """Send what is held back; for a lost shard, count it as lost."""
+        self._count = 0
+        for number in sorted(self._held):
+            parts = self._held.pop(number)
+            columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+            n = len(columns[0])
+            if self._ledger.living[number]:
+                self._replies.expect(self._shards[number].update.remote(*columns), number, n)
+            else:
+                self._replies.lost_updates += n
 
 
 def checked(

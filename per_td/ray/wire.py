@@ -64,6 +64,20 @@ def unpack(packed: Packed) -> Leaves:
     return leaves
 
 
+def joined(parts: list[Packed]) -> Packed:
+    """The rows of all parts, which have the same keys, one after the other, in new memory."""
+    columns = [{key: values for key, _, values in packed} for packed in parts]
+    return [
+        (key, dtype, np.concatenate([column[key] for column in columns]))
+        for key, dtype, _ in parts[0]
+    ]
+
+
+def rows(packed: Packed, begin: int, end: int) -> Packed:
+    """The rows from `begin` up to `end`, in the memory of `packed`."""
+    return [(key, dtype, values[begin:end]) for key, dtype, values in packed]
+
+
 def nbytes(packed: Packed) -> int:
     """Bytes of all numbers."""
     return sum(values.nbytes for _, _, values in packed)

@@ -97,7 +97,9 @@ def test_publishing_fills_the_marked_block_and_nothing_else(results, tmp_path):
         report.publish(tmp_path, page)
 
 
-@pytest.mark.parametrize("page", ["speed", "cartpole_study", "blind_cliffwalk", "settings"])
+@pytest.mark.parametrize(
+    "page", ["speed", "cartpole_study", "blind_cliffwalk", "settings", "ray", "scale"]
+)
 def test_the_pages_that_commands_fill_have_one_block(page):
     text = (pages.DOCS / f"{page}.md").read_text()
     assert text.count(pages.BEGIN) == text.count(pages.END) == 1
@@ -107,6 +109,8 @@ def test_the_pages_that_commands_fill_have_one_block(page):
 def test_the_pages_of_ray_are_those_of_the_results_that_are_kept(name, module):
     results = json.loads((pages.RESULTS / f"{name}.json").read_text())
     assert (pages.RESULTS / f"{name}.md").read_text() == module.page(results) + "\n"
+    block = f"{pages.BEGIN}\n\n{module.published(results)}\n\n{pages.END}"
+    assert block in (pages.DOCS / f"{name}.md").read_text()
 
 
 def test_the_parts_and_the_rest_of_a_call_make_up_all_of_it(cases):

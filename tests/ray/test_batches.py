@@ -1,5 +1,6 @@
 """Batches where shards fail in one round and another, with actors that answer in this process."""
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +19,14 @@ from per_td.ray.replies import Replies  # noqa: E402
 from per_td.ray.shard import Shard  # noqa: E402
 
 
+@dataclass(eq=False)
+class Answer:
+    actor: "Local"
+    name: str
+    given: tuple
+    outcome: str
+
+
 class Local:
     """A shard of 10 transitions, whose draws are answered, late ("late") or lost ("lost")."""
 
@@ -29,7 +38,7 @@ class Local:
         self.polled = "late" if outcomes else "answered"  # whoever failed does not come back
 
     def __getattr__(self, name):
-        return SimpleNamespace(remote=lambda *given: (self, name, given, self.outcome(name)))
+        return SimpleNamespace(remote=lambda *given: Answer(self, name, given, self.outcome(name)))
 
     def outcome(self, name):
         if name == "report":
@@ -39,27 +48,26 @@ class Local:
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Makes shards with these outcomes, draws a batch of 64, and tells what became of it."""
+    """Makes shards with these outcomes, draws batches of 64, and tells what became of them."""
 
     def wait(answers, *, num_returns, timeout, fetch_local=True):
-        late = [answer for answer in answers if answer[3] == "late"]
+        late = [answer for answer in answers if answer.outcome == "late"]
         return [answer for answer in answers if answer not in late], late
 
     def get(answer):
-        actor, name, given, outcome = answer
-        if outcome == "lost":
+        if answer.outcome == "lost":
             raise RayActorError
-        return getattr(actor.shard, name)(*given)
+        return getattr(answer.actor.shard, answer.name)(*answer.given)
 
     monkeypatch.setattr(ray, "wait", wait)
     monkeypatch.setattr(ray, "get", get)
 
-    def make(*outcomes, heard=True, change=lambda shard: None):
+    def make(*outcomes, heard=True, change=lambda shard: None, number=1):
         shards = [Local(number, each) for number, each in enumerate(outcomes)]
         ledger = Ledger(len(shards))
-        for number, each in enumerate(shards):
+        for k, each in enumerate(shards):
             if heard:
-                ledger.note(number, each.shard.report())
+                ledger.note(k, each.shard.report())
         change(shards[0].shard)
         replies = Replies(shards, ledger, lambda _: None, refresh_s=60.0)
         batches = Batches(
@@ -71,8 +79,12 @@ def drawn(monkeypatch):
             generator=torch.Generator().manual_seed(0),
             timeout_s=0.1,
             device=torch.device("cpu"),
+            on_late=lambda: None,
         )
-        return ledger, batches.collect(batches.request(64), 1.0)
+        request = batches.request(64, number)
+        made = [batches.collect(request, 1.0) for _ in range(number)]
+        assert not request.batches
+        return ledger, *made
 
     return make
 
@@ -88,6 +100,7 @@ def check(batch, living):
     torch.testing.assert_close(batch["priority_weight"], 1 / (10 * len(living) * probability))
 
 
+@pytest.mark.parametrize("number", [1, 3])
 @pytest.mark.parametrize("failure", ["late", "lost"])
 @pytest.mark.parametrize(
     ("outcomes", "living"),
@@ -98,10 +111,14 @@ def check(batch, living):
         ((("answered", "fails"), ("fails",), ()), [2]),  # what it gave before it failed is not used
     ],
 )
-def test_what_failed_shards_do_not_give_comes_from_the_others(failure, outcomes, living, drawn):
+def test_what_failed_shards_do_not_give_comes_from_the_others(
+    failure, outcomes, living, number, drawn
+):
     outcomes = [[failure if each == "fails" else each for each in some] for some in outcomes]
-    ledger, batch = drawn(*outcomes)
-    check(batch, living)
+    ledger, *batches = drawn(*outcomes, number=number)
+    assert len(batches) == number
+    for batch in batches:
+        check(batch, living)
     assert ledger.size == 10 * len(living)
     assert [number for number, lives in enumerate(ledger.living) if lives] == living
 

@@ -213,7 +213,7 @@ def test_kinds_that_differ_between_shards_are_recognised():
     for number, leaf in enumerate((torch.zeros(4), torch.zeros(4), torch.zeros(4).double())):
         shard = Shard({"capacity": 8}, seed=0)
         shard.extend([(("x",), str(leaf.dtype)[6:], leaf.numpy())])
-        parts.append((number, shard.sample(3)))
+        parts.append((number, shard.sample([3])))
     assert _leaves(parts[:2])["x",].shape == (6,)
     with pytest.raises(SchemaError, match=r"one kind in all shards, got .*float32.* and .*float64"):
         _leaves(parts)
@@ -238,6 +238,8 @@ def test_shards_take_dicts(sharded, numbered):
         ({"draw": "without_replacement"}, "draw: expected one of independent, stratified"),
         ({"prefetch": -1}, "prefetch"),
         ({"prefetch": True}, "prefetch"),
+        ({"batches_per_request": 0}, "batches_per_request"),
+        ({"batches_per_request": 2.5}, "batches_per_request"),
         ({"generator": 5}, "generator: expected a torch.Generator, got int"),
         ({"beta": 2.0}, "beta"),
         ({"new_priority": "?"}, "new_priority"),
@@ -651,6 +653,7 @@ def test_settings_are_plain_numbers_and_take_effect_when_set_or_are_refused(
         "weight_normalization": "none",
         "new_priority": "ever_max",
         "prefetch": 3,
+        "batches_per_request": 3,
         "epsilon": 0.1,
     }.items():
         with pytest.raises(ConfigurationError, match=rf"^{name}: expected"):

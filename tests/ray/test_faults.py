@@ -154,6 +154,34 @@ def test_a_lost_shard_counts_nothing_until_it_is_back_empty(sharded, numbered):
     assert chisquare(counts.numpy(), [4000 * share, 4000 * (1 - share)]).pvalue > 1e-3
 
 
+def test_updates_held_back_for_a_killed_shard_are_lost_or_stale_and_no_others(sharded, numbered):
+    buffer = sharded(
+        2, 64, 16, timeout_s=TIMEOUT_S, refresh_s=0.1, batches_per_request=4, eps=0.25, beta=1.0
+    )
+    for key in (0, 1):
+        buffer.writer().extend(numbered(100 * key, 20), key=key)
+    batches = [buffer.sample() for _ in range(3)]
+    expected = torch.ones(20)
+    for number, batch in enumerate(batches):
+        batch["td_error"] = torch.full((16,), 2.0 + number)
+        buffer.update_tensordict_priority(batch)
+        expected[batch["index"][batch["shard"] == 1]] = 2.25 + number
+    kill(buffer, 0)
+    last = buffer.sample()  # its shares were asked for before
+    assert set(last["shard"].tolist()) == {0, 1}
+    all_back(buffer)
+    buffer.flush()
+    stats = buffer.stats()
+    lost = sum(int((batch["shard"] == 0).sum()) for batch in batches)
+    assert stats["stale_updates"] + stats["lost_updates"] == lost > 0
+    assert torch.equal(buffer.priority, expected)  # shard 0 is empty
+    batch = buffer.sample()
+    assert (batch["shard"] == 1).all()
+    mass = expected.double() ** 0.6
+    weight = mass.sum() / mass[batch["index"]]
+    torch.testing.assert_close(batch["priority_weight"], (weight / weight.max()).float())
+
+
 @pytest.mark.slow
 def test_a_slow_shard_does_not_stop_the_batch_and_a_write_goes_elsewhere(sharded, numbered):
     buffer = sharded(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 
 from per_td.errors import CheckpointError, IndexRangeError, PriorityError, SchemaError
 from per_td.ray import wire
@@ -56,7 +57,7 @@ def act(shard, rng, step):
         priority = rng.random(n, dtype=np.float32) if choice % 2 else None
         shard.extend(packed(np.arange(n) + 1000 * step), priority)
     elif choice < 9:
-        drawn = shard.sample(8)
+        drawn = shard.sample([8])
         shard.update(drawn.slot, rng.normal(size=8).astype(np.float32), drawn.generation)
     else:
         shard.configure(alpha=float(rng.random()), eps=float(rng.random()))
@@ -126,7 +127,7 @@ def test_updates_for_what_another_start_drew_are_stale(shard):
     drawn_from, now = shard(), shard()
     drawn_from.extend(packed(range(30)))
     now.extend(packed(range(2)))
-    drawn = drawn_from.sample(16)
+    drawn = drawn_from.sample([16])
     before = now.priority()
     report = now.update(drawn.slot, np.ones(16, np.float32), drawn.generation)
     assert report.stale == 16
@@ -136,7 +137,7 @@ def test_updates_for_what_another_start_drew_are_stale(shard):
 def test_updates_for_what_has_been_overwritten_are_stale(shard):
     one = shard()
     one.extend(packed(range(37)))
-    drawn = one.sample(16)
+    drawn = one.sample([16])
     one.extend(packed(range(37)))
     assert one.update(drawn.slot, np.ones(16, np.float32), drawn.generation).stale == 16
 
@@ -146,27 +147,57 @@ def test_updates_are_taken_after_a_state_of_another_capacity_was_loaded(shard, t
     large.extend(packed(range(80)))
     large.save(tmp_path / "state")
     small.load(tmp_path / "state")
-    drawn = small.sample(16)
+    drawn = small.sample([16])
     assert small.update(drawn.slot, np.ones(16, np.float32), drawn.generation).stale == 0
     assert small.priority()[drawn.slot] == pytest.approx(1.01)
 
 
 def test_a_shard_with_nothing_to_draw_says_so(shard):
     one = shard()
-    assert not isinstance(one.sample(3), Drawn)
+    assert not isinstance(one.sample([3]), Drawn)
     one.extend(packed([1, 2]), np.zeros(2, np.float32))
-    assert one.sample(3).size == 2
+    assert one.sample([3]).size == 2
 
 
 def test_what_is_drawn_comes_with_its_masses_and_the_total_of_that_moment(shard):
     one = shard()
     one.extend(packed(range(10)), np.arange(10, dtype=np.float32))
-    drawn = one.sample(64)
+    drawn = one.sample([64])
     assert drawn.mass == pytest.approx(drawn.slot.astype(float) ** 0.7, rel=1e-6)
     assert drawn.report.total == pytest.approx(sum(k**0.7 for k in range(10)), rel=1e-6)
     leaves = wire.unpack(drawn.packed)
     assert leaves["id",].tolist() == drawn.slot.tolist()
     assert leaves["next", "x"][:, 0].tolist() == drawn.slot.tolist()
+
+
+@pytest.mark.parametrize("draw", ["independent", "stratified"])
+def test_draws_for_several_batches_are_those_for_one_after_the_other(draw, shard):
+    one, two = (shard(settings=SETTINGS | {"draw": draw}) for _ in range(2))
+    for each in (one, two):
+        each.extend(packed(range(30)), np.arange(30, dtype=np.float32))
+    together = one.sample([16, 0, 1, 40])
+    apart = [two.sample([n]) for n in (16, 1, 40)]
+    assert len(together.slot) == 57
+    for name in ("slot", "mass"):
+        expected = np.concatenate([getattr(drawn, name) for drawn in apart])
+        np.testing.assert_array_equal(getattr(together, name), expected)
+    assert len(np.unique(together.generation)) == 1
+    leaves = wire.unpack(together.packed)
+    assert leaves["id",].tolist() == together.slot.tolist()
+    assert leaves["next", "x"][:, 0].tolist() == together.slot.tolist()
+
+
+@pytest.mark.parametrize("draw", ["independent", "stratified"])
+def test_each_of_several_batches_is_drawn_from_all_slots(draw, shard):
+    one = shard(settings=SETTINGS | {"draw": draw})
+    one.extend(packed(range(37)), np.ones(37, np.float32))
+    drawn = one.sample([3700] * 3)
+    for begin in range(0, 3 * 3700, 3700):
+        counts = np.bincount(drawn.slot[begin : begin + 3700], minlength=37)
+        if draw == "stratified":
+            assert abs(counts - 100).max() <= 1
+        else:
+            assert chisquare(counts).pvalue > 1e-3
 
 
 def test_the_smallest_mass_is_told_where_weights_need_it(shard):
@@ -187,7 +218,7 @@ def test_a_loaded_state_is_what_a_later_start_finds(shard, tmp_path):
     source.save(str(tmp_path / "saved.pt"))
     one = shard(tmp_path / "journal", checkpoint_every=1000)
     one.extend(packed([7]))
-    drawn = one.sample(4)
+    drawn = one.sample([4])
     one.load(str(tmp_path / "saved.pt"))
     assert same(one, source)
     one.extend(packed([8]))
@@ -203,12 +234,12 @@ def test_an_update_that_is_refused_counts_nothing_of_what_came_with_it(shard, tm
     """Neither what is of an earlier start, nor what has been overwritten."""
     one = shard(tmp_path)
     one.extend(packed(range(37)))
-    early = one.sample(2)
+    early = one.sample([2])
     end(one)
     one = shard(tmp_path)
-    late = one.sample(2)
+    late = one.sample([2])
     one.extend(packed(range(37)))
-    now = one.sample(2)
+    now = one.sample([2])
     before = one.priority()
     slot, generation = (
         np.concatenate([getattr(drawn, name) for drawn in (early, late, now)])
@@ -251,7 +282,7 @@ def test_shards_with_another_seed_draw_otherwise_and_with_the_same_alike(shard):
     def slots(seed):
         one = Shard(SETTINGS, seed=seed)
         one.extend(packed(range(37)))
-        return one.sample(64).slot.tolist()
+        return one.sample([64]).slot.tolist()
 
     assert slots(1) == slots(1)
     assert slots(1) != slots(2)

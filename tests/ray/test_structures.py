@@ -118,11 +118,12 @@ def sampled(*shards, n=8):
         generator=None,
         timeout_s=1.0,
         device=torch.device("cpu"),
+        on_late=lambda: None,
     )
 
     def sample(*some):
         known = "" if batches._told is None else batches._told.name
-        parts = [(k, shard.sample(n, known)) for k, shard in enumerate(some or shards)]
+        parts = [(k, shard.sample([n], known)) for k, shard in enumerate(some or shards)]
         return batches._together(parts, torch.ones(9), 1.0), [each.told for _, each in parts]
 
     return sample
