@@ -61,7 +61,7 @@ class Trees:
         launches: bool = True,
         memory: Zeros = zeros,
     ) -> None:
-        self.layout, self.device, self._launches = layout, device, launches
+        self.layout, self.device, self.launches = layout, device, launches
         leaves, nodes = (layout.leaf_slots,), (layout.node_slots,)
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "leaves": (leaves, torch.float32),
@@ -86,10 +86,10 @@ class Trees:
     def _take_up(self) -> None:
         """Name the views of the block, and choose the operations."""
         self.__dict__.update(self.block.views)
-        self._operations = kernels.operations(self.device, launches=self._launches)
+        self._operations = kernels.operations(self.device, launches=self.launches)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = "layout", "device", "block", "starts", "_launches", "_numbers", "keeps_minima"
+        kept = "layout", "device", "block", "starts", "launches", "_numbers", "keeps_minima"
         return {name: getattr(self, name) for name in kept}
 
     @torch.inference_mode(False)
