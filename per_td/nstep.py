@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -570,7 +571,7 @@ class NStepWriter:
 
     @property
     def _settings(self) -> dict[str, Any]:
-        keys = {name: [*key] for name, key in self._keys.items()}
+        keys = json.dumps(self._keys)
         own = {"n": self.n, "gamma": self.gamma, "num_envs": self.num_envs}
         return own | {"autoreset": self.autoreset, "keys": keys}
 

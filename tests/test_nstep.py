@@ -2,6 +2,7 @@ import copy
 import io
 import math
 import pickle
+import re
 from pathlib import Path
 
 import gymnasium
@@ -27,7 +28,8 @@ from per_td import (
 )
 from tests.support.n_steps import Plain, Written, collected, steps
 
-PAGE = (Path(__file__).parent.parent / "docs" / "vector_loop.md").read_text()
+FOLDER = Path(__file__).parent.parent / "docs"
+PAGE = (FOLDER / "vector_loop.md").read_text()
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -770,7 +772,13 @@ def test_a_state_can_be_written_by_torch_and_read_without_code():
     file = io.BytesIO()
     torch.save(writer.state_dict(), file)
     file.seek(0)
-    assert torch.load(file, weights_only=True)["settings"]["keys"]["reward"] == ["next", "reward"]
+    assert torch.load(file, weights_only=True)["settings"] == {
+        "n": 3,
+        "gamma": 0.9,
+        "num_envs": 3,
+        "autoreset": "same_step",
+        "keys": writer.state_dict()["settings"]["keys"],
+    }
 
 
 def test_settings_are_fixed_and_shown():
@@ -779,3 +787,22 @@ def test_settings_are_fixed_and_shown():
         with pytest.raises(ConfigurationError, match=f"{name}: expected no change"):
             setattr(writer, name, getattr(writer, name))
     assert repr(writer).startswith("NStepWriter(n=3, gamma=0.9, num_envs=3, autoreset='same_step'")
+
+
+# --- the page about it ------------------------------------------------------------------------
+
+
+def test_the_loop_on_the_page_runs_as_printed_in_25_lines():
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    assert sum(bool(line.strip()) for line in block.splitlines()) == 25
+    names = {}
+    exec(compile(block, "vector_loop.md", "exec"), names)
+    buffer, writer = names["buffer"], names["writer"]
+    assert len(buffer) + int(writer.pending.sum()) > 2000  # of 2,400 rows, those of resets less
+    assert set(buffer.transitions["steps"].tolist()) == {1, 2, 3}
+    assert (buffer.priority != 1).any()
+
+
+def test_links_on_the_page_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)", PAGE):
+        assert (FOLDER / target).exists()
