@@ -3,7 +3,6 @@
 import copy
 import inspect
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,8 +57,8 @@ def _keys(keys: Any) -> dict[str, Key]:
     Raises:
         ConfigurationError: there is no such name, or a key is no name or tuple of names.
     """
-    if not isinstance(keys, Mapping) or (unknown := set(keys) - set(_KEYS)):
-        got = sorted(map(str, unknown)) if isinstance(keys, Mapping) else type(keys).__name__
+    if not isinstance(keys, dict) or (unknown := set(keys) - set(_KEYS)):
+        got = sorted(map(str, unknown)) if isinstance(keys, dict) else type(keys).__name__
         raise ConfigurationError(f"keys: expected a dict with any of {[*_KEYS]}, got {got}")
     given = {name: _key(name, keys.get(name, usual)) for name, usual in _KEYS.items()}
     if given["discount"] == given["steps"]:
@@ -183,7 +182,7 @@ class NStepWriter:
         num_envs: int = 1,
         *,
         autoreset: str = "same_step",
-        keys: Mapping[str, Any] | None = None,
+        keys: dict[str, Any] | None = None,
     ) -> None:
         if not callable(getattr(buffer, "extend", None)):
             raise ConfigurationError(
@@ -390,7 +389,7 @@ class NStepWriter:
             b = torch.arange(size[0], device=device).repeat_interleave(self.n)
             k = torch.arange(self.n, device=device).repeat(size[0])
         else:
-            b, k = finished.nonzero(as_tuple=True)
+            b, k = finished.nonzero().unbind(1)
             size = b.shape
             if not len(b):
                 return None

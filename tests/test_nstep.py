@@ -3,6 +3,8 @@ import io
 import math
 import pickle
 import re
+import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import gymnasium
@@ -22,10 +24,12 @@ from per_td import (
     ConfigurationError,
     IndexRangeError,
     NStepWriter,
+    PerTdError,
     PrioritizedReplayBuffer,
     PriorityError,
     SchemaError,
 )
+from tests.support.fuzz import frozen, hostile
 from tests.support.n_steps import Plain, Written, collected, steps
 
 FOLDER = Path(__file__).parent.parent / "docs"
@@ -630,6 +634,85 @@ def test_wrong_steps_are_refused_by_name_and_nothing_changes(arguments, error, m
     assert torch.equal(target.rows["observation"], step(0)["observation"])
     with pytest.raises(IndexRangeError, match="env: expected 0 <= env < 3, got 5"):
         writer.flush([5])
+
+
+def attempt(writer: NStepWriter, call) -> None:
+    """`call` works, or raises the package's own error and changes nothing."""
+    buffer, before = writer._buffer, frozen(writer.state_dict())
+    held = frozen(buffer.state_dict())
+    refusal = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call()
+    except PerTdError as error:
+        refusal = error
+    if refusal is not None:
+        assert str(refusal)
+        assert frozen(writer.state_dict()) == before, refusal
+        assert frozen(buffer.state_dict()) == held, refusal
+    buffer.check_valid()
+
+
+def pair(**changed) -> dict:
+    """A step of two environments as a dict, with some entries changed."""
+    td = steps(2, 1, generator=seeded(17), ends=0.5)[:, 0].to_dict()
+    for name, value in changed.items():
+        at = td["next"] if name in td["next"] and name != "observation" else td
+        at[name] = value
+    return td
+
+
+@pytest.mark.parametrize("many", [None, 2])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "td",
+        "env",
+        "mask",
+        "priority",
+        "observation",
+        "action",
+        "reward",
+        "terminated",
+        "truncated",
+        "done",
+        "next",
+        "flush",
+    ],
+)
+def test_anything_is_taken_or_named_and_changes_nothing(name, first, many):
+    for kind, value in hostile().items():
+        prioritized = {"priority": [1.0, 2.0]} if name == "priority" else {}
+        writer = NStepWriter(PrioritizedReplayBuffer(9, num_buffers=many), 2, 0.9, 2)
+        if not first:
+            writer.add(pair(), **prioritized)
+        if name == "td":
+            call = lambda: writer.add(value)  # noqa: B023, E731
+        elif name == "flush":
+            call = lambda: writer.flush(value)  # noqa: B023, E731
+        elif name in ("env", "mask", "priority"):
+            call = lambda: writer.add(pair(), **{name: value})  # noqa: B023, E731
+        else:
+            call = lambda: writer.add(pair(**{name: value}))  # noqa: B023, E731
+        try:
+            attempt(writer, call)
+        except BaseException as error:
+            error.add_note(f"{name} given {kind!r}")
+            raise
+
+
+@pytest.mark.parametrize("name", ["buffer", "n", "gamma", "num_envs", "autoreset", "keys"])
+def test_a_constructors_argument_is_taken_or_named(name):
+    for kind, value in hostile().items():
+        usual = {"buffer": Written(), "n": 2, "gamma": 0.9, "num_envs": 2}
+        try:
+            with suppress(ConfigurationError):
+                NStepWriter(**usual | {name: value})
+        except BaseException as error:
+            error.add_note(f"{name} given {kind!r}")
+            raise
 
 
 class Failing(Written):
