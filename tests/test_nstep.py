@@ -30,14 +30,10 @@ from per_td import (
     SchemaError,
 )
 from tests.support.fuzz import frozen, hostile
-from tests.support.n_steps import Plain, Written, collected, steps
+from tests.support.n_steps import Plain, Written, collected, seeded, steps
 
 FOLDER = Path(__file__).parent.parent / "docs"
 PAGE = (FOLDER / "vector_loop.md").read_text()
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(int(seed))
 
 
 def integer(low: int, high: int, generator: torch.Generator) -> int:
@@ -209,6 +205,31 @@ def test_each_environment_may_have_a_buffer_of_its_own(device, n, prioritized, m
             assert buffers.priority[e][: len(rows)].tolist() == pytest.approx(expected)
     writer.flush()
     assert int(buffers.lengths.sum()) == len(plain.written) + sum(map(len, plain.pending))
+
+
+@pytest.mark.parametrize("many", [None, 4])
+def test_env_and_mask_go_together(many):
+    buffer = PrioritizedReplayBuffer(20, num_buffers=many)
+    writer = NStepWriter(buffer, 1, 0.9, 4)
+    td = steps(4, 1, generator=seeded(18), ends=0.0)[:, 0]
+    writer.add(td[[3, 1, 0]], [3, 1, 0], mask=[True, False, True])
+    if many:
+        assert buffer.lengths.tolist() == [1, 0, 0, 1]
+        rows = buffer.transitions["observation"][[3, 0], 0]
+    else:
+        rows = buffer.transitions["observation"]
+    assert torch.equal(rows, td["observation"][[3, 0]])
+
+
+def test_a_state_does_not_change_with_the_next_steps():
+    writer = NStepWriter(Written(), 3, 0.9, 3)
+    for number in range(2):
+        writer.add(step(number), priority=[1.0, 2.0, 3.0])
+    state = writer.state_dict()
+    before = frozen(state)
+    for number in range(5):
+        writer.add(step(number), priority=[4.0, 5.0, 6.0])
+    assert frozen(state) == before
 
 
 def test_long_returns_are_summed_in_float64():

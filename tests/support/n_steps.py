@@ -6,6 +6,10 @@ from tensordict import TensorDict
 from per_td import NStepWriter
 
 
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(seed))
+
+
 class Written:
     """A buffer that keeps what it is given."""
 
