@@ -514,6 +514,15 @@ def test_torchrls_losses_discount_by_the_number_of_steps():
     torch.testing.assert_close(rows["td_error"].view(-1), expected)
 
 
+def test_what_is_pending_is_copied_for_another_process_not_shared():
+    writer = NStepWriter(Written(), 3, 0.9, 3)
+    writer.add(step())
+    torch.multiprocessing.reductions.ForkingPickler.dumps(writer)
+    kept = writer._pending
+    tensors = [kept.returns, kept.count, *kept.first.values(), *kept.last.values()]
+    assert not any(tensor.is_shared() for tensor in tensors)
+
+
 def _collect(writer, seed, done):
     for td in steps(2, 30, generator=seeded(seed)).unbind(1):
         writer.add(td)
