@@ -5,6 +5,7 @@ import pickle
 import re
 import warnings
 from contextlib import suppress
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import gymnasium
@@ -517,7 +518,7 @@ def test_torchrls_losses_discount_by_the_number_of_steps():
 def test_what_is_pending_is_copied_for_another_process_not_shared():
     writer = NStepWriter(Written(), 3, 0.9, 3)
     writer.add(step())
-    torch.multiprocessing.reductions.ForkingPickler.dumps(writer)
+    ForkingPickler.dumps(writer)
     kept = writer._pending
     tensors = [kept.returns, kept.count, *kept.first.values(), *kept.last.values()]
     assert not any(tensor.is_shared() for tensor in tensors)
