@@ -13,6 +13,7 @@ from per_td.errors import (
     PriorityError,
     SchemaError,
 )
+from per_td.nstep import NStepWriter
 from per_td.transitions import TransitionReplayBuffer
 from per_td.tree import SumTree
 
@@ -26,6 +27,7 @@ __all__ = [
     "EmptyBufferError",
     "IndexRangeError",
     "KernelWarning",
+    "NStepWriter",
     "PerTdError",
     "PrioritizedReplayBuffer",
     "PriorityError",

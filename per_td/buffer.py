@@ -958,8 +958,12 @@ class PrioritizedReplayBuffer(Copied):
         Raises:
             OSError: it cannot be written, such as on a full disk; the old file is as it was.
         """
+        self._save(path, {})
+
+    def _save(self, path: str | os.PathLike[str], beside: dict[str, Any]) -> None:
+        """`save`, with more entries of the state that this buffer itself does not read."""
         with self._at_rest():
-            checkpoint.write(path, self._state(copy=False))
+            checkpoint.write(path, self._state(copy=False) | beside)
 
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Take over the state in a file that `save` wrote, as `load_state_dict` does.
@@ -1006,7 +1010,30 @@ class PrioritizedReplayBuffer(Copied):
                 per_td; it says which. Or `shared`, and the file knows no keys of transitions.
             FileNotFoundError: there is none.
         """
-        state = states.check(checkpoint.read(path, states.FORMAT))
+        return cls._of_state(
+            states.check(checkpoint.read(path, states.FORMAT)),
+            capacity=capacity,
+            device=device,
+            generator=generator,
+            storage=storage,
+            folder=folder,
+            shared=shared,
+            threads=threads,
+            prefetch=prefetch,
+        )
+
+    @classmethod
+    def _of_state(
+        cls,
+        state: dict[str, Any],
+        *,
+        capacity: int | None = None,
+        device: torch.device | str | int | None = None,
+        generator: torch.Generator | None = None,
+        shared: bool = False,
+        **others: Any,
+    ) -> Self:
+        """Make a buffer of a checked state; the arguments are those of `load`."""
         device = validation.resolve_device(device)
         if generator is None and state["generator"] is not None:
             generator = torch.Generator(device)
@@ -1023,12 +1050,9 @@ class PrioritizedReplayBuffer(Copied):
             **settings,
             device=device,
             generator=generator,
-            storage=storage,
-            folder=folder,
             shared=shared,
-            threads=threads,
-            prefetch=prefetch,
             example=example,
+            **others,
         )
         buffer.load_state_dict(state)
         return buffer

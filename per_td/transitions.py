@@ -1,7 +1,6 @@
 """TransitionReplayBuffer: the course's push / tuple interface."""
 
 import os
-from collections.abc import Iterable
 from typing import Any, Self
 
 import numpy as np
@@ -13,17 +12,26 @@ from per_td.buffer import PrioritizedReplayBuffer
 from per_td.checkpoint import file as checkpoint
 from per_td.checkpoint import state as states
 from per_td.copies import Copied
-from per_td.errors import CheckpointError, SchemaError
-from per_td.storage.leaves import Leaves
+from per_td.errors import CheckpointError, ConfigurationError, SchemaError
+from per_td.nstep import NStepWriter
+from per_td.storage.leaves import Leaves, nested
 
 __all__ = ["TransitionReplayBuffer"]
 
 _KEYS = {"state", "action", "reward", "next_state", "done"}
 
+_N_STEP = {"next": "next_state", "reward": "reward", "terminated": "done", "truncated": "truncated"}
+"""The course's names for `NStepWriter`."""
+
+_N_STEP_KEYS = _KEYS | {"truncated", "discount", "steps"}
+
+_GAMMA = 0.99
+"""Discount factor where none is given."""
+
 _NEVER = 2**62
 """More than any generation: of a slot that was never drawn."""
 
-Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Batch = tuple[Tensor, ...]
 
 
 def _observation(name: str, value: Any) -> Tensor:
@@ -88,6 +96,10 @@ class TransitionReplayBuffer(Copied):
         beta: exponent of the weights at first, in [0, 1]. May be set at any time.
         beta_increment: added to beta by each `increase_beta`, up to 1. May be set at any time.
         epsilon: added to |TD error|. May be set at any time.
+        n_step: number of steps n that a transition sums up; see `NStepWriter`. With more than 1,
+            `push` needs to know where episodes are cut off, and `sample` has an eighth tensor,
+            discounts, for `target = rewards + discounts * next_values`.
+        gamma: discount factor of the n-step rewards, in [0, 1]; with n_step=1 it has no effect.
         draw, method, prioritization, device, generator: those of `PrioritizedReplayBuffer`.
 
     Raises:
@@ -112,6 +124,8 @@ class TransitionReplayBuffer(Copied):
         beta_increment: float = 0.001,
         epsilon: float = 0.001,
         *,
+        n_step: int = 1,
+        gamma: float = _GAMMA,
         draw: str = "independent",
         method: str = "auto",
         prioritization: str = "proportional",
@@ -130,6 +144,7 @@ class TransitionReplayBuffer(Copied):
             device=device,
             generator=generator,
         )
+        self._writer = NStepWriter(self.buffer, n_step, gamma, keys=_N_STEP)
         self._forget_draws()
 
     @torch.inference_mode(False)
@@ -160,6 +175,12 @@ class TransitionReplayBuffer(Copied):
     generator: torch.Generator | None = _passed_on(
         "generator", "Source of all random draws, None for torch's own."
     )
+    n_step: int = validation.fixed("n_step", lambda self: self._writer.n)
+    """Number of steps that a transition sums up."""
+
+    gamma: float = validation.fixed("gamma", lambda self: self._writer.gamma)
+    """Discount factor of n-step rewards."""
+
     eps = validation.fixed("eps", instead="expected epsilon, which can be set")
 
     @property
@@ -171,8 +192,16 @@ class TransitionReplayBuffer(Copied):
         """Counters; see `PrioritizedReplayBuffer.stats`."""
         return self.buffer.stats()
 
-    def push(self, state: Any, action: Any, reward: Any, next_state: Any, done: Any) -> None:
-        """Store one transition.
+    def push(
+        self,
+        state: Any,
+        action: Any,
+        reward: Any,
+        next_state: Any,
+        done: Any,
+        truncated: Any = None,
+    ) -> None:
+        """Store one transition; with n_step > 1, take one step and store what it finishes.
 
         Args:
             state: observation, array or tensor [*obs].
@@ -180,9 +209,12 @@ class TransitionReplayBuffer(Copied):
             reward: a number.
             next_state: observation after it, [*obs]; the true one also where an episode ends.
             done: True if the value after it is 0: terminated, not merely truncated.
+            truncated: True if the episode was cut off after it. With n_step > 1 it must be told, or
+                steps of the next episode would be summed up with those of this one.
 
         Raises:
-            SchemaError: shapes or dtypes differ from those pushed before; nothing is stored.
+            SchemaError: shapes or dtypes differ from those pushed before, or `truncated` is not
+                told with n_step > 1; nothing is stored.
         """
         leaves: Leaves = {
             ("state",): _observation("state", state),
@@ -196,7 +228,20 @@ class TransitionReplayBuffer(Copied):
                 f"next_state: expected the shape of state, {list(leaves[('state',)].shape[1:])},"
                 f" got {list(leaves[('next_state',)].shape[1:])}"
             )
-        self.buffer.extend_leaves(leaves)
+        if self._writer.n == 1:
+            self.buffer.extend_leaves(leaves)
+            return
+        if truncated is None:
+            raise SchemaError(
+                f"truncated: expected True or False with n_step={self.n_step}, got None: steps of"
+                " two episodes must not be summed up together"
+            )
+        leaves["truncated",] = _scalar("truncated", truncated, torch.bool)
+        self._writer.add(nested(leaves.items()))
+
+    def flush(self) -> None:
+        """Store the steps that are still pending with n_step > 1, as if the episode was cut off."""
+        self._writer.flush()
 
     def sample(self, batch_size: int) -> Batch:
         """Draw a batch of B transitions in proportion to priority^alpha.
@@ -204,13 +249,16 @@ class TransitionReplayBuffer(Copied):
         Returns:
             states float32 [B, *obs], actions int64 [B, 1], rewards float32 [B], next_states
             float32 [B, *obs], dones float32 [B] (1 where terminated), indices int64 [B] and
-            weights float32 [B].
+            weights float32 [B]. With n_step > 1 rewards are n-step rewards, next_states are n steps
+            on or those at the episode's end, and discounts float32 [B] come last: gamma^m for the m
+            steps that were summed up, 0 where terminated.
 
         Raises:
             EmptyBufferError: nothing has been pushed.
         """
         leaves, index, weight, generation = self.buffer._sample_leaves(batch_size)
         self._drawn.scatter_(0, index, generation)
+        beside = () if self._writer.n == 1 else (leaves["discount",],)
         return (
             leaves["state",].float(),
             leaves["action",].unsqueeze(-1),
@@ -219,6 +267,7 @@ class TransitionReplayBuffer(Copied):
             leaves["done",].float(),
             index,
             weight,
+            *beside,
         )
 
     def update_priorities(self, indices: Any, td_errors: Any) -> None:
@@ -259,6 +308,7 @@ class TransitionReplayBuffer(Copied):
     def empty(self) -> None:
         """Forget all transitions; see `PrioritizedReplayBuffer.empty`."""
         self.buffer.empty()
+        self._writer.empty()
         self._forget_draws()
 
     def increase_beta(self) -> None:
@@ -267,7 +317,8 @@ class TransitionReplayBuffer(Copied):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a file, whole or not at all; see `PrioritizedReplayBuffer.save`."""
-        self.buffer.save(path)
+        steps = {} if self.n_step == 1 else {"n_step": self._writer.state_dict()}
+        self.buffer._save(path, steps)
 
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Take over the state in a file that `save` wrote; see `PrioritizedReplayBuffer.restore`.
@@ -278,8 +329,15 @@ class TransitionReplayBuffer(Copied):
             FileNotFoundError: there is none.
         """
         state = states.check(checkpoint.read(path, states.FORMAT))
-        _require_course(path, state["transitions"], state["settings"].get("num_buffers"))
+        writer = _writer_of(path, state, self.buffer)
+        if writer.n != self.n_step or (writer.n > 1 and writer.gamma != self.gamma):
+            raise CheckpointError(
+                f"{os.fspath(path)}: expected n_step={self.n_step} and gamma={self.gamma:g}, got"
+                f" n_step={writer.n} and gamma={writer.gamma:g}"
+            )
         self.buffer.load_state_dict(state)
+        if writer.n > 1:
+            self._writer = writer
         self._forget_draws()
 
     @classmethod
@@ -300,24 +358,35 @@ class TransitionReplayBuffer(Copied):
             CheckpointError: the file is damaged, or it is not that of such a buffer.
             FileNotFoundError: there is none.
         """
-        loaded = PrioritizedReplayBuffer.load(
-            path, capacity=capacity, device=device, generator=generator
-        )
-        held = loaded.transitions
-        _require_course(path, () if held is None else held.keys(), loaded.num_buffers)
+        state = states.check(checkpoint.read(path, states.FORMAT))
         buffer = cls.__new__(cls)
-        buffer.buffer = loaded
+        buffer.buffer = PrioritizedReplayBuffer._of_state(
+            state, capacity=capacity, device=device, generator=generator
+        )
+        buffer._writer = _writer_of(path, state, buffer.buffer)
         buffer._forget_draws()
         return buffer
 
 
-def _require_course(
-    path: str | os.PathLike[str], names: Iterable[str], num_buffers: int | None
-) -> None:
-    """Refuse transitions of other keys than the course's; of none at all, they may be any."""
-    keys = set(names)
-    if num_buffers is not None or keys - _KEYS or (keys and _KEYS - keys):
+def _writer_of(path: str | os.PathLike[str], state: Any, buffer: Any) -> NStepWriter:
+    """The writer of a state from a file, with its pending steps.
+
+    Raises:
+        CheckpointError: the state is not that of a `TransitionReplayBuffer`.
+    """
+    steps, num_buffers = state.get("n_step"), state["settings"].get("num_buffers")
+    keys, wanted = set(state["transitions"]), _KEYS if steps is None else _N_STEP_KEYS
+    if num_buffers is not None or (keys and keys != wanted):
         raise CheckpointError(
             f"{os.fspath(path)}: expected the state of a TransitionReplayBuffer, got"
             f" transitions of {sorted(keys)}, num_buffers={num_buffers}"
         )
+    if steps is None:
+        return NStepWriter(buffer, 1, _GAMMA, keys=_N_STEP)
+    try:
+        settings = steps["settings"]
+        writer = NStepWriter(buffer, settings["n"], settings["gamma"], keys=_N_STEP)
+    except (ConfigurationError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{os.fspath(path)}: n_step: {error}") from error
+    writer.load_state_dict(steps)
+    return writer

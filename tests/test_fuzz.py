@@ -185,7 +185,7 @@ CONSTRUCTORS = {
     " example num_buffers",
     SumTree: "capacity device num_trees",
     TransitionReplayBuffer: "capacity alpha beta beta_increment epsilon draw method prioritization"
-    " device generator",
+    " device generator n_step gamma",
 }
 
 

@@ -5,6 +5,7 @@ tables to the device, and what gives numbers to the host.
 """
 
 import itertools
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tensordict import TensorDict
 
 from per_td import (
     ConfigurationError,
+    NStepWriter,
     PrioritizedReplayBuffer,
     SumTree,
     TransitionReplayBuffer,
@@ -539,3 +541,32 @@ def test_nothing_is_pretended_any_more_after_a_block(monkeypatch):
     assert (torch.cuda._lazy_init, torch.cuda.current_device) == before
     assert torch.zeros(2)[0].item() == 0
     assert not pretended.may_copy
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+@pytest.mark.parametrize("autoreset", ["same_step", "next_step"])
+def test_n_steps_for_a_buffer_of_each_environment_never_wait(autoreset, prioritized, pretended):
+    buffers = make(pretended, num_buffers=S)
+    with pretended.copies():
+        writer = NStepWriter(buffers, 3, 0.9, S, autoreset=autoreset)
+    given = {"priority": torch.ones(S, device="cuda")} if prioritized else {}
+    for k in range(4):
+        flags = torch.rand(2, S, device="cuda") < 0.5
+        ahead = {"observation": torch.rand(S, 4, device="cuda")}
+        ahead |= {"reward": torch.rand(S, device="cuda")}
+        ahead |= {"terminated": flags[0], "truncated": flags[1]}
+        step = {"observation": torch.rand(S, 4, device="cuda"), "next": ahead}
+        mask = None if k % 2 else torch.ones(S, dtype=torch.bool, device="cuda")
+        with pretended.copies() if k == 0 else nullcontext():  # memory, and powers of gamma
+            writer.add(step, mask=mask, **given)
+    writer.flush()
+    assert on_device(pretended, [writer.pending, buffers.transitions.to_dict()])
+
+
+def test_n_steps_for_one_buffer_wait_to_find_those_that_are_finished(pretended):
+    writer = NStepWriter(make(pretended), 1, 0.9, 2)
+    flag = torch.zeros(2, dtype=torch.bool, device="cuda")
+    ahead = {"x": torch.rand(2, device="cuda"), "reward": torch.rand(2, device="cuda")}
+    step = {"x": torch.rand(2, device="cuda"), "next": ahead | {"terminated": flag, "done": flag}}
+    with pytest.raises(WAITS), pretended.copies():
+        writer.add(step)

@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import gymnasium
 import numpy as np
 import pytest
@@ -5,6 +8,7 @@ import torch
 
 from per_td import (
     CheckpointError,
+    ConfigurationError,
     EmptyBufferError,
     IndexRangeError,
     PrioritizedReplayBuffer,
@@ -238,3 +242,99 @@ def test_a_file_of_something_else_is_not_read_into_the_courses_buffer(tmp_path):
     with pytest.raises(CheckpointError, match=r"many.pt: expected .* TransitionReplayBuffer"):
         buffer.restore(tmp_path / "many.pt")
     assert (buffer.buffer.transitions == before).all()
+
+
+def n_step(n: int = 3, gamma: float = 0.5, capacity: int = 50) -> TransitionReplayBuffer:
+    return TransitionReplayBuffer(capacity, n_step=n, gamma=gamma)
+
+
+def push_episodes(buffer, numbers) -> None:
+    """Steps of rewards 1, 2, 3, ..., one in five terminated, another one cut off."""
+    for k in numbers:
+        done, truncated = k % 5 == 4 and k % 10 != 9, k % 10 == 9
+        buffer.push([float(k)], k % 2, k + 1.0, [k + 1.0], done, truncated)
+
+
+def test_n_steps_are_summed_up_and_discounts_come_last():
+    buffer = n_step()
+    push_episodes(buffer, range(10))
+    assert len(buffer) == 10
+    *batch, weights, discounts = buffer.sample(300)
+    states, actions, rewards, next_states, dones, _ = batch
+    assert (discounts.dtype, discounts.shape) == (torch.float32, (300,))
+    assert weights.shape == (300,)
+    k = states[:, 0].long()
+    assert torch.equal(actions[:, 0], k % 2)
+    m = torch.minimum(5 - k % 5, torch.tensor(3))
+    assert torch.equal(next_states[:, 0].long(), k + m)
+    expected = sum((j < m) * 0.5**j * (k + 1 + j) for j in range(3))
+    assert torch.equal(rewards, expected.float())
+    terminated = k + m == 5
+    assert torch.equal(dones, terminated.float())
+    assert torch.equal(discounts, torch.where(terminated, 0.0, 0.5**m))
+
+
+def test_flush_stores_what_is_pending_and_empty_forgets_it():
+    buffer = n_step()
+    for wanted in (2, 0):
+        push_episodes(buffer, range(2))
+        assert len(buffer) == 0
+        buffer.flush() if wanted else buffer.empty()
+        buffer.flush()
+        assert len(buffer) == wanted
+        buffer.empty()
+    buffer = n_step(n=1)
+    buffer.push([0.0], 0, 1.0, [1.0], False)
+    buffer.flush()
+    assert len(buffer) == 1
+    assert len(buffer.sample(1)) == 7
+
+
+def test_with_n_steps_where_episodes_are_cut_off_must_be_told():
+    buffer = n_step()
+    with pytest.raises(SchemaError, match="truncated: expected True or False with n_step=3, got N"):
+        buffer.push([0.0], 0, 0.0, [1.0], False)
+    with pytest.raises(ConfigurationError, match="n: expected an integer of at least 1"):
+        n_step(n=0)
+    with pytest.raises(ConfigurationError, match="gamma: expected a finite number"):
+        n_step(gamma=2.0)
+    for name in ("n_step", "gamma"):
+        with pytest.raises(ConfigurationError, match=f"{name}: expected no change"):
+            setattr(buffer, name, 2)
+    assert (buffer.n_step, buffer.gamma) == (3, 0.5)
+
+
+@pytest.mark.parametrize("way", ["load", "restore", "deepcopy", "pickle"])
+def test_with_n_steps_a_saved_and_loaded_buffer_goes_on_value_for_value(way, tmp_path):
+    path = tmp_path / "buffer.pt"
+    buffer, expected = n_step(), n_step()
+    push_episodes(buffer, range(12))
+    push_episodes(expected, range(23))
+    if way in ("load", "restore"):
+        buffer.save(path)
+        other = n_step() if way == "restore" else TransitionReplayBuffer.load(path)
+        if way == "restore":
+            push_episodes(other, range(3))
+            other.restore(path)
+    else:
+        other = copy.deepcopy(buffer) if way == "deepcopy" else pickle.loads(pickle.dumps(buffer))
+    push_episodes(buffer, range(17))  # it goes on by itself
+    push_episodes(other, range(12, 23))
+    assert (other.n_step, other.gamma) == (3, 0.5)
+    assert (other.buffer.transitions == expected.buffer.transitions).all()
+    assert len(other.sample(4)) == 8
+
+
+def test_files_of_other_steps_are_refused_and_nothing_changes(tmp_path):
+    path = tmp_path / "buffer.pt"
+    for one, two in ((n_step(), n_step(2)), (n_step(), n_step(3, 0.9)), (n_step(1), n_step(3))):
+        for saved, other in ((one, two), (two, one)):
+            push_episodes(saved, range(5))
+            push_episodes(other, range(5))
+            saved.save(path)
+            before = other.buffer.state_dict()["transitions"]
+            with pytest.raises(CheckpointError, match=r"buffer\.pt: expected"):
+                other.restore(path)
+            after = other.buffer.state_dict()["transitions"]
+            assert all(torch.equal(before[key], after[key]) for key in before)
+    assert len(PrioritizedReplayBuffer.load(path)) > 0

@@ -30,7 +30,7 @@ _KEYS = {
     "transitions",
     "generator",
 }
-_LATER_KEYS = {"ranks", "replayed", "mass", "epoch", "written_before", "structure"}
+_LATER_KEYS = {"ranks", "replayed", "mass", "epoch", "written_before", "structure", "n_step"}
 """Keys that earlier states may lack."""
 
 
