@@ -14,6 +14,7 @@ from per_td.errors import (
     SchemaError,
 )
 from per_td.nstep import NStepWriter
+from per_td.schedules import LinearSchedule
 from per_td.transitions import TransitionReplayBuffer
 from per_td.tree import SumTree
 
@@ -27,6 +28,7 @@ __all__ = [
     "EmptyBufferError",
     "IndexRangeError",
     "KernelWarning",
+    "LinearSchedule",
     "NStepWriter",
     "PerTdError",
     "PrioritizedReplayBuffer",

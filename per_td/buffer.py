@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple, Self, SupportsIndex
 
@@ -28,7 +29,9 @@ from per_td.errors import (
 )
 from per_td.memory import STORAGES, Memory
 from per_td.priorities.sampling import sample_rows
-from per_td.priorities.table import PriorityTable
+from per_td.priorities.selection import Selection
+from per_td.priorities.table import MODES, PriorityTable
+from per_td.schedules import LinearSchedule, as_schedule
 from per_td.storage.leaves import Leaves, entries_of
 from per_td.storage.ring import RingStorage, as_mask
 
@@ -114,6 +117,19 @@ class PrioritizedReplayBuffer(Copied):
             temporary files. They have no names, and are gone with the buffer.
         example: a TensorDict like one transition (batch size []), to allocate memory at once;
             without it, the first data does so.
+        priority_clip: (low, high), or None for one of them: updates set the priority
+            clamp(|TD error| + eps, low, high). (1.0, None) with eps=0 and alpha=0.4 is LAP
+            (Fujimoto et al. 2020, arXiv 2007.06049). May be set at any time, for the updates from
+            then.
+        uniform_mix: share u of the draws that are uniform over all transitions of positive
+            priority: P(i) = (1 - u) p_i^alpha / sum + u / N. May be set at any time.
+        latest: the k newest transitions are the last k of every batch (combined experience replay,
+            Zhang & Sutton 2017, arXiv 1712.01275); one of priority 0 leaves its place to a draw.
+            May be set at any time.
+        track_draws: count how often each transition was drawn. Batches have the counts, those
+            draws included, as "draw_count" int32 [B].
+        beta_schedule: a `LinearSchedule`; beta follows it, counted in calls of `update_priority`.
+            None: beta changes by `increase_beta`, or when it is set.
         num_buffers: S makes S buffers of `capacity` slots each in one set of tensors, for S runs in
             lockstep: every argument and result gets a leading dimension [S], and an index is a slot
             in its own buffer. Settings, beta and counters are shared; slots, priorities, draws and
@@ -174,6 +190,11 @@ class PrioritizedReplayBuffer(Copied):
         new_priority: str = "buffer_max",
         prioritization: str = "proportional",
         sort_interval: int | None = None,
+        priority_clip: tuple[float | None, float | None] | None = None,
+        uniform_mix: float = 0.0,
+        latest: int = 0,
+        track_draws: bool = False,
+        beta_schedule: LinearSchedule | None = None,
         device: torch.device | str | int | None = None,
         generator: torch.Generator | None = None,
         layout: str = "auto",
@@ -207,8 +228,15 @@ class PrioritizedReplayBuffer(Copied):
         self.batch_size = batch_size
         self.generator = generator
         self.beta_increment = beta_increment
+        self._schedule = as_schedule(beta_schedule)
+        if self._schedule is not None and (self.beta_increment or shared):
+            given = f"beta_increment={beta_increment:g}" if self.beta_increment else "shared=True"
+            raise ConfigurationError(f"beta_schedule: expected None with {given}, got one")
+        self._updates = memory.beside((), torch.int64, self.device)
         self._beta = memory.beside((), torch.float64, self.device)
-        self.beta = beta
+        if self._schedule is not None:
+            beta = self._schedule.start
+        self._beta.fill_(validation.real("beta", beta, high=1.0))
         self._stale = memory.beside((), torch.int64, self.device)
         self._priorities = PriorityTable(
             capacity,
@@ -221,11 +249,16 @@ class PrioritizedReplayBuffer(Copied):
             device=self.device,
             prioritization=prioritization,
             sort_interval=sort_interval,
+            priority_clip=priority_clip,
+            uniform_mix=uniform_mix,
+            track_draws=track_draws,
             groups=num_buffers,
             memory=memory.beside,
         )
+        self.latest = latest
         self._storage = RingStorage(capacity, self.device, layout, memory, groups=num_buffers)
         if shared:
+            self._priorities.seal()
             repair = partial(_void_write, self._storage, self._priorities, self._beta)
             self._guard = Guard(num_buffers or 1, repair)
         self._take_up()
@@ -445,32 +478,48 @@ class PrioritizedReplayBuffer(Copied):
 
     # --- drawing ----------------------------------------------------------------------------------
 
-    def sample(self, batch_size: int | None = None) -> TensorDict:
+    def sample(
+        self, batch_size: int | None = None, by: str = "priority", newest: int | None = None
+    ) -> TensorDict:
         """Draw a batch; with `prefetch`, return the oldest that was drawn ahead.
+
+        A weight always comes from the probability that was really used, and a transition of
+        priority 0 is never drawn.
 
         Args:
             batch_size: number of transitions B; None takes that of the constructor.
+            by: "priority"; "uniform": all that can be drawn are equally probable; "inverse": in
+                proportion to 1 / mass (LA3P, Saglam et al. 2022, arXiv 2209.00532).
+            newest: draw only among so many newest transitions (ERE, Wang & Ross 2019, arXiv
+                1906.04009, section 5); N in the weights is then their number. None: among all.
 
         Returns:
             TensorDict [B]: copies of the transitions, and beside them "index" int64 [B],
             "priority_weight" float32 [B] (equation in section 3.4), and "generation" int64 [B],
-            by which a later update recognises that a slot has been overwritten.
+            by which a later update recognises that a slot has been overwritten; "draw_count" int32
+            [B] with `track_draws`.
 
         Raises:
-            ConfigurationError: no batch size was given, here or to the constructor.
+            ConfigurationError: no batch size was given, here or to the constructor, or one that is
+                no more than `latest`; or an argument is not one of those accepted.
             EmptyBufferError: the buffer is empty, all priorities are 0, or without replacement
                 fewer than B transitions can be drawn.
         """
-        if self._ahead is not None and batch_size in (None, self._batch):
+        usual = by == "priority" and newest is None
+        if self._ahead is not None and usual and batch_size in (None, self._batch):
             batch = self._ahead.next()
             if batch_size is None or batch.shape[-1] == batch_size:  # or it has been set meanwhile
                 return batch
-        return self._sample_now(batch_size)
+        return self._sample_now(batch_size, None if usual else (by, newest))
 
-    def _sample_now(self, batch_size: int | None) -> TensorDict:
+    def _sample_now(
+        self, batch_size: int | None, how: tuple[str, int | None] | None = None
+    ) -> TensorDict:
         with self._lock:
-            rows, index, weight, generation = self._drawn(batch_size)
+            rows, index, weight, generation = self._drawn(batch_size, how)
             beside = {"priority_weight": weight, "index": index, "generation": generation}
+            if (counts := self._priorities.draw_counts) is not None:
+                beside["draw_count"] = counts.draw(index)
             return self._storage.batch(rows, beside)
 
     def sample_leaves(self, batch_size: int | None = None) -> tuple[Leaves, Tensor, Tensor]:
@@ -482,6 +531,8 @@ class PrioritizedReplayBuffer(Copied):
         """`sample_leaves`, and generations."""
         with self._lock:
             rows, index, weight, generation = self._drawn(batch_size)
+            if (counts := self._priorities.draw_counts) is not None:
+                counts.draw(index)
             return self._storage.by_key(rows), index, weight, generation
 
     def draw_leaves(self, batch_size: int | None = None) -> Draw:
@@ -489,14 +540,27 @@ class PrioritizedReplayBuffer(Copied):
 
         The weights follow from the masses when the total of all parts is known. The same random
         numbers draw the same slots as in `sample`.
+
+        Raises:
+            ConfigurationError: draws do not follow the masses alone.
         """
         with self._lock:
+            if self._selection is not None:
+                raise ConfigurationError(
+                    f"draw_leaves: expected uniform_mix=0 and latest=0, got {self.uniform_mix:g}"
+                    f" and {self.latest}: the masses do not give the weights then"
+                )
             leaves, slot, _, generation = self._sample_leaves(batch_size)
             return Draw(slot, leaves, generation, self._priorities.mass.gather(-1, slot))
 
-    def _drawn(self, batch_size: int | None) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    def _drawn(
+        self, batch_size: int | None, how: tuple[str, int | None] | None = None
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
         """Transitions drawn, a tensor per key, their slots, weights and generations."""
         n, ring, table, size = self._batch_size(batch_size), self._storage, self._priorities, None
+        selection = self._selection
+        if how is not None:
+            selection = Selection.of(*how, self.latest, table.draw)
         if self._busy:
             raise self._at_work()
         if not ring.lead:
@@ -511,7 +575,7 @@ class PrioritizedReplayBuffer(Copied):
         try:
             self._busy = True
             rows, index, weight, generation = sample_rows(
-                table, ring, n, self._generator, beta=self._beta, size=size
+                table, ring, n, self._generator, selection, beta=self._beta, size=size
             )
         except EmptyBufferError:
             if ring.lead and not (ring.written > 0).all():
@@ -526,6 +590,35 @@ class PrioritizedReplayBuffer(Copied):
         finally:
             self._busy = False
         return rows, index, weight, ring.in_batch(generation) if ring.epoch else generation
+
+    @torch.no_grad()
+    def sweep(self, batch_size: int) -> Iterator[TensorDict]:
+        """Go once through the transitions that are stored when it begins, in the order of slots.
+
+        Use it to compute all priorities anew. A transition written meanwhile may come in place of
+        the one that it overwrote; the generations tell.
+
+        Args:
+            batch_size: transitions of each batch, the last of which may be smaller.
+
+        Yields:
+            TensorDict [B] or [S, B]: copies of the transitions, "index" and "generation" int64;
+            with `num_buffers` also "filled" bool [S, B]: False where a buffer has no transition in
+            a slot, for `mask`.
+        """
+        batch_size = validation.positive_int("batch_size", batch_size)
+        lengths = self.lengths
+        end = int(lengths.max())
+        for start in range(0, end, batch_size):
+            with self._lock:
+                slot = torch.arange(start, min(start + batch_size, end), device=self.device)
+                index = slot.expand(*self._storage.lead, -1).contiguous()
+                rows, generation = self._storage.gather(index)
+                beside = {"index": index, "generation": self._storage.in_batch(generation)}
+                if self._storage.lead:
+                    beside["filled"] = index < lengths.unsqueeze(-1)
+                batch = self._storage.batch(rows, beside)
+            yield batch
 
     def _batch_size(self, batch_size: int | None) -> int:
         """That asked for, or that of the constructor."""
@@ -557,9 +650,15 @@ class PrioritizedReplayBuffer(Copied):
     # --- updating ---------------------------------------------------------------------------------
 
     def update_priority(
-        self, index: Any, td_error: Any, generation: Any = None, mask: Any = None
+        self,
+        index: Any,
+        td_error: Any,
+        generation: Any = None,
+        mask: Any = None,
+        mode: str = "set",
+        rate: float = 1.0,
     ) -> None:
-        """Set priorities to |td_error| + eps (section 3.3).
+        """Set priorities to |td_error| + eps (section 3.3), within `priority_clip`.
 
         Args:
             index: slots, integers [B] or [S, B], as `sample` gave them; of equal ones the last
@@ -569,6 +668,9 @@ class PrioritizedReplayBuffer(Copied):
                 update is stale, dropped and counted. None drops none; a shared buffer needs it.
             mask: with `num_buffers`, bool [S, B]: where it is False, the transition is left alone,
                 whatever the index and the TD error, and nothing is counted.
+            mode: "set"; "max": max(new, rate * old), so that priorities decay (PSER, Brittain et
+                al. 2019, arXiv 1905.12726); "mean": old + rate * (new - old), a moving mean.
+            rate: in [0, 1].
 
         Raises:
             IndexRangeError: an index does not name a filled slot.
@@ -576,7 +678,42 @@ class PrioritizedReplayBuffer(Copied):
                 been written then. On CUDA, where values cannot be looked at without stopping the
                 host, and under torch.compile, such updates are refused one by one and counted in
                 `stats`.
+            ConfigurationError: there is no such mode, or a rate for "set".
         """
+        settings: dict[str, Any] = {}
+        if mode != "set" or rate != 1.0:
+            rate = validation.real("rate", rate, high=1.0)
+            if validation.one_of("mode", mode, MODES) == "set":
+                raise ConfigurationError(f"rate: expected 1.0 with mode='set', got {rate:g}")
+            settings = {"mode": mode, "rate": rate}
+        self._set("update", index, td_error, generation, mask, settings)
+        self._count_update()
+
+    def set_priority(
+        self, index: Any, priority: Any, generation: Any = None, mask: Any = None
+    ) -> None:
+        """Set raw priorities as they are: without eps, not clipped; 0 is never drawn.
+
+        Args:
+            priority: finite and not negative, [B].
+            index, generation, mask: see `update_priority`.
+
+        Raises:
+            IndexRangeError, PriorityError: as `update_priority`; a negative priority is refused
+                like NaN.
+        """
+        self._set("set", index, priority, generation, mask, {})
+
+    def _set(
+        self,
+        method: str,
+        index: Any,
+        value: Any,
+        generation: Any,
+        mask: Any,
+        settings: dict[str, Any],
+    ) -> None:
+        """Check slots, and let the table's method of this name change their priorities."""
         ring = self._storage
         with self._lock:
             index = validation.as_index(index, self.device, lead=ring.lead)
@@ -595,8 +732,13 @@ class PrioritizedReplayBuffer(Copied):
                 raise self._at_work()
             try:
                 self._busy = True
-                stale = self._priorities.update(
-                    index, td_error, written=ring.written, generation=generation, mask=mask
+                stale = getattr(self._priorities, method)(
+                    index,
+                    value,
+                    written=ring.written,
+                    generation=generation,
+                    mask=mask,
+                    **settings,
                 )
             except PerTdError:  # ours come before any writing
                 raise
@@ -627,9 +769,26 @@ class PrioritizedReplayBuffer(Copied):
         with self._lock:
             self._stale += validation.integer("updates", updates, 0)
 
+    def _count_update(self) -> None:
+        """Set the beta of the schedule, if there is one, after one more update."""
+        if self._schedule is not None:
+            with self._lock:
+                self._updates += 1
+                self._beta.copy_(self._schedule.at(self._updates))
+
     def increase_beta(self) -> None:
-        """Add `beta_increment` to beta, up to 1 (section 3.4: beta grows to 1 over training)."""
+        """Add `beta_increment` to beta, up to 1 (section 3.4: beta grows to 1 over training).
+
+        Call it once per episode. In the study on CartPole, 0.001 per episode gave a probability of
+        0.85 to do better than uniform replay. Called at every gradient step, beta was 1 after 600
+        steps, and the probability was 0.29. To count in updates, use a `beta_schedule` instead.
+
+        Raises:
+            ConfigurationError: there is a `beta_schedule`.
+        """
         with self._lock:
+            if self._schedule is not None:
+                raise ConfigurationError("increase_beta: expected no beta_schedule, got one")
             self._beta.add_(self.beta_increment).clamp_(max=1.0)
 
     # --- settings ---------------------------------------------------------------------------------
@@ -679,6 +838,43 @@ class PrioritizedReplayBuffer(Copied):
         "weight_normalization", 'Divisor of the weights; setting it costs O(N) for "buffer".'
     )
     new_priority: str = _of_table("new_priority", "Priority of transitions that nobody gives one.")
+    priority_clip: tuple[float | None, float | None] | None = _of_table(
+        "priority_clip", "Bounds of the priorities that updates set from now on.", choice=False
+    )
+    uniform_mix: float = _of_table(
+        "uniform_mix",
+        "Share of the draws that are uniform; drops the batches drawn ahead.",
+        choice=False,
+    )
+
+    @property
+    def latest(self) -> int:
+        """Number of newest transitions in every batch; may be set at any time."""
+        return self._latest
+
+    @latest.setter
+    def latest(self, value: int) -> None:
+        value = validation.integer("latest", value, 0)
+        Selection.of("priority", None, value, self.draw)
+        self._latest = value
+        self._drop_ahead()
+
+    @property
+    def _selection(self) -> Selection | None:
+        """Way to draw; None for the usual one."""
+        if self._latest or self._priorities.uniform_mix:
+            return Selection(latest=self._latest)
+        return None
+
+    track_draws: bool = validation.fixed(
+        "track_draws", lambda self: self._priorities.draw_counts is not None
+    )
+    """True if draws are counted."""
+
+    beta_schedule: LinearSchedule | None = validation.fixed(
+        "beta_schedule", lambda self: self._schedule
+    )
+    """Schedule that beta follows, or None."""
 
     def _change(self, name: str, value: Any, *, choice: bool) -> None:
         """Set a setting of the priorities."""
@@ -690,10 +886,13 @@ class PrioritizedReplayBuffer(Copied):
         with self._at_rest():
             try:
                 if choice:
+                    if name == "draw":
+                        Selection.of("priority", None, self._latest, value)
                     self._priorities.choose(**{name: value})
-                    self._drop_ahead()
                 else:
                     setattr(self._priorities, name, value)
+                if choice or name == "uniform_mix":
+                    self._drop_ahead()
             except PerTdError:
                 raise
             except BaseException:  # an interrupt, say
@@ -738,6 +937,8 @@ class PrioritizedReplayBuffer(Copied):
 
     @beta.setter
     def beta(self, value: float) -> None:
+        if self._schedule is not None:
+            raise ConfigurationError(f"beta: expected that of the beta_schedule, got {value!r}")
         self._beta.fill_(validation.real("beta", value, high=1.0))
 
     # --- views ------------------------------------------------------------------------------------
@@ -799,6 +1000,19 @@ class PrioritizedReplayBuffer(Copied):
         with self._lock:
             self._require_one("replayed")
             return self._priorities.replayed[: len(self)].clone()
+
+    @property
+    def draw_count(self) -> Tensor:
+        """How often each transition was drawn, int32, a copy; shaped like `priority`.
+
+        Raises:
+            ConfigurationError: the buffer was not made with `track_draws`.
+        """
+        counts = self._priorities.draw_count
+        if counts is None:
+            raise ConfigurationError("draw_count: expected a buffer with track_draws=True")
+        with self._lock:
+            return counts[self._storage.shown].clone()
 
     def _require_one(self, name: str) -> None:
         if self._storage.lead:
@@ -903,13 +1117,24 @@ class PrioritizedReplayBuffer(Copied):
     # --- states -----------------------------------------------------------------------------------
 
     def _state(self, *, copy: bool) -> dict[str, Any]:
-        own = {"batch_size": self.batch_size, "beta_increment": self.beta_increment}
+        schedule = self._schedule
+        own = {
+            "batch_size": self.batch_size,
+            "beta_increment": self.beta_increment,
+            "latest": self.latest,
+            "beta_schedule": None if schedule is None else asdict(schedule),
+        }
         return states.state_of(self._parts, own, copy=copy)
 
     @property
     def _parts(self) -> states.Parts:
         return states.Parts(
-            self._storage, self._priorities, self._beta, self._stale, self._generator
+            self._storage,
+            self._priorities,
+            self._beta,
+            self._stale,
+            self._updates,
+            self._generator,
         )
 
     def state_dict(self) -> dict[str, Any]:

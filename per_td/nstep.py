@@ -357,7 +357,9 @@ class NStepWriter:
         for name in ("terminated", "truncated", "done"):
             if (field := pending.schema.fields.get(self._keys[name])) is not None:
                 shape = (self.num_envs, *field.shape)
-                leaves[field.key] = torch.full(shape, name != "terminated", device=device)
+                leaves[field.key] = torch.full(
+                    shape, name != "terminated", dtype=torch.bool, device=device
+                )
         finished = (age < pending.count.unsqueeze(-1)) & chosen.unsqueeze(-1)
         returns = pending.returns.gather(1, slots)
         result = self._extend(pending, leaves, at, slots, returns, finished)

@@ -45,7 +45,7 @@ def test_numbers_of_every_kind_are_kept_as_pythons_own_and_can_be_saved(
     buffer.batch_size, buffer.beta_increment = number(5), real(0.03125)
     buffer.alpha, buffer.eps = real(0.75), real(0.5)
     settings = buffer.state_dict()["settings"]
-    assert {type(value) for value in settings.values()} <= {int, float, str, type(None)}
+    assert {type(value) for value in settings.values()} <= {int, float, str, bool, type(None)}
     buffer.save(tmp_path / "buffer.pt")
     loaded = PrioritizedReplayBuffer.load(tmp_path / "buffer.pt")
     assert loaded.state_dict()["settings"] == settings

@@ -30,7 +30,17 @@ _KEYS = {
     "transitions",
     "generator",
 }
-_LATER_KEYS = {"ranks", "replayed", "mass", "epoch", "written_before", "structure", "n_step"}
+_LATER_KEYS = {
+    "ranks",
+    "replayed",
+    "mass",
+    "epoch",
+    "written_before",
+    "structure",
+    "n_step",
+    "updates",
+    "draw_count",
+}
 """Keys that earlier states may lack."""
 
 
@@ -69,7 +79,7 @@ class Parts(NamedTuple):
         ring: transitions.
         table: priorities.
         beta: float64 [].
-        stale: count of stale updates, int64 [].
+        stale, updates: counts of stale updates and of calls that a schedule counts, int64 [].
         generator: source of the draws.
     """
 
@@ -77,6 +87,7 @@ class Parts(NamedTuple):
     table: PriorityTable
     beta: Tensor
     stale: Tensor
+    updates: Tensor
     generator: torch.Generator | None
 
 
@@ -88,10 +99,11 @@ def state_of(parts: Parts, settings: dict[str, Any], *, copy: bool) -> dict[str,
         settings: the buffer's own, beside those of the parts.
         copy: copy the transitions; else they are those in the buffer's memory.
     """
-    ring, table, beta, stale, generator = parts
+    ring, table, beta, stale, updates, generator = parts
     filled = ring.filled()
     transitions = {key: leaf.clone() for key, leaf in filled.items()} if copy else filled
     own = table.distribution.state(table.trees, len(ring))
+    counts = table.draw_count
     return {
         "format": FORMAT,
         "version": checkpoint.VERSION,
@@ -107,10 +119,12 @@ def state_of(parts: Parts, settings: dict[str, Any], *, copy: bool) -> dict[str,
         "epoch": ring.epoch,
         "ever_max": table.ever_max.clone(),
         "stale_updates": stale.clone(),
+        "updates": updates.clone(),
         "refused_priorities": table.refused.clone(),
         "priority": table.raw[ring.shown].clone(),
         "mass": table.mass[ring.shown].clone() if own is None else None,
         "replayed": table.replayed[: 0 if ring.lead else len(ring)].clone(),
+        "draw_count": None if counts is None else counts[ring.shown].clone(),
         "ranks": own,
         "transitions": nested(transitions.items()),
         "structure": ring.structure.state(),
@@ -156,7 +170,7 @@ def restore(parts: Parts, state: Any) -> None:
         CheckpointError, SchemaError: it is no state for these parts; nothing is changed.
     """
     settings = check(state)["settings"]
-    ring, table, beta, stale, generator = parts
+    ring, table, beta, stale, updates, generator = parts
     moves = _moves(ring, state)
     leaves = flattened(state["transitions"])
     if leaves:
@@ -180,6 +194,7 @@ def restore(parts: Parts, state: Any) -> None:
     table.alpha, table.eps = settings["alpha"], settings["eps"]
     beta.copy_(state["beta"])
     stale.copy_(state["stale_updates"])
+    updates.copy_(torch.as_tensor(state.get("updates", 0)))
     _restore_priorities(parts, state, moves)
     table.refused.copy_(state["refused_priorities"])
 
@@ -200,6 +215,9 @@ def _restore_priorities(parts: Parts, state: dict[str, Any], moves: list[Move]) 
     elif ranked and state.get("ranks") is not None and not moved:
         mass = table.distribution.load(table.trees, state["ranks"])
     table.restore(placed(state["priority"]), state["ever_max"], mass)
+    if state.get("draw_count") is not None and table.draw_count is not None:
+        counts = placed(state["draw_count"])
+        table.draw_count[..., : counts.shape[-1]] = counts
     if "replayed" in state and not ring.lead:
         replayed = placed(state["replayed"])
         table.replayed[: len(replayed)] = replayed

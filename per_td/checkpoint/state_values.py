@@ -10,7 +10,8 @@ from torch import Tensor
 from per_td import validation
 from per_td.errors import CheckpointError, ConfigurationError
 from per_td.priorities.distributions import PRIORITIZATIONS
-from per_td.priorities.table import CHOICES, check_choices
+from per_td.priorities.table import CHOICES, as_clip, check_choices
+from per_td.schedules import as_schedule
 from per_td.storage.leaves import flattened, named
 from per_td.storage.structure import Structure
 
@@ -29,11 +30,16 @@ def check_values(state: Mapping[str, Any]) -> None:
     _real("ever_max", state["ever_max"], each, high=torch.finfo(torch.float32).max)
     _count("stale_updates", state["stale_updates"], ())
     _count("refused_priorities", state["refused_priorities"], ())
+    _count("updates", state.get("updates", 0), ())
     filled = min(int(written.max()), capacity)
     slots = (filled,) if many is None else (many, capacity)
     _real("priority", state["priority"], slots)
     if state.get("mass") is not None:
         _real("mass", state["mass"], slots)
+    if state.get("draw_count") is not None:
+        counts = _tensor("draw_count", state["draw_count"], slots, (torch.int32,))
+        if not (counts >= 0).all():
+            raise _wrong("draw_count", "counts of at least 0", "negative ones")
     for name in ("epoch", "written_before"):
         _count(name, state.get(name, 0), ())
     _transitions(state["transitions"], (*each, filled))
@@ -53,7 +59,8 @@ def _wrong(name: str, expected: str, got: object) -> CheckpointError:
 
 def _settings(settings: Any) -> Mapping[str, Any]:
     wanted = ("capacity", "alpha", "eps", "beta_increment")
-    others = ("batch_size", "num_buffers", "prioritization", "sort_interval")
+    others = {"batch_size", "num_buffers", "prioritization", "sort_interval"}
+    others |= {"priority_clip", "uniform_mix", "latest", "track_draws", "beta_schedule"}
     if not isinstance(settings, Mapping) or any(key not in settings for key in wanted):
         raise _wrong("settings", f"a dict with {', '.join(wanted)}", type(settings).__name__)
     try:
@@ -72,6 +79,10 @@ def _settings(settings: Any) -> Mapping[str, Any]:
         validation.real("alpha", settings["alpha"])
         validation.real("eps", settings["eps"], high=torch.finfo(torch.float32).max)
         validation.real("beta_increment", settings["beta_increment"])
+        as_clip(settings.get("priority_clip"))
+        validation.real("uniform_mix", settings.get("uniform_mix", 0.0), high=1.0)
+        validation.integer("latest", settings.get("latest", 0), 0)
+        as_schedule(settings.get("beta_schedule"))
     except ConfigurationError as error:
         raise CheckpointError(f"settings: {error}") from error
     return settings

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from per_td import draws, validation
 from per_td.errors import EmptyBufferError
+from per_td.priorities.selection import Selection, sample_selected
 from per_td.priorities.table import PriorityTable
 from per_td.storage.ring import RingStorage
 
@@ -15,6 +16,7 @@ def sample_weighted(
     table: PriorityTable,
     n: int,
     generator: torch.Generator | None,
+    selection: Selection | None = None,
     *,
     beta: Tensor | float,
     written: Tensor | int,
@@ -26,6 +28,7 @@ def sample_weighted(
         table: the priorities.
         n: slots to draw from each group.
         generator: source of the random numbers, on the table's device.
+        selection: another way to draw; None: in proportion to mass.
         beta: exponent of the weights: 0 for no correction, 1 for the full one.
         written: number of transitions ever written, int64 [S], or one number for all.
         size: number of filled slots of a single table, if the host knows it.
@@ -36,6 +39,8 @@ def sample_weighted(
     Raises:
         EmptyBufferError: too few slots can be drawn, or none.
     """
+    if selection is not None:
+        return sample_selected(table, n, generator, selection, beta=beta, written=written)
     trees, shape = table.trees, (*table.lead, n)
     if _by_points(table):
         drawn: tuple[Tensor, Tensor] | None = trees.ops.draw(
@@ -68,14 +73,15 @@ def sample_rows(
     ring: RingStorage,
     n: int,
     generator: torch.Generator | None,
+    selection: Selection | None = None,
     *,
     beta: Tensor | float,
     size: int | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Draw by `sample_weighted`, and copy the transitions; one call of a kernel if there is one.
+    """Draw, and copy the transitions; one call of a kernel if there is one.
 
     Args:
-        table, n, generator, beta, size: see `sample_weighted`.
+        table, n, generator, selection, beta, size: see `sample_weighted`.
         ring: the transitions.
 
     Returns:
@@ -86,8 +92,11 @@ def sample_rows(
     """
     trees = table.trees
     ops: Any = ring.operations(n)
-    if not (ops is trees.ops and hasattr(ops, "draw_rows") and _by_points(table)):
-        drawn = sample_weighted(table, n, generator, beta=beta, written=ring.written, size=size)
+    usual = ops is trees.ops and hasattr(ops, "draw_rows") and _by_points(table)
+    if selection is not None or not usual:
+        drawn = sample_weighted(
+            table, n, generator, selection, beta=beta, written=ring.written, size=size
+        )
         rows, generation = ring.gather(drawn[0])
         return rows, *drawn, generation
     sample: tuple[list[Tensor], Tensor, Tensor, Tensor] | None = ops.draw_rows(

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from per_td import draws, validation
-from per_td.errors import PerTdError
+from per_td.errors import ConfigurationError, PerTdError
 from per_td.kernels.flags import ALPHA, ALPHA_EXPONENT, EPS, MINIMA
 from per_td.kernels.layout import Layout
 from per_td.kernels.reference import Runs
 from per_td.memory import Zeros, zeros
 from per_td.priorities import distributions
+from per_td.priorities.followers import DrawCounts, Follower, SideTrees
 from per_td.tree.trees import Trees
-from per_td.weights import NORMALIZATIONS
+from per_td.weights import NORMALIZATIONS, priority_of
 
 NEW_PRIORITIES = ("buffer_max", "ever_max")
 CHOICES = {
@@ -23,6 +24,34 @@ CHOICES = {
     "new_priority": NEW_PRIORITIES,
     "weight_normalization": NORMALIZATIONS,
 }
+MODES = ("set", "max", "mean")
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def as_clip(value: Any) -> tuple[float | None, float | None] | None:
+    """Check and return bounds of priorities.
+
+    Raises:
+        ConfigurationError: it is neither None nor a pair of bounds in order, each a number of at
+            least 0 or None.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise ConfigurationError(f"priority_clip: expected (low, high) or None, got {value!r}")
+    low, high = (
+        None if bound is None else validation.real("priority_clip", bound, high=_LARGEST)
+        for bound in value
+    )
+    if low is not None and high is not None and low > high:
+        raise ConfigurationError(f"priority_clip: expected low <= high, got {value!r}")
+    return None if low is None and high is None else (low, high)
+
+
+def _mixed(share: float) -> ConfigurationError:
+    return ConfigurationError(
+        f"uniform_mix: expected 0 with draw='without_replacement', got {share:g}"
+    )
 
 
 def check_choices(capacity: int, settings: dict[str, Any]) -> dict[str, str]:
@@ -44,8 +73,8 @@ class PriorityTable:
 
     Args:
         capacity: number of slots of each group.
-        alpha, eps, draw, method, weight_normalization, new_priority, prioritization, sort_interval:
-            see `PrioritizedReplayBuffer`.
+        alpha, eps, draw, method, weight_normalization, new_priority, prioritization, sort_interval,
+            priority_clip, uniform_mix, track_draws: see `PrioritizedReplayBuffer`.
         device: device of the priorities.
         groups: S tables side by side, with results [S, ...]; None: one, without that dimension.
         memory: makes the memory.
@@ -68,9 +97,13 @@ class PriorityTable:
         device: torch.device,
         prioritization: str = "proportional",
         sort_interval: int | None = None,
+        priority_clip: Any = None,
+        uniform_mix: float = 0.0,
+        track_draws: bool = False,
         groups: int | None = None,
         memory: Zeros = zeros,
     ) -> None:
+        self.priority_clip = as_clip(priority_clip)
         self.distribution = distributions.make(prioritization, capacity, sort_interval)
         alpha = self.distribution.alpha if alpha is None else validation.real("alpha", alpha)
         eps = validation.real("eps", eps, high=torch.finfo(torch.float32).max)
@@ -90,7 +123,14 @@ class PriorityTable:
         self.trees.set(EPS, eps)
         self.points = torch.empty((*self.lead, 0), dtype=torch.float64, device=device)
         """Template of random numbers, for `per_td.priorities.sampling`."""
+        self._memory: Zeros | None = memory
+        self._sides: dict[str, SideTrees] = {}
+        self.draw_counts: DrawCounts | None = None
+        """Counts of draws; None: they are not kept."""
+        if track_draws:
+            self.draw_counts = DrawCounts(self.trees.layout, device, memory)
         self._choose(chosen)
+        self.uniform_mix = uniform_mix
 
     # --- settings ---------------------------------------------------------------------------------
 
@@ -144,6 +184,54 @@ class PriorityTable:
         self.trees.set(EPS, validation.real("eps", value, high=torch.finfo(torch.float32).max))
 
     @property
+    def priority_clip(self) -> tuple[float | None, float | None] | None:
+        """Bounds of the priorities that updates set; None: there are none."""
+        return self._clip
+
+    @priority_clip.setter
+    def priority_clip(self, value: Any) -> None:
+        self._clip = as_clip(value)
+
+    @property
+    def uniform_mix(self) -> float:
+        """Share of draws that are uniform over all that can be drawn."""
+        return self._uniform_mix
+
+    @uniform_mix.setter
+    def uniform_mix(self, value: float) -> None:
+        value = validation.real("uniform_mix", value, high=1.0)
+        if value:
+            if self.draw == "without_replacement":
+                raise _mixed(value)
+            self.side("uniform")
+        self._uniform_mix = value
+
+    def seal(self) -> None:
+        """Make no more side trees, of which other processes would not know."""
+        self._memory = None
+
+    def side(self, name: str) -> SideTrees:
+        """Trees of other masses, "uniform" or "inverse"; made when first asked for."""
+        if name not in self._sides:
+            if self._memory is None:
+                raise ConfigurationError(
+                    f"by, uniform_mix: expected draws by priority in a shared buffer that was made"
+                    f" without a uniform_mix, got {name!r}: other processes would not know"
+                )
+            self._sides[name] = SideTrees(name, self.trees, self._memory)
+        return self._sides[name]
+
+    @property
+    def _followers(self) -> list[Follower]:
+        counts = [] if self.draw_counts is None else [self.draw_counts]
+        return [*self._sides.values(), *counts]
+
+    def _follow(self, slot: Tensor, *, new: bool) -> None:
+        if self._sides or self.draw_counts is not None:
+            for follower in self._followers:
+                follower.follow(slot, new=new)
+
+    @property
     def weight_normalization(self) -> str:
         """Normalization of the weights; "buffer" keeps the smallest mass up to date."""
         return self._weight_normalization
@@ -161,7 +249,10 @@ class PriorityTable:
         Raises:
             ConfigurationError: a value is not one of those accepted, or two exclude each other.
         """
-        self._choose(check_choices(self.capacity, self.arguments | changes))
+        chosen = check_choices(self.capacity, self.arguments | changes)
+        if chosen["draw"] == "without_replacement" and self.uniform_mix:
+            raise _mixed(self.uniform_mix)
+        self._choose(chosen)
 
     def _choose(self, chosen: dict[str, str]) -> None:
         draw, method, new_priority, normalization = chosen.values()
@@ -195,6 +286,9 @@ class PriorityTable:
             "new_priority": self.new_priority,
             "prioritization": self.prioritization,
             "sort_interval": self.sort_interval,
+            "priority_clip": self.priority_clip,
+            "uniform_mix": self.uniform_mix,
+            "track_draws": self.draw_counts is not None,
         }
 
     # --- views ------------------------------------------------------------------------------------
@@ -238,6 +332,11 @@ class PriorityTable:
     def replayed(self) -> Tensor:
         """True for slots drawn since they were written, bool [capacity], a view; one table only."""
         return self.trees.replayed[: self.capacity]
+
+    @property
+    def draw_count(self) -> Tensor | None:
+        """Number of draws of each slot, int32 [capacity] or [S, capacity], a view; or None."""
+        return None if self.draw_counts is None else self._shaped(self.draw_counts.counts)
 
     @property
     def refused(self) -> Tensor:
@@ -309,6 +408,7 @@ class PriorityTable:
         )
         if self.distribution.changed(index.numel(), new=True):
             self._refill()
+        self._follow(index if mask is None else torch.where(mask, index, -1), new=True)
 
     def write_runs(self, runs: Runs) -> None:
         """Run `write_new` for a run of slots of each group; see `reference.assign_new`."""
@@ -316,6 +416,17 @@ class PriorityTable:
         trees.ops.assign_new(trees, self.distribution, runs, ever_max=self._ever_max)
         if self.distribution.changed(sum(runs[1::2]), new=True):
             self._refill()
+        if self._sides or self.draw_counts is not None:
+            self._follow(self._slots_of(runs), new=True)
+
+    def _slots_of(self, runs: Runs) -> Tensor:
+        """The slots of a run in each group, int64 [S, n]; -1 beyond the shorter ones."""
+        cpu = torch.device("cpu")
+        first, length = torch.tensor([runs[::2], runs[1::2]], dtype=torch.int64, device=cpu)
+        first, length = first.unsqueeze(-1), length.unsqueeze(-1)
+        place = torch.arange(max(runs[1::2]), device=cpu)
+        slot = torch.where(place < length, (first + place) % self.capacity, -1)
+        return validation.to_device(slot, self.device)
 
     def update(
         self,
@@ -327,6 +438,8 @@ class PriorityTable:
         stamps: Tensor | None = None,
         mask: Tensor | None = None,
         squared: bool = False,
+        mode: str = "set",
+        rate: float = 1.0,
     ) -> Tensor | int:
         """Set priorities from TD errors; where a slot occurs twice, its last one holds.
 
@@ -341,6 +454,7 @@ class PriorityTable:
                 `written`.
             mask: bool, in the shape of `index`; False leaves a slot alone.
             squared: the TD errors are delta^2.
+            mode, rate: see `PrioritizedReplayBuffer.update_priority`.
 
         Returns:
             The number of updates dropped.
@@ -350,7 +464,79 @@ class PriorityTable:
             PriorityError: a TD error is NaN or infinite, or the shape or dtype is wrong.
                 On CUDA such updates are refused and counted instead.
         """
-        td_error = validation.as_values("td_error", td_error, index)
+        value = validation.as_values("td_error", td_error, index)
+        plain = mode == "set" and self._clip is None
+        if not plain:
+            value = self._priorities_of(index, value, mask, squared, mode, rate)
+        return self._assign(
+            index,
+            value,
+            written=written,
+            generation=generation,
+            stamps=stamps,
+            mask=mask,
+            add_eps=plain,
+            squared=plain and squared,
+        )
+
+    def set(
+        self,
+        index: Tensor,
+        priority: Any,
+        *,
+        written: Tensor | int,
+        generation: Tensor | None = None,
+        stamps: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor | int:
+        """Set priorities as they are; see `update` for the arguments, the result and the errors.
+
+        Args:
+            priority: not negative, one per index; not changed by eps or `priority_clip`.
+        """
+        value = self._valid(index, priority, mask)
+        return self._assign(
+            index, value, written=written, generation=generation, stamps=stamps, mask=mask
+        )
+
+    def _valid(self, index: Tensor, priority: Any, mask: Tensor | None) -> Tensor:
+        """Check priorities, one per index; NaN marks those refused on the device."""
+        given = validation.as_values("priority", priority, index)
+        valid = validation.require_finite("priority", given, low=0.0, wanted=mask)
+        return given if validation.can_raise(given) else torch.where(valid, given, torch.nan)
+
+    def _priorities_of(
+        self,
+        index: Tensor,
+        td_error: Tensor,
+        mask: Tensor | None,
+        squared: bool,
+        mode: str,
+        rate: float,
+    ) -> Tensor:
+        """Priorities of TD errors, within the bounds and by the mode; NaN for those not finite."""
+        valid = validation.require_finite("td_error", td_error, wanted=mask)
+        size = td_error.abs().sqrt() if squared else td_error
+        priority = priority_of(size, self.trees.number(EPS))
+        if self._clip is not None:
+            priority = priority.clamp(*self._clip)
+        if mode != "set":
+            old = self.raw.gather(-1, index.clamp(0, self.capacity - 1))
+            priority = (rate * old).maximum(priority) if mode == "max" else old.lerp(priority, rate)
+        return torch.where(valid, priority, torch.nan)
+
+    def _assign(
+        self,
+        index: Tensor,
+        value: Tensor,
+        *,
+        written: Tensor | int,
+        generation: Tensor | None,
+        stamps: Tensor | None,
+        mask: Tensor | None,
+        add_eps: bool = False,
+        squared: bool = False,
+    ) -> Tensor | int:
         if generation is not None:
             validation.require_same_shape("generation", generation, index)
         trees = self.trees
@@ -358,18 +544,20 @@ class PriorityTable:
             trees,
             self.distribution,
             index,
-            td_error,
+            value,
             written=written,
             limit=self.capacity,
             generation=generation,
             stamps=stamps,
             mask=mask,
-            add_eps=True,
+            add_eps=add_eps,
             squared=squared,
             ever_max=self._ever_max,
         )
         if self.distribution.changed(index.numel()):
             self._refill()
+        if self._sides:
+            self._follow(index, new=False)
         return dropped
 
     # --- the whole --------------------------------------------------------------------------------
@@ -403,6 +591,8 @@ class PriorityTable:
         self.raw[..., :n] = priority
         trees.replayed.zero_()
         self.distribution.filled(n)
+        if self.draw_counts is not None:
+            self.draw_counts.follow_all(new=True)
         self._refill(mass)
 
     def restore(self, priority: Tensor, ever_max: Tensor, mass: Tensor | None = None) -> None:
@@ -444,6 +634,8 @@ class PriorityTable:
             self.mass[..., : mass.shape[-1]] = mass
         trees.ops.refill(trees)
         torch.maximum(trees.ever_max, trees.largest, out=trees.ever_max)
+        for side in self._sides.values():
+            side.follow_all(new=False)
 
     def check_valid(self) -> None:
         """Look for damage, in O(N), for ranks in O(N log N); on CUDA the host waits.
@@ -458,3 +650,5 @@ class PriorityTable:
         near = (mass >= least * (1 - 1e-5)) & (mass <= most.double() * (1 + 1e-5))
         require(near.all(), f"masses follow from {source}")
         require((trees.largest <= trees.ever_max).all(), "no priority is above the largest ever")
+        for follower in self._followers:
+            follower.check_valid()

@@ -47,13 +47,13 @@ def window_of(trees: Trees, first: Tensor, length: Tensor) -> Window:
 
     Args:
         trees: the trees.
-        first: first slot of each run, int64 [S].
-        length: slots of each run, around the end, at most the capacity, int64 [S].
+        first: first slot of each run, int64 [S, 1].
+        length: slots of each run, around the end, at most the capacity, int64 [S, 1].
     """
     layout, capacity = trees.layout, trees.layout.capacity
     end = first + length
-    begin = torch.stack([first, torch.zeros_like(first)], 1)
-    end = torch.stack([end.clamp(max=capacity), (end - capacity).clamp(min=0)], 1)
+    begin = torch.cat([first, torch.zeros_like(first)], 1)
+    end = torch.cat([end.clamp(max=capacity), (end - capacity).clamp(min=0)], 1)
     levels = [trees.leaves, *layout.levels(trees.sums)]
     nodes, masses, heights, insides = [], [], [], []
     for height in range(layout.height + 1):
@@ -76,14 +76,15 @@ def window_of(trees: Trees, first: Tensor, length: Tensor) -> Window:
         begin, end = torch.where(whole, low, 0), torch.where(whole, high, 0)
     # where sums are taken in parallel, the next may be smaller, and a mass of 0 would be found
     prefix = torch.cat(masses, 1).cumsum(1).cummax(1).values
-    height = _numbers(heights, trees.device)
-    return Window(trees, torch.cat(nodes, 1), height, prefix, torch.cat(insides, 1))
+    levels_of = _numbers(heights, trees.device)
+    return Window(trees, torch.cat(nodes, 1), levels_of, prefix, torch.cat(insides, 1))
 
 
 def _numbers(values: list[int], device: torch.device) -> Tensor:
     """A tensor of these ascending numbers; one made from a list would make the host wait."""
     parts = [
-        torch.full((values.count(value),), value, device=device) for value in sorted(set(values))
+        torch.full((values.count(value),), value, dtype=torch.int64, device=device)
+        for value in sorted(set(values))
     ]
     return torch.cat(parts)
 
@@ -111,10 +112,11 @@ def find_in(window: Window, point: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def smallest_in(window: Window) -> Tensor:
-    """The smallest positive mass in the run of trees that keep minima, float32 [S, 1]; or inf."""
+    """The smallest positive mass in the run, of trees that keep minima, float32 [S, 1]."""
     trees, found = window.trees, []
     for height, level in enumerate([trees.leaves, *trees.layout.levels(trees.minima)]):
-        mass = level[torch.where(window.height == height, window.node, 0)]
-        mass = torch.where((window.height == height) & window.inside & (mass > 0), mass, torch.inf)
+        here = window.height == height
+        mass = level[torch.where(here, window.node, 0)]
+        mass = torch.where(here & window.inside & (mass > 0), mass, torch.inf)
         found.append(mass.amin(1, keepdim=True))
     return torch.cat(found, 1).amin(1, keepdim=True)

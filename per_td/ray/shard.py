@@ -320,7 +320,8 @@ class Shard:
 
     def _update(self, arrays: Packed) -> None:
         """Update priorities: index, td_error and maybe generation, [B] each."""
-        self._buffer.update_priority(*wire.unpack(arrays).values())
+        index, td_error, *rest = wire.unpack(arrays).values()
+        self._buffer.update_priority(index, td_error, rest[0] if rest else None)
 
 
 def _warm_up(settings: dict[str, Any]) -> None:

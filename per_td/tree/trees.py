@@ -186,9 +186,9 @@ class Trees:
                 f" replacement, got {int(drawable.min())}{self.which(short)}"
             )
 
-    def nothing_to_draw(self) -> str:
-        """Error message that names the trees without a positive mass."""
-        which = self.which(~(self.total > 0))
+    def nothing_to_draw(self, total: Tensor | None = None) -> str:
+        """Error message that names the trees whose total [S] is 0; None: that of all masses."""
+        which = self.which(~((self.total if total is None else total) > 0))
         return f"expected a positive mass to draw from, got only masses of 0{which}"
 
     @staticmethod
