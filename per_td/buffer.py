@@ -30,7 +30,7 @@ from per_td.errors import (
 from per_td.memory import STORAGES, Memory
 from per_td.priorities.sampling import sample_rows
 from per_td.priorities.selection import Selection
-from per_td.priorities.table import MODES, PriorityTable
+from per_td.priorities.table import PriorityTable, as_mode
 from per_td.schedules import LinearSchedule, as_schedule
 from per_td.storage.leaves import Leaves, entries_of
 from per_td.storage.ring import RingStorage, as_mask
@@ -680,12 +680,7 @@ class PrioritizedReplayBuffer(Copied):
                 `stats`.
             ConfigurationError: there is no such mode, or a rate for "set".
         """
-        settings: dict[str, Any] = {}
-        if mode != "set" or rate != 1.0:
-            rate = validation.real("rate", rate, high=1.0)
-            if validation.one_of("mode", mode, MODES) == "set":
-                raise ConfigurationError(f"rate: expected 1.0 with mode='set', got {rate:g}")
-            settings = {"mode": mode, "rate": rate}
+        settings = as_mode(mode, rate)
         self._set("update", index, td_error, generation, mask, settings)
         self._count_update()
 

@@ -48,6 +48,20 @@ def as_clip(value: Any) -> tuple[float | None, float | None] | None:
     return None if low is None and high is None else (low, high)
 
 
+def as_mode(mode: str, rate: float) -> dict[str, Any]:
+    """Check how updates change priorities; return the arguments for `PriorityTable.update`.
+
+    Raises:
+        ConfigurationError: there is no such mode, a rate is not in [0, 1], or it has no use.
+    """
+    if mode == "set" and rate == 1.0:
+        return {}
+    rate = validation.real("rate", rate, high=1.0)
+    if validation.one_of("mode", mode, MODES) == "set":
+        raise ConfigurationError(f"rate: expected 1.0 with mode='set', got {rate:g}")
+    return {"mode": mode, "rate": rate}
+
+
 def _mixed(share: float) -> ConfigurationError:
     return ConfigurationError(
         f"uniform_mix: expected 0 with draw='without_replacement', got {share:g}"
@@ -205,6 +219,10 @@ class PriorityTable:
                 raise _mixed(value)
             self.side("uniform")
         self._uniform_mix = value
+
+    def has_side(self, name: str) -> bool:
+        """True if `side` has made these trees."""
+        return name in self._sides
 
     def seal(self) -> None:
         """Make no more side trees, of which other processes would not know."""
@@ -568,6 +586,8 @@ class PriorityTable:
         kept = min(capacity, self.capacity)
         table.fill(self.raw[:kept].to(device))
         table.replayed[:kept] = self.replayed[:kept].to(device)
+        if table.draw_count is not None and self.draw_count is not None:
+            table.draw_count[:kept] = self.draw_count[:kept].to(device)
         table.trees.ever_max.copy_(self.trees.ever_max)
         table.refused.copy_(self.refused)
         return table

@@ -19,6 +19,7 @@ from torchrl.data.replay_buffers.writers import Writer
 
 from per_td import validation
 from per_td.errors import CheckpointError, ConfigurationError, IndexRangeError, PriorityError
+from per_td.priorities.table import as_mode
 from per_td.torchrl import privates
 from per_td.torchrl.plain import as_plain, from_plain
 from per_td.torchrl.sampler import PrioritizedSampler
@@ -40,6 +41,10 @@ _OF_SAMPLER = frozenset(
         "weight_normalization",
         "td_error_unit",
         "max_priority_within_buffer",
+        "priority_clip",
+        "uniform_mix",
+        "latest",
+        "track_draws",
     )
 )
 """Settings without effect on the buffer."""
@@ -79,6 +84,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             docs/torchrl_losses.md.
         max_priority_within_buffer: new elements get the largest priority in the buffer (True), or
             the largest that it ever held.
+        priority_clip, uniform_mix, latest, track_draws: see `per_td.PrioritizedReplayBuffer`.
         sampler: a `per_td.torchrl.PrioritizedSampler` to be used as it is, in place of the one that
             the other arguments describe; its alpha and beta must be those given.
 
@@ -131,6 +137,10 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         weight_normalization: str = "buffer",
         td_error_unit: str = "abs",
         max_priority_within_buffer: bool = False,
+        priority_clip: tuple[float | None, float | None] | None = None,
+        uniform_mix: float = 0.0,
+        latest: int = 0,
+        track_draws: bool = False,
         sampler: PrioritizedSampler | None = None,
     ) -> None:
         kept: Storage = self._maybe_make_storage(storage, compilable)
@@ -154,6 +164,10 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                 method=method,
                 weight_normalization=weight_normalization,
                 td_error_unit=td_error_unit,
+                priority_clip=priority_clip,
+                uniform_mix=uniform_mix,
+                latest=latest,
+                track_draws=track_draws,
             )
         elif not (
             isclose(sampler.alpha, validation.real("alpha", alpha))
@@ -419,6 +433,9 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         batch_size: int | None = None,
         return_info: bool = False,
         include_info: bool | None = None,
+        *,
+        by: str = "priority",
+        newest: int | None = None,
     ) -> Any:
         """Draw elements in proportion to priority^alpha.
 
@@ -426,10 +443,12 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             batch_size: B; None is that of the constructor.
             return_info: return a tuple of the batch and a dict of the entries added to it.
             include_info: deprecated, as in TorchRL.
+            by, newest: see `per_td.PrioritizedReplayBuffer.sample`; such a batch is never one that
+                was drawn ahead. The defaults are those of the sampler.
 
         Returns:
             TensorDict [B]: the elements, and beside them "index" and "index_generation", int64,
-            and "priority_weight", float32.
+            and "priority_weight", float32; "draw_count" int32 with `track_draws`.
 
         Raises:
             ConfigurationError: `batch_size` is not an integer of at least 1 (a ValueError).
@@ -441,6 +460,11 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             batch_size = None if batch_size is None else size
         agreed = self._batch_size in (None, size) or self._warned_batch_size_conflict
         usual = agreed and include_info is None and not self._service_shutdown
+        if by != "priority" or newest is not None:
+            size = validation.positive_int("batch_size", size)
+            with self._replay_lock, self.prioritized_sampler._selecting(by, newest):
+                drawn = self._sample(size)
+            return drawn if return_info else drawn[0]
         if size is not None and usual and self._sample_dependency is None:
             drawn = self._next(size) if self._prefetch else self._sample(size)
             return drawn if return_info else drawn[0]
@@ -504,7 +528,9 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
 
     # --- priorities -------------------------------------------------------------------------------
 
-    def update_priority(self, index: Any, priority: Any) -> None:
+    def update_priority(
+        self, index: Any, priority: Any, *, mode: str = "set", rate: float = 1.0
+    ) -> None:
         """Set priorities; of equal indices the last one holds, and negative ones are skipped.
 
         An update of a slot that is not filled is stale, since its element has been emptied: it is
@@ -513,21 +539,48 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         Args:
             index: int, int64 [B], or [B, ndim] or a tuple of ndim [B].
             priority: as losses write TD errors, [B], or one number for all.
+            mode, rate: see `per_td.PrioritizedReplayBuffer.update_priority`.
 
         Raises:
             IndexRangeError: an index is not below the storage's size; nothing is written then.
             PriorityError: NaN, infinite, or neither one value nor one per index; nothing is
                 written then.
         """
-        sampler = self.prioritized_sampler
         priority = validation.as_tensor("priority", priority, PriorityError)
         if self.dim_extend > 0 and priority.ndim > 1:
             priority = self._transpose(priority).flatten()
+        self._change(PrioritizedSampler.update_priority, index, priority, **as_mode(mode, rate))
+
+    def set_priority(self, index: Any, priority: Any, generation: Any = None) -> None:
+        """Set raw priorities as they are: without eps, unit or bounds; 0 is never drawn.
+
+        Args:
+            index: see `update_priority`.
+            priority: finite and not negative, [B], or one number for all.
+            generation: "index_generation" of the batch, [B]: updates of elements that have been
+                overwritten since are dropped and counted. None drops none.
+
+        Raises:
+            IndexRangeError, PriorityError: as `update_priority`; a negative priority is refused
+                like NaN.
+        """
+        if generation is not None:
+            now = self._writer.generations_of(index)
+            generation = validation.as_index(generation, now.device, "index_generation")
+            generation = (generation != now).long().reshape(-1)  # 0 marks live updates
+        self._change(PrioritizedSampler.set_priority, index, priority, generation=generation)
+
+    def _change(
+        self, change: Callable[..., None], index: Any, priority: Any, **settings: Any
+    ) -> None:
+        sampler = self.prioritized_sampler
         with self._replay_lock, self._write_lock:
             self._catch_up()
-            sampler.update_priority(index, priority, storage=self._storage)
+            change(sampler, index, priority, storage=self._storage, **settings)
 
-    def update_tensordict_priority(self, data: TensorDictBase) -> None:
+    def update_tensordict_priority(
+        self, data: TensorDictBase, *, mode: str = "set", rate: float = 1.0
+    ) -> None:
         """Set the priorities of a batch from the TD errors that a loss left in it.
 
         An update is stale if its slot has been overwritten or emptied since the draw: it is
@@ -537,6 +590,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
 
         Args:
             data: from `sample`, TensorDict [B], with the priority entry.
+            mode, rate: see `per_td.PrioritizedReplayBuffer.update_priority`.
 
         Raises:
             IndexRangeError: an index is not that of a slot of the storage; no priority is changed
@@ -591,6 +645,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                 generation=generation,
                 stamps=stamps,
                 squared=squared,
+                **as_mode(mode, rate),
             )
 
     def _anchored(

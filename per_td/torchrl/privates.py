@@ -26,7 +26,6 @@ from torchrl.envs.transforms import Compose, Transform
 from torchrl.envs.transforms._base import _CallableTransform
 
 from per_td.errors import CheckpointError, ConfigurationError, EmptyBufferError
-from per_td.priorities.sampling import sample_weighted
 from per_td.torchrl.columns import Columns
 from per_td.torchrl.sampler import PrioritizedSampler
 from per_td.torchrl.writer import GenerationWriter
@@ -121,23 +120,6 @@ def revision(storage: Storage) -> int | None:
     """A number that changes with the contents of a storage; None if it has none."""
     found: int | None = getattr(storage, "_mutation_revision", None)
     return found
-
-
-def last_rows(storage: Storage) -> list[int]:
-    """Rows before the next write: older elements follow them.
-
-    Usually one. A storage that was just loaded does not know it, only its buffer's writer does;
-    where the two differ, both are taken.
-    """
-    rows = set()
-    known = getattr(storage, "_last_cursor_index", None)
-    if known is not None:
-        rows.add(int(known) % storage.shape[0])
-    for buffer in getattr(storage, "_attached_entities", ()):
-        writer = getattr(buffer, "_writer", None)
-        if getattr(writer, "_write_count", 0):
-            rows.add((int(getattr(writer, "_cursor", 0)) - 1) % storage.shape[0])
-    return sorted(rows)
 
 
 class ColumnCache:
@@ -276,14 +258,12 @@ def read(
     Returns:
         The batch, and those entries.
     """
-    sampler, size = buffer._sampler, stored(buffer._storage)
+    size = stored(buffer._storage)
     if not size:
         raise EmptyBufferError("Cannot sample from an empty storage.")
-    index, weight = sample_weighted(
-        sampler._table, n, sampler._rng, beta=sampler._beta, written=size, size=size
-    )
-    rows, generation = columns.gather(index)
-    info = {"priority_weight": weight, "index_generation": generation, "index": index}
+    index, info = buffer._sampler._draw(buffer._storage, n, size)
+    rows, info["index_generation"] = columns.gather(index)
+    info["index"] = index
     return columns.batch(rows, {} if apart else info), info
 
 

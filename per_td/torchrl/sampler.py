@@ -1,7 +1,8 @@
 """PrioritizedSampler: TorchRL's, on per_td's priorities."""
 
 import math
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,14 @@ from per_td.errors import (
     PriorityError,
 )
 from per_td.priorities.sampling import sample_weighted
-from per_td.priorities.table import PriorityTable
+from per_td.priorities.selection import Selection
+from per_td.priorities.table import PriorityTable, as_mode
 from per_td.torchrl.td_errors import REDUCTIONS, TD_ERROR_UNITS
-from per_td.torchrl.writer import slots_of
+from per_td.torchrl.writer import last_row, slots_of
 
 _FORMAT = "per_td.torchrl.PrioritizedSampler"
 _SLOTS = "the slots of the storage"
+_USUAL, _SET = Selection(), {"mode": "set", "rate": 1.0}
 _NEVER = -2
 """A generation that no slot has: a slot that was never written has -1."""
 
@@ -86,6 +89,15 @@ def unravelled(index: Tensor, shape: torch.Size | tuple[int, ...]) -> tuple[Tens
     return tuple(reversed(places))
 
 
+def _of_selection(name: str, doc: str) -> Any:
+    """A part of how a sampler draws."""
+    return property(
+        lambda self: getattr(self._selection, name),
+        lambda self, value: self._select(**{name: value}),
+        doc=doc,
+    )
+
+
 def _of_table(name: str, doc: str) -> Any:
     """A setting that a sampler keeps in its table, which checks it."""
     return property(
@@ -103,8 +115,9 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
     seed the draws, NaN and infinite priorities are refused, and other processes may get it (spawned
     ones share its memory).
 
-    `alpha`, `beta`, `eps`, `reduction`, `td_error_unit` and `weight_normalization` may be set at
-    any time; the other arguments are chosen in the constructor, and setting them later is refused.
+    `alpha`, `beta`, `eps`, `reduction`, `td_error_unit`, `weight_normalization`, `priority_clip`,
+    `uniform_mix`, `latest`, `by` and `newest` may be set at any time; the other arguments are
+    chosen in the constructor, and setting them later is refused.
 
     Args:
         max_capacity: number of slots of the storage, all dimensions counted. With a storage of
@@ -123,6 +136,9 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         weight_normalization: "buffer" as TorchRL does, "batch" or "none".
         td_error_unit: unit of the priorities handed in: "abs" for |delta|, taken as they are;
             "squared" for delta^2, of which the root is taken. See docs/torchrl_losses.md.
+        priority_clip, uniform_mix, latest, track_draws: see `per_td.PrioritizedReplayBuffer`.
+        by, newest: see `per_td.PrioritizedReplayBuffer.sample`. TorchRL's own buffers cannot pass
+            them on; per_td's takes them in `sample`.
 
     Raises:
         ConfigurationError: an argument is not one of those accepted (a ValueError).
@@ -158,6 +174,12 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         method: str = "auto",
         weight_normalization: str = "buffer",
         td_error_unit: str = "abs",
+        priority_clip: tuple[float | None, float | None] | None = None,
+        uniform_mix: float = 0.0,
+        latest: int = 0,
+        track_draws: bool = False,
+        by: str = "priority",
+        newest: int | None = None,
     ) -> None:
         if dtype not in (torch.float, torch.double):
             raise NotImplementedError(f"dtype: expected torch.float or torch.double, got {dtype}")
@@ -175,10 +197,15 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             method=method,
             weight_normalization=weight_normalization,
             new_priority="buffer_max" if max_priority_within_buffer else "ever_max",
+            priority_clip=priority_clip,
+            uniform_mix=uniform_mix,
+            track_draws=track_draws,
             device=validation.resolve_device(self._device or "cpu"),
         )
         self._stale = torch.zeros((), dtype=torch.int64, device=table.device)
         self._table = table  # from now on, `_FIXED` are
+        self._selection = _USUAL
+        self._select(by=by, newest=newest, latest=latest)
 
     _FIXED: tuple[str, ...] = (
         "max_capacity",
@@ -187,6 +214,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         "device",
         "draw",
         "method",
+        "track_draws",
     )
     """Arguments of the constructor that cannot be set later."""
 
@@ -261,6 +289,71 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             )
         self._table.weight_normalization = value
 
+    priority_clip: tuple[float | None, float | None] | None = _of_table(
+        "priority_clip", "Bounds of the priorities that updates set from now on."
+    )
+
+    @property
+    def uniform_mix(self) -> float:
+        """Share of the draws that are uniform."""
+        return self._table.uniform_mix
+
+    @uniform_mix.setter
+    def uniform_mix(self, value: float) -> None:
+        if value:
+            self._require_side("uniform_mix", "uniform")
+        self._table.uniform_mix = value
+
+    by: str = _of_selection("by", "What draws follow: priorities, or another distribution.")
+    newest: int | None = _of_selection("newest", "Number of newest elements to draw from, or None.")
+    latest: int = _of_selection("latest", "Number of newest elements in every batch.")
+
+    def _select(self, **changes: Any) -> None:
+        """Change how to draw."""
+        selection = Selection.of(**self._selection._asdict() | changes, draw=self._table.draw)
+        if selection.by != "priority":
+            self._require_side("by", selection.by)
+        self._selection = selection
+
+    def _require_side(self, name: str, side: str) -> None:
+        if self._is_shared and not self._table.has_side(side):
+            raise ConfigurationError(
+                f"{name}: expected it to be chosen before the sampler is shared with other"
+                f" processes, which would not keep the {side} masses up to date"
+            )
+
+    @contextmanager
+    def _selecting(self, by: str, newest: int | None) -> Iterator[None]:
+        """Draw in another way inside; the caller holds the buffer's lock."""
+        before = self._selection
+        self._select(by=by, newest=newest)
+        try:
+            yield
+        finally:
+            self._selection = before
+
+    def _draw(self, storage: Storage, n: int, size: int) -> tuple[Tensor, dict[str, Any]]:
+        """Draw `n` of the `size` filled slots of a storage, int64 [n]; and entries beside them."""
+        table, written = self._table, size
+        selection: Selection | None = self._selection
+        if selection == _USUAL and not table.uniform_mix:
+            selection = None
+        elif self.newest or self.latest:
+            last = last_row(storage) if storage.ndim == 1 else None
+            if last is None:
+                raise ConfigurationError(
+                    "newest, latest: expected None and 0 for a storage of several dimensions, or"
+                    " without a ring's order"
+                )
+            written = size if size < table.capacity else table.capacity + last + 1
+        index, weight = sample_weighted(
+            table, n, self._rng, selection, beta=self._beta, written=written, size=size
+        )
+        info = {"priority_weight": weight}
+        if table.draw_counts is not None:
+            info["draw_count"] = table.draw_counts.draw(index)
+        return index, info
+
     @property
     def _is_shared(self) -> bool:
         """True if other processes may work on the priorities."""
@@ -275,6 +368,22 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
     @property
     def _max_capacity(self) -> int:  # TorchRL's name
         return self._table.capacity
+
+    @property
+    def track_draws(self) -> bool:
+        """True if draws are counted."""
+        return self._table.draw_counts is not None
+
+    @property
+    def draw_count(self) -> Tensor:
+        """How often each slot's element was drawn, int32 [max_capacity], a copy.
+
+        Raises:
+            ConfigurationError: the sampler was not made with `track_draws`.
+        """
+        if self._table.draw_count is None:
+            raise ConfigurationError("draw_count: expected a sampler with track_draws=True")
+        return self._table.draw_count.clone()
 
     @property
     def priority(self) -> Tensor:
@@ -362,7 +471,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
 
         Returns:
             Indices int64 [B], or a tuple of them for a storage of several dimensions, and
-            {"priority_weight": float32 [B]}.
+            {"priority_weight": float32 [B]}; with `track_draws` also "draw_count" int32 [B].
 
         Raises:
             ConfigurationError: `batch_size` is not an integer of at least 1.
@@ -373,11 +482,8 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         size = len(storage)
         if not size:
             raise EmptyBufferError("Cannot sample from an empty storage.")
-        index, weight = sample_weighted(
-            self._table, batch_size, self._rng, beta=self._beta, written=size, size=size
-        )
-        where = unravelled(index, storage.shape) if storage.ndim > 1 else index
-        return where, {"priority_weight": weight}
+        index, info = self._draw(storage, batch_size, size)
+        return unravelled(index, storage.shape) if storage.ndim > 1 else index, info
 
     def add(self, index: Any) -> None:
         """Do nothing: `mark_update` sets the priority of new elements."""
@@ -407,7 +513,9 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             raise
 
     @torch.no_grad()
-    def update_priority(self, index: Any, priority: Any, *, storage: Storage | None = None) -> None:
+    def update_priority(
+        self, index: Any, priority: Any, *, storage: Storage | None = None, **how: Any
+    ) -> None:
         """Set priorities; of equal indices the last one holds, and negative ones are skipped.
 
         An update of a slot of `storage` that is not filled comes too late: its element has been
@@ -418,12 +526,35 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             priority: as the loss wrote it, in the `td_error_unit`, [B], or one number for all.
             storage: tells which slots are filled, and the shape where the index has several
                 dimensions.
+            how: `mode` and `rate`, see `per_td.PrioritizedReplayBuffer.update_priority`.
 
         Raises:
             IndexRangeError: an index is not below the number of slots; nothing is written then.
             PriorityError: NaN, infinite, or neither one value nor one per index; nothing is
                 written then.
         """
+        squared = self.td_error_unit == "squared"
+        self._change(index, priority, storage, squared=squared, **as_mode(**{**_SET, **how}))
+
+    @torch.no_grad()
+    def set_priority(
+        self,
+        index: Any,
+        priority: Any,
+        *,
+        storage: Storage | None = None,
+        generation: Tensor | None = None,
+    ) -> None:
+        """Set raw priorities as they are: without eps, unit or bounds; see `update_priority`.
+
+        Args:
+            index, storage: see `update_priority`.
+            priority: finite and not negative, [B], or one number for all.
+            generation: 0 for live updates, int64 [B]; others are stale. None: all are live.
+        """
+        self._change(index, priority, storage, generation=generation, exact=True)
+
+    def _change(self, index: Any, priority: Any, storage: Storage | None, **settings: Any) -> None:
         self._follow(storage)
         index = self._flat(index, storage)
         priority = validation.as_reals("priority", priority, self.device, torch.float32)
@@ -437,7 +568,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             priority.reshape(-1).expand(index.shape),
             self._max_capacity if storage is None else len(storage),
             mask=index >= 0,
-            squared=self.td_error_unit == "squared",
+            **settings,
         )
 
     def _update(
@@ -447,6 +578,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         size: int,
         *,
         generation: Tensor | None = None,
+        exact: bool = False,
         **settings: Any,
     ) -> None:
         """Set the priorities of filled slots, and count stale updates.
@@ -456,15 +588,17 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             td_error: [B].
             size: number of filled slots; updates of later ones are stale.
             generation: int64 [B]; others than those of the slots, `stamps` or 0, are stale.
-            settings: `stamps`, `mask` and `squared`, as for `PriorityTable.update`.
+            exact: `td_error` has raw priorities, to be set as they are.
+            settings: as for `PriorityTable.update`, or `PriorityTable.set` if `exact`.
 
         Raises:
             IndexRangeError, PriorityError: as `update_priority`.
         """
         table, capacity = self._table, self._max_capacity
+        change = table.set if exact else table.update
         if size == capacity or validation.can_raise(index):
             try:
-                self._stale += table.update(
+                self._stale += change(
                     index, td_error, written=size, generation=generation, **settings
                 )
             except IndexRangeError:
@@ -475,12 +609,11 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         known = torch.zeros_like(index) if generation is None else generation
         empty = (index >= size) & (index < capacity)
         generation = torch.where(empty, _NEVER, known)
-        self._stale += table.update(
-            index, td_error, written=capacity, generation=generation, **settings
-        )
+        self._stale += change(index, td_error, written=capacity, generation=generation, **settings)
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot: tensors and plain values."""
+        counts = self._table.draw_count
         return {
             "format": _FORMAT,
             "max_capacity": self._max_capacity,
@@ -489,7 +622,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             "eps": self.eps,
             "priority": self.priority,
             "ever_max": self._table.ever_max.clone(),
-        }
+        } | ({} if counts is None else {"draw_count": counts.clone()})
 
     def check_state(self, state_dict: dict[str, Any]) -> None:
         """Refuse a state that `load_state_dict` would refuse, before anything else is taken over.
@@ -506,13 +639,17 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             raise CheckpointError(
                 f"expected a state of max_capacity {self._max_capacity}, got {capacity}"
             )
-        for name, shape in (("priority", [self._max_capacity]), ("ever_max", [])):
+        slots = [self._max_capacity]
+        expected = [("priority", "float32", slots), ("ever_max", "float32", [])]
+        if "draw_count" in state_dict:
+            expected.append(("draw_count", "int32", slots))
+        for name, dtype, shape in expected:
             values = state_dict.get(name)
             found = repr(values)
             if isinstance(values, Tensor):
                 found = f"{str(values.dtype).removeprefix('torch.')} {list(values.shape)}"
-            if not isinstance(values, Tensor) or found != f"float32 {shape}":
-                raise CheckpointError(f"{name}: expected float32 {shape}, got {found}")
+            if not isinstance(values, Tensor) or found != f"{dtype} {shape}":
+                raise CheckpointError(f"{name}: expected {dtype} {shape}, got {found}")
             if not (values.isfinite() & (values >= 0)).all():
                 raise CheckpointError(f"{name}: expected finite values of at least 0, got others")
         for name in ("alpha", "beta", "eps"):
@@ -533,6 +670,8 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         self.eps = state_dict["eps"]
         self._table.fill(state_dict["priority"].to(self.device))
         self._table.ever_max.copy_(state_dict["ever_max"])
+        if self._table.draw_count is not None and "draw_count" in state_dict:
+            self._table.draw_count.copy_(state_dict["draw_count"])
 
     def dumps(self, path: str | Path) -> None:
         """Write `state_dict` into the folder `path`."""

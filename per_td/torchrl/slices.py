@@ -16,6 +16,7 @@ from per_td.errors import ConfigurationError, EmptyBufferError
 from per_td.torchrl import boundaries, privates, slice_batches
 from per_td.torchrl.sampler import PrioritizedSampler, unravelled
 from per_td.torchrl.td_errors import as_key
+from per_td.torchrl.writer import last_rows
 from per_td.weights import importance_weights
 
 _KEYS = ("end_key", "traj_key", "truncated_key", "init_key")
@@ -153,6 +154,11 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
     )
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("by", "newest", "latest", "uniform_mix"):
+            raise ConfigurationError(
+                f"{name}: expected slices to be drawn by the priorities of their first records,"
+                f" got {value!r}"
+            )
         if name == "span":
             value = boundaries.right_span(value)
         elif name in _KEYS and value is not None:
@@ -203,7 +209,7 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
         starts = boundaries.find_starts(
             end,
             full=len(storage) == storage.max_size,
-            cursor=privates.last_rows(storage),
+            cursor=last_rows(storage),
             length=length,
             shortest=boundaries.shortest_slice(self.span[1], length),
             strict=self.strict_length,

@@ -31,6 +31,33 @@ def slots_of(storage: Storage) -> int:
     return int(storage.max_size)
 
 
+def _written_rows(storage: Storage) -> set[int]:
+    """Rows that the writers of a storage wrote last."""
+    rows = set()
+    for buffer in getattr(storage, "_attached_entities", ()):
+        writer = getattr(buffer, "_writer", None)
+        if getattr(writer, "_write_count", 0):
+            rows.add((int(getattr(writer, "_cursor", 0)) - 1) % storage.shape[0])
+    return rows
+
+
+def last_rows(storage: Storage) -> list[int]:
+    """Rows before the next write: older elements follow them.
+
+    Usually one. A storage that was just loaded does not know it, only its buffer's writer does;
+    where the two differ, both are taken.
+    """
+    known = getattr(storage, "_last_cursor_index", None)
+    of_storage = set() if known is None else {int(known) % storage.shape[0]}
+    return sorted(of_storage | _written_rows(storage))
+
+
+def last_row(storage: Storage) -> int | None:
+    """The row written last, by the writer if there is one; None if nobody knows."""
+    rows = sorted(_written_rows(storage)) or last_rows(storage)
+    return rows[0] if len(rows) == 1 else None
+
+
 def fit_cursor(writer: Any, storage: Storage, *, gapless: bool = True) -> None:
     """Bring the cursor of a writer, if it has one, back into a storage that it will write to.
 
