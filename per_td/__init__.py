@@ -1,5 +1,6 @@
 """Prioritized experience replay for PyTorch, tensor-native on CPU and CUDA."""
 
+from per_td import functional
 from per_td.buffer import PrioritizedReplayBuffer
 from per_td.errors import (
     AllocationError,
@@ -36,4 +37,5 @@ __all__ = [
     "SchemaError",
     "SumTree",
     "TransitionReplayBuffer",
+    "functional",
 ]

@@ -85,7 +85,10 @@ def resolve_method(
 
 
 def uniform_like(template: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Random numbers in [0, 1), of the shape, dtype and device of `template`."""
+    """Random numbers in [0, 1), of the shape, dtype and device of `template`, float64."""
+    if torch.compiler.is_compiling() and generator is None:
+        # the compiler's own are of float32: 2^23 of them in [0.5, 1), too few for 10^7 slots
+        return (torch.rand_like(template).mul(2**20).floor() + torch.rand_like(template)) / 2**20
     if generator is None:  # twice as fast as torch.rand if its code has left the caches
         return torch.rand_like(template)
     return torch.rand(

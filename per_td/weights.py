@@ -43,7 +43,7 @@ def importance_weights(
     mass: Tensor,
     beta: Tensor | float,
     *,
-    total: Tensor,
+    total: Tensor | float,
     size: Tensor | int,
     smallest: Tensor | None,
     normalization: str,
@@ -51,20 +51,21 @@ def importance_weights(
     """Weights w = (N P)^-beta, normalised (section 3.4), computed in float64.
 
     Args:
-        mass: masses of the transitions drawn, [B]; P = mass / total.
+        mass: masses of the transitions drawn, [..., B]; P = mass / total.
         beta: 0 for no correction, 1 for the full one.
         total: sum of all masses.
         size: N, the number of transitions in the buffer.
         smallest: smallest positive mass in the buffer; needed for "buffer" only.
-        normalization: "batch" divides by the largest weight of the batch, "buffer" by the largest
-            that any transition in the buffer would get, "none" leaves the weights as they are.
+        normalization: "batch" divides by the largest weight of the batch (the last dimension),
+            "buffer" by the largest that any transition in the buffer would get, "none" leaves the
+            weights as they are.
 
     Returns:
-        float32 [B].
+        float32, in the shape of `mass`.
     """
     mass = mass.double()
     if normalization == "batch":  # N and the total cancel
-        ratio = mass / mass.amin()
+        ratio = mass / mass.amin(-1, keepdim=True)
     elif normalization == "buffer" and smallest is not None:
         ratio = mass / smallest.double()
     else:

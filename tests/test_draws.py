@@ -86,3 +86,17 @@ def test_stratified_points_lie_one_in_each_range(device, generator):
     tree = SumTree(100, device)
     tree.fill(torch.ones(100))
     assert tree.sample(100, generator, draw="stratified").tolist() == list(range(100))
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+def test_compiled_random_numbers_are_finer_than_float32(backend):
+    """Else 10^7 equal slots would get one or two of the 2^23 numbers in [0.5, 1) each."""
+    torch._dynamo.reset()
+    uniform = torch.compile(lambda like: draws.uniform_like(like, None), backend=backend)
+    point = uniform(torch.empty(100_000, dtype=torch.float64))
+    assert ((point >= 0) & (point < 1)).all()
+    assert_drawn_from((point * 64).long(), [1 / 64] * 64)
+    assert_drawn_from((point * 2**20 % 1 * 64).long(), [1 / 64] * 64)
+    steps = point[point >= 0.5] * 2**24
+    assert (steps != steps.floor()).double().mean() > 0.9

@@ -1,0 +1,243 @@
+"""Prioritized draws and weights without a buffer: tensors in, tensors out.
+
+For data that you hold yourself, such as the segments of a rollout or the rollouts of a language
+model. Nothing is stored, so each call reads all priorities, in O(N). A buffer that keeps a tree
+draws in O(log N): see `PrioritizedReplayBuffer`.
+
+All sums and probabilities are in float64. No gradients flow. On the CPU, wrong values raise. On
+CUDA, and in code compiled by torch.compile, values cannot be looked at without making the host
+wait: there, a priority that is NaN, infinite or negative counts as 0, and settings that are tensors
+(compiled, all settings) are taken as they are.
+
+References are to Schaul et al. 2015, "Prioritized Experience Replay", arXiv 1511.05952.
+"""
+
+import torch
+from torch import Tensor
+
+from per_td import draws, validation, weights
+from per_td.errors import ConfigurationError, EmptyBufferError, PriorityError
+
+__all__ = ["draw", "importance_weights", "resample"]
+
+_SMALLEST = torch.finfo(torch.float64).tiny
+
+
+def draw(
+    priority: Tensor,
+    n: int,
+    *,
+    alpha: Tensor | float = 1.0,
+    uniform_mix: Tensor | float = 0.0,
+    replacement: bool = True,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draw indices in proportion to priority^alpha, with a uniform share if you like.
+
+    With u for `uniform_mix`, and N the number of positive priorities in the row:
+    P(i) = (1 - u) p_i^alpha / sum_k p_k^alpha + u / N. A priority of 0 is never drawn.
+
+    Args:
+        priority: at least 0, any real dtype, [N] or [S, N]. Each row is drawn from on its own.
+        n: number of draws from each row.
+        alpha: degree of prioritization, at least 0 (equation 1); 0 is uniform.
+        uniform_mix: share of uniform draws, in [0, 1].
+        replacement: False draws `n` different indices, as draws one by one would, in that order.
+        generator: source of the random numbers, on the device of `priority`; None is torch's own.
+            Under torch.compile, None keeps this call in one graph.
+
+    Returns:
+        Indices int64, and the probability P of each, float64 (float32 would lose those below
+        1e-38), [n] or [S, n]. Without replacement, P is that of a single draw.
+
+    Raises:
+        PriorityError: priorities are not real numbers, or are NaN, infinite or negative.
+        EmptyBufferError: a row has no positive priority, or without replacement fewer than `n`.
+            Where values are not looked at, indices of such a row stay in range: its first draw
+            stands in for those that are missing, and P is 0 if all its priorities are.
+        ConfigurationError: another argument is not accepted.
+
+    Example:
+        >>> priority = torch.tensor([0.0, 3.0, 3.0])
+        >>> index, probability = draw(priority, 2, replacement=False)
+        >>> sorted(index.tolist()), probability.tolist()
+        ([1, 2], [0.5, 0.5])
+    """
+    priority = _reals("priority", priority)
+    if priority.ndim not in (1, 2):
+        raise PriorityError(f"priority: expected shape [N] or [S, N], got {[*priority.shape]}")
+    if priority.numel() == 0:
+        raise EmptyBufferError(f"priority: expected at least one, got shape {[*priority.shape]}")
+    n = validation.positive_int("n", n)
+    if not isinstance(replacement, bool):
+        raise ConfigurationError(f"replacement: expected True or False, got {replacement!r}")
+    generator = validation.as_generator(generator, priority.device)
+    alpha = _setting("alpha", alpha)
+    uniform_mix = _setting("uniform_mix", uniform_mix, high=1.0)
+    valid = validation.require_finite("priority", priority, low=0.0)
+    probability = _probabilities(torch.where(valid, priority, 0.0), alpha, uniform_mix)
+    _require_enough(probability, n, replacement)
+    find = _with_replacement if replacement else _without_replacement
+    index = find(probability, n, generator)
+    return index, probability.gather(-1, index)
+
+
+def importance_weights(
+    probability: Tensor,
+    size: Tensor | int,
+    beta: Tensor | float,
+    *,
+    normalization: str = "batch",
+) -> Tensor:
+    """Weights w = (size P)^-beta of draws (section 3.4).
+
+    Args:
+        probability: P of each index drawn, in (0, 1], [..., n].
+        size: number of items drawn from.
+        beta: 0 for no correction, 1 for the full one; at least 0.
+        normalization: "batch" divides by the largest weight of the last dimension, "none" leaves
+            the weights as they are. The "buffer" of `PrioritizedReplayBuffer` would need the
+            smallest probability of all items, which is not known here.
+
+    Returns:
+        float32, in the shape of `probability`.
+
+    Raises:
+        PriorityError: a probability is not in (0, 1]. Where values are not looked at, a probability
+            of 0 gives a weight that is not finite.
+        ConfigurationError: another argument is not accepted.
+
+    Example:
+        >>> importance_weights(torch.tensor([0.75, 0.25]), 2, 1.0)
+        tensor([0.3333, 1.0000])
+    """
+    if normalization == "buffer":
+        raise ConfigurationError(
+            "normalization: expected 'batch' or 'none', got 'buffer', which needs the smallest"
+            " probability of all items, also those not drawn"
+        )
+    normalization = validation.one_of("normalization", normalization, ("batch", "none"))
+    if not isinstance(size, Tensor):
+        size = validation.positive_int("size", size)
+    beta = _setting("beta", beta)
+    probability = _reals("probability", probability)
+    if probability.ndim == 0 or probability.shape[-1] == 0:
+        raise PriorityError(
+            f"probability: expected at least one draw, got shape {[*probability.shape]}"
+        )
+    if validation.can_raise(probability):
+        wrong = ~((probability > 0) & (probability <= 1 + 1e-6))  # also NaN
+        if wrong.any():
+            raise PriorityError(
+                f"probability: expected values in (0, 1], got {probability[wrong][0].item()}"
+                f" ({int(wrong.sum())} of {wrong.numel()} are wrong)"
+            )
+    return weights.importance_weights(
+        probability, beta, total=1.0, size=size, smallest=None, normalization=normalization
+    )
+
+
+def resample(
+    score: Tensor, n: int, *, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draw a small batch from a large uniform one by fresh scores, as LaBER-mean does.
+
+    Lahire et al. 2022, "Large Batch Experience Replay", arXiv 2110.01528: P(i) = s_i / sum_k s_k,
+    with replacement, and the weights w_i = mean(s) / s_i = 1 / (M P(i)). The mean of w_i g_i over
+    the small batch is an unbiased estimate of the mean of g over the large one. (Their LaBER-lazy
+    and LaBER-max differ in a factor per batch alone: w_i = 1 / P(i), and w_i divided by the largest
+    of the batch.)
+
+    Args:
+        score: s, such as |TD error|, at least 0, any real dtype, [M] or [S, M].
+        n: number of draws from each row.
+        generator: source of the random numbers, on the device of `score`; None is torch's own.
+
+    Returns:
+        Indices into `score` int64 and weights float32, [n] or [S, n].
+
+    Raises:
+        PriorityError, EmptyBufferError, ConfigurationError: see `draw`.
+
+    Example:
+        >>> index, weight = resample(torch.tensor([0.0, 2.0, 2.0]), 4)
+        >>> weight  # mean(s) / s_i
+        tensor([0.6667, 0.6667, 0.6667, 0.6667])
+    """
+    score = _reals("score", score)
+    index, probability = draw(score, n, generator=generator)
+    weight = weights.importance_weights(
+        probability, 1.0, total=1.0, size=score.shape[-1], smallest=None, normalization="none"
+    )
+    return index, weight
+
+
+def _reals(name: str, values: Tensor) -> Tensor:
+    """Convert `values` to float64 where they are, contiguous and detached.
+
+    Raises:
+        PriorityError: they are not real numbers.
+        ConfigurationError: their device has no float64.
+    """
+    device = values.device if isinstance(values, Tensor) else torch.device("cpu")
+    if device.type not in ("cpu", "cuda", "meta"):
+        validation.resolve_device(device)
+    return validation.as_reals(name, values, device, torch.float64).contiguous()
+
+
+def _setting(name: str, value: Tensor | float, high: float = float("inf")) -> Tensor | float:
+    """Check a number in [0, high], unless it may not be looked at."""
+    if torch.compiler.is_compiling():  # a number that changes from call to call is an input there
+        return value
+    if isinstance(value, Tensor) and not validation.can_raise(value):
+        return value.detach()
+    return validation.real(name, value, high=high)
+
+
+def _probabilities(priority: Tensor, alpha: Tensor | float, uniform_mix: Tensor | float) -> Tensor:
+    """Probabilities of a single draw from each row, float64; see `draw`.
+
+    Priorities are divided by the largest first, so that no power is infinite at any alpha.
+    """
+    positive = priority > 0
+    mass = (priority / priority.amax(-1, keepdim=True)).pow(alpha).clamp(min=_SMALLEST)
+    mass = torch.where(positive, mass, 0.0)  # also where all are 0, and 0 / 0 is NaN
+    share = (1 - uniform_mix) * mass / mass.sum(-1, keepdim=True)
+    uniform = uniform_mix / positive.sum(-1, keepdim=True, dtype=torch.float64)
+    return torch.where(positive, (share + uniform).clamp(_SMALLEST, 1.0), 0.0)
+
+
+def _require_enough(probability: Tensor, n: int, replacement: bool) -> None:
+    """Raise EmptyBufferError if a row has too few items, or, if `can_raise`, too few positive."""
+    drawable = probability.shape[-1]
+    if validation.can_raise(probability):
+        drawable = int(probability.count_nonzero(-1).min())
+    if not replacement:
+        draws.require_enough(drawable, n)
+    elif drawable == 0:
+        raise EmptyBufferError("priority: expected a positive one in each row, got only 0")
+
+
+def _with_replacement(probability: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
+    """Indices of independent draws by inversion, int64 [n] or [S, n]."""
+    prefix = probability.cumsum(-1)
+    if not validation.can_raise(prefix):
+        # a parallel sum adds in another order for each element: it may fall, or rise at a 0
+        prefix = torch.where(probability > 0, prefix, 0.0).cummax(-1).values
+    total = prefix.amax(-1, keepdim=True)
+    point = draws.uniform_like(probability.new_empty((*probability.shape[:-1], n)), generator)
+    # a point that rounding moves to the total belongs to the last that adds to it
+    last = torch.searchsorted(prefix, total)
+    return torch.searchsorted(prefix, point * total, right=True).minimum(last)
+
+
+def _without_replacement(probability: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
+    """Indices of sequential draws without replacement, int64 [n] or [S, n].
+
+    Let every item arrive at a time ~ Exp(P): the order of arrival is that of sequential draws.
+    Logarithms of the times keep those of the smallest P apart.
+    """
+    time = -torch.log1p(-draws.uniform_like(probability, generator))  # ~ Exp(1)
+    arrival = torch.where(probability > 0, time.log() - probability.log(), torch.inf)
+    first, index = arrival.topk(n, dim=-1, largest=False, sorted=True)
+    return torch.where(first < torch.inf, index, index[..., :1])
