@@ -73,6 +73,23 @@ CASES: tuple[Case, ...] = (
         ),
     ),
     Case(
+        "learner",
+        "With a learner in between",
+        "The standard case, one transition written at a time, and before each timed call a step of"
+        " a small network, which leaves little of the buffer's code and data in the caches.",
+        contestants=("per_td, learner in between", "TorchRL uniform, learner in between"),
+        parts=("extend", "sample", "update"),
+        seconds=20,
+        goals=(
+            Goal(
+                "extend + sample + update with a learner in between / TorchRL's uniform buffer",
+                Ref("per_td, learner in between", ALL),
+                0.4,
+                Ref("TorchRL uniform, learner in between", ALL),
+            ),
+        ),
+    ),
+    Case(
         "scripts",
         "As TorchRL's own scripts use it",
         "A memory-mapped storage of 1M slots, three batches drawn ahead, and a transform that moves"

@@ -189,6 +189,17 @@ def _is_plain(value: Any, dtype: torch.dtype, device: torch.device) -> TypeGuard
     )
 
 
+def are_plain(index: Any, values: Any, device: torch.device) -> bool:
+    """True if `index` int64 [B] and `values` float32 [B] need no conversion, and can raise."""
+    return (
+        _is_plain(index, torch.int64, device)
+        and _is_plain(values, torch.float32, device)
+        and index.ndim == 1
+        and values.shape == index.shape
+        and can_raise(index)
+    )
+
+
 def require_plain(name: str, tensor: Tensor, error: type[PerTdError]) -> None:
     """Raise an `error` if `tensor` is not dense, or has no values or no memory of its own."""
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:

@@ -9,12 +9,14 @@ CONTESTANTS: dict[str, type[Contestant]] = {
     contestant.name: contestant
     for contestant in (
         own.PerTd,
+        own.PerTdLearner,
         own.PlainTorch,
         own.Columns,
         own.Records,
         own.CopyColumns,
         rl.InTorchRL,
         rl.TorchRLUniform,
+        rl.TorchRLUniformLearner,
         rl.TorchRLPrioritized,
         rl.DropInAsInScripts,
         rl.UniformAsInScripts,

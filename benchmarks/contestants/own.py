@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.contestants.base import Contestant, NotRun, tensor_bytes
-from benchmarks.workload import ALPHA, BETA, EPS, Point
+from benchmarks.contestants.learner import LearnerBetween
+from benchmarks.workload import ALPHA, BETA, EPS, Point, transitions
 from per_td import PrioritizedReplayBuffer, SumTree, kernels
 
 
@@ -102,6 +103,15 @@ def plain_torch() -> Iterator[None]:
         del os.environ[kernels.VARIABLE]
         if before is not None:
             os.environ[kernels.VARIABLE] = before
+
+
+class PerTdLearner(LearnerBetween, PerTd):
+    """The same, with a learner in between, which writes one transition at a time."""
+
+    name = "per_td, learner in between"
+
+    def new(self) -> Tensor:
+        return transitions(1, self.point.schema, self.point.device)
 
 
 class PlainTorch(PerTd):

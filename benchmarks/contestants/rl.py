@@ -1,16 +1,16 @@
 """TorchRL's buffer: with its own samplers, and with per_td's."""
 
 import contextlib
-import itertools
 import os
 import warnings
 from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.contestants.base import Contestant, NotRun
+from benchmarks.contestants.learner import Learner, LearnerBetween
 from benchmarks.workload import ALPHA, BETA, EPS, Point, transitions
 
 
@@ -74,6 +74,21 @@ class TorchRLUniform(_TorchRL):
         return RandomSampler()
 
 
+class TorchRLUniformLearner(LearnerBetween, TorchRLUniform):
+    """The same, with a learner in between."""
+
+    name = "TorchRL uniform, learner in between"
+
+    def new(self) -> Tensor:
+        return transitions(1, self.point.schema, self.point.device)
+
+    def before_update(self) -> None:
+        """Prepare nothing."""
+
+    def update(self) -> None:
+        """Do nothing: there are no priorities."""
+
+
 class InTorchRL(_TorchRL):
     """per_td's sampler in TorchRL's buffer."""
 
@@ -122,21 +137,6 @@ class TorchRLPrioritized(InTorchRL):
             return PrioritizedSampler(
                 self.point.capacity, alpha=ALPHA, beta=BETA, eps=EPS, **self.options
             )
-
-
-class Learner:
-    """Work between `sample` and `update`: a step of a network of two hidden layers on the batch."""
-
-    def __init__(self) -> None:
-        sizes = (8, 256, 256, 4)
-        layers = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
-        self.network = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
-        self.optimizer = torch.optim.Adam(self.network.parameters())
-
-    def step(self, observation: Tensor) -> None:
-        self.optimizer.zero_grad()
-        self.network(observation).square().mean().backward()
-        self.optimizer.step()
 
 
 class _AsInScripts(Contestant):

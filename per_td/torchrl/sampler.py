@@ -512,7 +512,6 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             validation.require_slots(index, self._max_capacity, written, what=_SLOTS)
             raise
 
-    @torch.no_grad()
     def update_priority(
         self, index: Any, priority: Any, *, storage: Storage | None = None, **how: Any
     ) -> None:
@@ -533,10 +532,11 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             PriorityError: NaN, infinite, or neither one value nor one per index; nothing is
                 written then.
         """
-        squared = self.td_error_unit == "squared"
-        self._change(index, priority, storage, squared=squared, **as_mode(**{**_SET, **how}))
+        settings = {"squared": self._td_error_unit == "squared"}
+        if how:
+            settings |= as_mode(**{**_SET, **how})
+        self._change(index, priority, storage, **settings)
 
-    @torch.no_grad()
     def set_priority(
         self,
         index: Any,
@@ -556,6 +556,19 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
 
     def _change(self, index: Any, priority: Any, storage: Storage | None, **settings: Any) -> None:
         self._follow(storage)
+        flat = storage is None or storage.ndim == 1
+        if flat and validation.are_plain(index, priority, self.device):
+            with suppress(IndexRangeError):  # of a negative index, say
+                size = self._max_capacity if storage is None else len(storage)
+                self._update(index, priority, size, **settings)
+                return
+        self._change_any(index, priority, storage, **settings)
+
+    @torch.no_grad()
+    def _change_any(
+        self, index: Any, priority: Any, storage: Storage | None, **settings: Any
+    ) -> None:
+        """`_change` for anything that can be converted, and with negative indices."""
         index = self._flat(index, storage)
         priority = validation.as_reals("priority", priority, self.device, torch.float32)
         if priority.numel() not in (1, index.numel()):
