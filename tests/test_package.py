@@ -81,3 +81,13 @@ def test_the_versions_agree():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["name"] == "per-td"
     assert per_td.__version__ in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_versions_for_comparisons_with_torchrl_differ_in_torch_alone():
+    def pinned(name):
+        lines = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / name).read_text(), re.MULTILINE)
+        return {name.lower().replace("_", "-"): version for name, version in lines}
+
+    usual, other = pinned("constraints.txt"), pinned("constraints-torchrl.txt")
+    differ = {name for name in usual.keys() & other.keys() if usual[name] != other[name]}
+    assert differ == {"torch"}

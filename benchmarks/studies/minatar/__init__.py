@@ -1,0 +1,1 @@
+"""A study of prioritized replay on MinAtar's games: see docs/minatar_study.md."""
