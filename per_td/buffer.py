@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Self, SupportsIndex
@@ -60,6 +60,14 @@ def _of_table(name: str, doc: str, *, choice: bool = True) -> Any:
     return property(lambda self: getattr(self._priorities, name), change, doc=doc)
 
 
+def _shown(value: float | Tensor) -> str:
+    """Format a number, or one for each buffer: the first ones and the last."""
+    if not isinstance(value, Tensor):
+        return f"{value:g}"
+    shown = [f"{number:g}" for number in value.tolist()]
+    return f"[{', '.join(shown if len(shown) <= 4 else [*shown[:2], '...', shown[-1]])}]"
+
+
 def _void_write(ring: RingStorage, table: PriorityTable, beta: Tensor, note: Note) -> None:
     """Void what a dead process was writing; derive all else from the raw priorities."""
     if note.active:
@@ -67,6 +75,8 @@ def _void_write(ring: RingStorage, table: PriorityTable, beta: Tensor, note: Not
         ring.set_count(note.written)
         table.void(note.runs)
     beta.clamp_(max=1.0)
+    if not table.betas:
+        beta.fill_(float(beta.view(-1)[0]))
     table.rebuild()
 
 
@@ -81,9 +91,10 @@ class PrioritizedReplayBuffer(Copied):
         capacity: number of slots; beyond it, the oldest transition makes room for the newest.
         batch_size: default for `sample`.
         alpha: exponent of the priorities, at least 0; 0 draws uniformly. May be set at any time.
-            None takes the paper's: 0.6, or 0.7 with "rank".
+            None takes the paper's: 0.6, or 0.7 with "rank". With `num_buffers`, it may be a tensor
+            or a list of one for each buffer.
         beta: exponent of the weights, in [0, 1]; 1 corrects all of the bias. May be set at any
-            time.
+            time, and with `num_buffers` for each buffer, as alpha.
         eps: added to |TD error|, so that no transition is lost for ever. With 0, a transition whose
             TD error is 0 is never drawn again. May be set at any time, for the updates from then.
         beta_increment: added to beta by each `increase_beta`, at least 0.
@@ -116,9 +127,9 @@ class PrioritizedReplayBuffer(Copied):
             without it, the first data does so.
         num_buffers: S makes S buffers of `capacity` slots each in one set of tensors, for S runs in
             lockstep: every argument and result gets a leading dimension [S], and an index is a slot
-            in its own buffer. Settings, beta and counters are shared; slots, priorities, draws and
-            what the weights are divided by are each buffer's own. None: one buffer.
-            Not together with ranks.
+            in its own buffer. Settings and counters are shared, but for alpha and beta where they
+            are set for each; slots, priorities, draws and what the weights are divided by are each
+            buffer's own. None: one buffer. Not together with ranks.
         shared: put all that changes into shared memory, for spawned processes that write and learn
             side by side; see `docs/reliability.md`. It needs an `example`, Linux, the device "cpu"
             and proportional priorities. Hand the buffer to a process as an argument when you start
@@ -164,8 +175,8 @@ class PrioritizedReplayBuffer(Copied):
         capacity: int,
         batch_size: int | None = None,
         *,
-        alpha: float | None = None,
-        beta: float = 0.4,
+        alpha: float | Tensor | Sequence[float] | None = None,
+        beta: float | Tensor | Sequence[float] = 0.4,
         eps: float = 1e-6,
         beta_increment: float = 0.0,
         draw: str = "independent",
@@ -207,8 +218,9 @@ class PrioritizedReplayBuffer(Copied):
         self.batch_size = batch_size
         self.generator = generator
         self.beta_increment = beta_increment
-        self._beta = memory.beside((), torch.float64, self.device)
-        self.beta = beta
+        each = () if num_buffers is None else (num_buffers,)
+        self._beta = memory.beside(each, torch.float64, self.device)
+        beta = validation.real_or_each("beta", beta, num_buffers, high=1.0)
         self._stale = memory.beside((), torch.int64, self.device)
         self._priorities = PriorityTable(
             capacity,
@@ -224,6 +236,7 @@ class PrioritizedReplayBuffer(Copied):
             groups=num_buffers,
             memory=memory.beside,
         )
+        self._set_beta(beta)
         self._storage = RingStorage(capacity, self.device, layout, memory, groups=num_buffers)
         if shared:
             repair = partial(_void_write, self._storage, self._priorities, self._beta)
@@ -669,8 +682,11 @@ class PrioritizedReplayBuffer(Copied):
 
     epsilon = validation.fixed("epsilon", instead="expected eps, which can be set")
 
-    alpha: float = _of_table(
-        "alpha", "Exponent of the priorities; setting it costs O(N).", choice=False
+    alpha: Any = _of_table(
+        "alpha",
+        "Exponent of the priorities, a number, or where it was set for each of S buffers, float64"
+        " [S], a copy on the buffer's device. Setting it costs O(N).",
+        choice=False,
     )
     eps: float = _of_table("eps", "Added to |TD error| by the updates from now on.", choice=False)
     draw: str = _of_table("draw", "Way to draw, as the constructor takes it.")
@@ -732,13 +748,29 @@ class PrioritizedReplayBuffer(Copied):
         self._beta_increment = validation.real("beta_increment", value)
 
     @property
-    def beta(self) -> float:
-        """Exponent of the importance-sampling weights, in [0, 1]; may be set at any time."""
-        return float(self._beta)
+    def beta(self) -> Any:
+        """Exponent of the importance-sampling weights, in [0, 1]; may be set at any time.
+
+        It is a number, or where it was set for each of S buffers, float64 [S], a copy on the
+        buffer's device.
+        """
+        each = self._priorities.betas
+        return self._beta.clone() if each else float(self._beta.view(-1)[0])
 
     @beta.setter
-    def beta(self, value: float) -> None:
-        self._beta.fill_(validation.real("beta", value, high=1.0))
+    def beta(self, value: float | Tensor | Sequence[float]) -> None:
+        checked = validation.real_or_each("beta", value, self.num_buffers, high=1.0)
+        with self._lock:
+            self._set_beta(checked)
+
+    def _set_beta(self, value: float | Tensor) -> None:
+        # `betas` is True while they may differ
+        if isinstance(value, Tensor):
+            self._priorities.betas = True
+            self._beta.copy_(validation.to_device(value, self._device))
+        else:
+            self._beta.fill_(value)
+            self._priorities.betas = False
 
     # --- views ------------------------------------------------------------------------------------
 
@@ -748,7 +780,8 @@ class PrioritizedReplayBuffer(Copied):
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({len(self)} of {self.capacity} slots, device={self.device},"
-            f" alpha={self.alpha:g}, beta={self.beta:g}, eps={self.eps:g}, draw={self.draw!r}"
+            f" alpha={_shown(self.alpha)}, beta={_shown(self.beta)}, eps={self.eps:g},"
+            f" draw={self.draw!r}"
             f"{f', num_buffers={self.num_buffers}' if self.num_buffers else ''})"
         )
 
@@ -848,7 +881,10 @@ class PrioritizedReplayBuffer(Copied):
             empty = slot >= lengths.unsqueeze(-1)
             beyond = (table.raw.bool() & empty).any()
             require(not beyond, "priorities beyond the filled slots are 0")
-            require((self._beta >= 0) & (self._beta <= 1), "beta is in [0, 1]")
+            beta = self._beta
+            require(((beta >= 0) & (beta <= 1)).all(), "beta is in [0, 1]")
+            alike = table.betas or (beta == beta.view(-1)[0]).all()
+            require(alike, "beta is one number unless each buffer has its own")
             require(self._stale >= 0, "the count of stale updates is at least 0")
 
     def stats(self) -> dict[str, int]:
