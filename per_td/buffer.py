@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -63,6 +63,14 @@ def _of_table(name: str, doc: str, *, choice: bool = True) -> Any:
     return property(lambda self: getattr(self._priorities, name), change, doc=doc)
 
 
+def _shown(value: float | Tensor) -> str:
+    """Format a number, or one for each buffer: the first ones and the last."""
+    if not isinstance(value, Tensor):
+        return f"{value:g}"
+    shown = [f"{number:g}" for number in value.tolist()]
+    return f"[{', '.join(shown if len(shown) <= 4 else [*shown[:2], '...', shown[-1]])}]"
+
+
 def _void_write(ring: RingStorage, table: PriorityTable, beta: Tensor, note: Note) -> None:
     """Void what a dead process was writing; derive all else from the raw priorities."""
     if note.active:
@@ -70,6 +78,8 @@ def _void_write(ring: RingStorage, table: PriorityTable, beta: Tensor, note: Not
         ring.set_count(note.written)
         table.void(note.runs)
     beta.clamp_(max=1.0)
+    if not table.betas:
+        beta.fill_(float(beta.view(-1)[0]))
     table.rebuild()
 
 
@@ -84,9 +94,10 @@ class PrioritizedReplayBuffer(Copied):
         capacity: number of slots; beyond it, the oldest transition makes room for the newest.
         batch_size: default for `sample`.
         alpha: exponent of the priorities, at least 0; 0 draws uniformly. May be set at any time.
-            None takes the paper's: 0.6, or 0.7 with "rank".
+            None takes the paper's: 0.6, or 0.7 with "rank". With `num_buffers`, it may be a tensor
+            or a list of one for each buffer.
         beta: exponent of the weights, in [0, 1]; 1 corrects all of the bias. May be set at any
-            time.
+            time, and with `num_buffers` for each buffer, as alpha.
         eps: added to |TD error|, so that no transition is lost for ever. With 0, a transition whose
             TD error is 0 is never drawn again. May be set at any time, for the updates from then.
         beta_increment: added to beta by each `increase_beta`, at least 0.
@@ -132,9 +143,9 @@ class PrioritizedReplayBuffer(Copied):
             None: beta changes by `increase_beta`, or when it is set.
         num_buffers: S makes S buffers of `capacity` slots each in one set of tensors, for S runs in
             lockstep: every argument and result gets a leading dimension [S], and an index is a slot
-            in its own buffer. Settings, beta and counters are shared; slots, priorities, draws and
-            what the weights are divided by are each buffer's own. None: one buffer.
-            Not together with ranks.
+            in its own buffer. Settings and counters are shared, but for alpha and beta where they
+            are set for each; slots, priorities, draws and what the weights are divided by are each
+            buffer's own. None: one buffer. Not together with ranks.
         shared: put all that changes into shared memory, for spawned processes that write and learn
             side by side; see `docs/reliability.md`. It needs an `example`, Linux, the device "cpu"
             and proportional priorities. Hand the buffer to a process as an argument when you start
@@ -180,8 +191,8 @@ class PrioritizedReplayBuffer(Copied):
         capacity: int,
         batch_size: int | None = None,
         *,
-        alpha: float | None = None,
-        beta: float = 0.4,
+        alpha: float | Tensor | Sequence[float] | None = None,
+        beta: float | Tensor | Sequence[float] = 0.4,
         eps: float = 1e-6,
         beta_increment: float = 0.0,
         draw: str = "independent",
@@ -233,10 +244,11 @@ class PrioritizedReplayBuffer(Copied):
             given = f"beta_increment={beta_increment:g}" if self.beta_increment else "shared=True"
             raise ConfigurationError(f"beta_schedule: expected None with {given}, got one")
         self._updates = memory.beside((), torch.int64, self.device)
-        self._beta = memory.beside((), torch.float64, self.device)
         if self._schedule is not None:
             beta = self._schedule.start
-        self._beta.fill_(validation.real("beta", beta, high=1.0))
+        each = () if num_buffers is None else (num_buffers,)
+        self._beta = memory.beside(each, torch.float64, self.device)
+        beta = validation.real_or_each("beta", beta, num_buffers, high=1.0)
         self._stale = memory.beside((), torch.int64, self.device)
         self._priorities = PriorityTable(
             capacity,
@@ -255,6 +267,7 @@ class PrioritizedReplayBuffer(Copied):
             groups=num_buffers,
             memory=memory.beside,
         )
+        self._set_beta(beta)
         self.latest = latest
         self._storage = RingStorage(capacity, self.device, layout, memory, groups=num_buffers)
         if shared:
@@ -823,8 +836,11 @@ class PrioritizedReplayBuffer(Copied):
 
     epsilon = validation.fixed("epsilon", instead="expected eps, which can be set")
 
-    alpha: float = _of_table(
-        "alpha", "Exponent of the priorities; setting it costs O(N).", choice=False
+    alpha: Any = _of_table(
+        "alpha",
+        "Exponent of the priorities, a number, or where it was set for each of S buffers, float64"
+        " [S], a copy on the buffer's device. Setting it costs O(N).",
+        choice=False,
     )
     eps: float = _of_table("eps", "Added to |TD error| by the updates from now on.", choice=False)
     draw: str = _of_table("draw", "Way to draw, as the constructor takes it.")
@@ -926,15 +942,31 @@ class PrioritizedReplayBuffer(Copied):
         self._beta_increment = validation.real("beta_increment", value)
 
     @property
-    def beta(self) -> float:
-        """Exponent of the importance-sampling weights, in [0, 1]; may be set at any time."""
-        return float(self._beta)
+    def beta(self) -> Any:
+        """Exponent of the importance-sampling weights, in [0, 1]; may be set at any time.
+
+        It is a number, or where it was set for each of S buffers, float64 [S], a copy on the
+        buffer's device.
+        """
+        each = self._priorities.betas
+        return self._beta.clone() if each else float(self._beta.view(-1)[0])
 
     @beta.setter
-    def beta(self, value: float) -> None:
+    def beta(self, value: float | Tensor | Sequence[float]) -> None:
         if self._schedule is not None:
             raise ConfigurationError(f"beta: expected that of the beta_schedule, got {value!r}")
-        self._beta.fill_(validation.real("beta", value, high=1.0))
+        checked = validation.real_or_each("beta", value, self.num_buffers, high=1.0)
+        with self._lock:
+            self._set_beta(checked)
+
+    def _set_beta(self, value: float | Tensor) -> None:
+        # `betas` is True while they may differ
+        if isinstance(value, Tensor):
+            self._priorities.betas = True
+            self._beta.copy_(validation.to_device(value, self._device))
+        else:
+            self._beta.fill_(value)
+            self._priorities.betas = False
 
     # --- views ------------------------------------------------------------------------------------
 
@@ -944,7 +976,8 @@ class PrioritizedReplayBuffer(Copied):
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({len(self)} of {self.capacity} slots, device={self.device},"
-            f" alpha={self.alpha:g}, beta={self.beta:g}, eps={self.eps:g}, draw={self.draw!r}"
+            f" alpha={_shown(self.alpha)}, beta={_shown(self.beta)}, eps={self.eps:g},"
+            f" draw={self.draw!r}"
             f"{f', num_buffers={self.num_buffers}' if self.num_buffers else ''})"
         )
 
@@ -1057,7 +1090,10 @@ class PrioritizedReplayBuffer(Copied):
             empty = slot >= lengths.unsqueeze(-1)
             beyond = (table.raw.bool() & empty).any()
             require(not beyond, "priorities beyond the filled slots are 0")
-            require((self._beta >= 0) & (self._beta <= 1), "beta is in [0, 1]")
+            beta = self._beta
+            require(((beta >= 0) & (beta <= 1)).all(), "beta is in [0, 1]")
+            alike = table.betas or (beta == beta.view(-1)[0]).all()
+            require(alike, "beta is one number unless each buffer has its own")
             require(self._stale >= 0, "the count of stale updates is at least 0")
 
     def stats(self) -> dict[str, int]:

@@ -133,7 +133,8 @@ def integer(name: str, value: object, low: int) -> int:
 def real(name: str, value: float | Tensor, low: float = 0.0, high: float = math.inf) -> float:
     """Convert `value` to a finite float in [low, high], or raise ConfigurationError."""
     try:
-        number = math.nan if isinstance(value, str | bytes) else float(value)
+        plain = value.detach() if isinstance(value, Tensor) else value
+        number = math.nan if isinstance(value, str | bytes) else float(plain)
     except _REFUSALS:
         number = math.nan
     if not low <= number <= high:  # a sum of steps may end a few roundings beyond a bound
@@ -145,6 +146,43 @@ def real(name: str, value: float | Tensor, low: float = 0.0, high: float = math.
             f"{name}: expected a finite number in [{low:g}, {high:g}], got {value!r}"
         )
     return number
+
+
+def real_or_each(
+    name: str, value: Any, groups: int | None, *, high: float = math.inf
+) -> float | Tensor:
+    """Convert `value` to a finite float in [0, high], or to one for each of many buffers.
+
+    Args:
+        name: name of the argument, for the error.
+        value: number; or with `groups`, a list, an array or a tensor of so many.
+        groups: number of buffers S; None: one, which takes one number.
+        high: largest value accepted.
+
+    Returns:
+        A float, or float64 [S] on the CPU; to read a tensor elsewhere, the host waits.
+
+    Raises:
+        ConfigurationError: it is none of these; it names the argument.
+    """
+    many = isinstance(value, list | tuple) or (
+        isinstance(value, Tensor | np.ndarray) and value.ndim > 0
+    )
+    if groups is None or not many:
+        return real(name, value, high=high)
+    try:
+        numbers = value if isinstance(value, list | tuple) else value.tolist()
+    except _REFUSALS as error:  # such as a tensor without values
+        raise ConfigurationError(
+            f"{name}: expected {groups} numbers, one for each buffer, got {type(value).__name__}"
+            f" without: {error}"
+        ) from error
+    if len(numbers) != groups:
+        raise ConfigurationError(
+            f"{name}: expected one number, or {groups}, one for each buffer, got {len(numbers)}"
+        )
+    checked = [real(name, number, high=high) for number in numbers]
+    return torch.tensor(checked, dtype=torch.float64, device="cpu")
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:

@@ -12,7 +12,7 @@ _SMALLEST = torch.finfo(torch.float32).tiny
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def priority_of(td_error: Tensor, eps: float) -> Tensor:
+def priority_of(td_error: Tensor, eps: float | Tensor) -> Tensor:
     """Priorities p = |delta| + eps of proportional prioritization (section 3.3).
 
     Args:
@@ -25,7 +25,7 @@ def priority_of(td_error: Tensor, eps: float) -> Tensor:
     return td_error.abs() + eps
 
 
-def mass_of(priority: Tensor, alpha: float) -> Tensor:
+def mass_of(priority: Tensor, alpha: Tensor | float) -> Tensor:
     """Masses p^alpha (equation 1, unnormalised), float32.
 
     A priority of 0 has mass 0 at any alpha, also 0, and is never drawn. A positive priority has a
@@ -33,7 +33,7 @@ def mass_of(priority: Tensor, alpha: float) -> Tensor:
 
     Args:
         priority: raw priorities p, finite and not negative, [B].
-        alpha: degree of prioritization; 0 is uniform.
+        alpha: degree of prioritization; 0 is uniform. One number, or one for each, [B].
     """
     mass = priority.double().pow(alpha).clamp(_SMALLEST, _LARGEST).float()
     return torch.where(priority > 0, mass, 0.0)

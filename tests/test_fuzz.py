@@ -115,6 +115,8 @@ ENTRIES = {
         lambda b, v: b.update_tensordict_priority({"index": [0, 1], "td_error": v}),
     ),
     "load_state_dict": ((one, many), lambda b, v: b.load_state_dict(v)),
+    "many: alpha": ((many,), lambda b, v: setattr(b, "alpha", v)),
+    "many: beta": ((many,), lambda b, v: setattr(b, "beta", v)),
     "many: extend, priority": ((many,), lambda b, v: b.extend(pair(9, 2), v)),
     "many: extend, mask": ((many,), lambda b, v: b.extend(pair(9, 2), None, v)),
     "many: add, priority": ((many,), lambda b, v: b.add(pair(9, 1)[:, 0], v)),
@@ -211,7 +213,10 @@ OWN = {
     one: PARTS,
     ranked: ["ranks", ("settings", "prioritization"), ("settings", "sort_interval")],
     seeded: ["generator", ("settings", "weight_normalization")],
-    many: ["priority", "write_count", "transitions", ("settings", "num_buffers")],
+    many: [
+        *("priority", "write_count", "transitions", "beta"),
+        *(("settings", "num_buffers"), ("settings", "alpha")),
+    ],
 }
 """All parts of the state of `one`, and of the others what differs from it."""
 

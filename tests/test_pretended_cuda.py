@@ -199,6 +199,40 @@ def test_many_buffers_never_wait(draw, method, normalization, pretended):
     )
 
 
+def set_each(buffers):
+    """Give each buffer an alpha and a beta of its own, and read them, which does not wait."""
+    buffers.alpha, buffers.beta = [0.9, 0.0, 0.4], [0.4, 1.0, 0.8]
+    assert buffers.alpha.is_cuda
+    assert buffers.beta.is_cuda
+    assert buffers.alpha.shape == buffers.beta.shape == (S,)
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize(("draw", "method"), [way for way in WAYS if way[1] != "auto"])
+def test_many_buffers_whose_settings_differ_never_wait(draw, method, normalization, pretended):
+    buffers = make(
+        pretended,
+        num_buffers=S,
+        draw=draw,
+        method=method,
+        weight_normalization=normalization,
+        alpha=[0.5] * S,
+        beta=[0.5] * S,
+        beta_increment=0.1,
+    )
+    running = torch.ones(S, 8, dtype=torch.bool, device="cuda")
+    for _ in range(2):
+        buffers.extend(rows_each(15))
+        buffers.extend(rows_each(8), mask=running)
+        batch = buffers.sample()
+        assert on_device(pretended, batch.to_dict())
+        learn(buffers, batch, (S, B))
+        set_each(buffers)
+        buffers.increase_beta()
+    buffers.alpha = buffers.beta = 0.5
+    learn(buffers, buffers.sample(), (S, B))
+
+
 @pytest.mark.parametrize("new_priority", NEW_PRIORITIES)
 @pytest.mark.parametrize("device", ["cuda:0", "cpu"])
 def test_no_public_operation_of_many_buffers_waits(device, new_priority, pretended):
@@ -327,6 +361,18 @@ def test_launches_for_many_buffers_do_not_wait(draw, normalization, launched):
     buffers.update_priority(
         batch["index"], torch.ones(S, B, device="cuda"), batch["generation"], mask=running
     )
+    assert _Launch.count > 0
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("draw", DRAWS)
+def test_launches_for_many_buffers_whose_settings_differ_do_not_wait(draw, normalization, launched):
+    buffers = make(launched, num_buffers=S, draw=draw, weight_normalization=normalization)
+    set_each(buffers)
+    buffers.extend(rows_each(15))
+    learn(buffers, buffers.sample(), (S, B))
+    set_each(buffers)
+    learn(buffers, buffers.sample(), (S, B))
     assert _Launch.count > 0
 
 

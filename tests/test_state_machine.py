@@ -98,7 +98,8 @@ class BufferMachine(Kernels):
         if self.count is None and data.draw(st.booleans(), "ranks"):
             interval = data.draw(CAN_BE([None, 1, 10, 300]), "sort_interval")
             given |= {"prioritization": "rank", "sort_interval": interval}
-        self.given, self.beta, self.next, self.odd = given, given["beta"], 0, False
+        self.given, self.next, self.odd = given, 0, False
+        self.beta, self.each = [given["beta"]] * (self.count or 1), set()
         self.buffer = self.make(given)
         self.rings = [
             Ring(
@@ -204,7 +205,7 @@ class BufferMachine(Kernels):
         assert batch["observation"][:, 2].tolist() == [ring.item[i] for i in index]
         assert batch["next", "reward"].view(-1).tolist() == [ring.item[i] for i in index]
         assert batch["generation"].tolist() == [ring.generation[i] for i in index]
-        expected = ring.weights(index, self.beta, self.given["weight_normalization"])
+        expected = ring.weights(index, self.beta[s], self.given["weight_normalization"])
         expected = [w if w < 3.4e38 else math.inf for w in expected]
         weight = batch["priority_weight"]
         assert weight.dtype == torch.float32
@@ -291,6 +292,7 @@ class BufferMachine(Kernels):
     @rule(alpha=ALPHA)
     def set_alpha(self, alpha):
         self.buffer.alpha = alpha
+        self.each.discard("alpha")
         for ring in self.rings:
             ring.set_alpha(alpha)
 
@@ -302,12 +304,27 @@ class BufferMachine(Kernels):
 
     @rule(beta=UNIT)
     def set_beta(self, beta):
-        self.buffer.beta = self.beta = beta
+        self.buffer.beta, self.beta = beta, [beta] * len(self.rings)
+        self.each.discard("beta")
+
+    @precondition(lambda self: self.count)
+    @rule(data=st.data(), name=CAN_BE(["alpha", "beta"]), tensor=st.booleans())
+    def set_each(self, data, name, tensor):
+        size, numbers = len(self.rings), ALPHA if name == "alpha" else UNIT
+        given = data.draw(st.lists(numbers, min_size=size, max_size=size), name)
+        value = torch.tensor(given, dtype=torch.float64) if tensor else given
+        setattr(self.buffer, name, value)
+        self.each.add(name)
+        if name == "beta":
+            self.beta = given
+        else:
+            for ring, alpha in zip(self.rings, given, strict=True):
+                ring.set_alpha(alpha)
 
     @rule()
     def increase_beta(self):
         self.buffer.increase_beta()
-        self.beta = min(1.0, self.beta + self.given["beta_increment"])
+        self.beta = [min(1.0, beta + self.given["beta_increment"]) for beta in self.beta]
 
     @rule(kind=CAN_BE(sorted(COPIES)), odd=st.booleans())
     def go_on_with_a_copy(self, kind, odd):
@@ -320,6 +337,12 @@ class BufferMachine(Kernels):
         for s, ring in enumerate(self.rings):
             ring.extend([self.next - len(self.rings) + s])
 
+    def numbers(self, name) -> list[float]:
+        """The alpha or beta of each ring, as the buffer tells them."""
+        value = getattr(self.buffer, name)
+        assert type(value) is (torch.Tensor if name in self.each else float)
+        return value.tolist() if name in self.each else [value] * len(self.rings)
+
     # --- what always holds ------------------------------------------------------------------------
 
     @invariant()
@@ -330,7 +353,8 @@ class BufferMachine(Kernels):
         buffer = self.buffer
         buffer.check_valid()
         assert len(buffer) == min(map(len, self.rings))
-        assert buffer.beta == pytest.approx(self.beta, abs=1e-15)
+        alpha, beta = self.numbers("alpha"), self.numbers("beta")
+        assert beta == pytest.approx(self.beta, abs=1e-15)
         assert buffer.stats() == {
             "written": sum(ring.written for ring in self.rings),
             "stale_updates": sum(ring.stale for ring in self.rings),
@@ -340,7 +364,7 @@ class BufferMachine(Kernels):
         generation = buffer.generation_of(slots.expand(self.count, -1) if self.count else slots)
         state = buffer.state_dict()
         for s, ring in enumerate(self.rings):
-            assert buffer.alpha == ring.alpha
+            assert alpha[s] == ring.alpha
             assert buffer.eps == ring.eps
             self.agree_on(s, ring)
             assert state["ever_max"].view(-1)[s] == ring.ever_max

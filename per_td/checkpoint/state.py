@@ -78,7 +78,7 @@ class Parts(NamedTuple):
     Attributes:
         ring: transitions.
         table: priorities.
-        beta: float64 [].
+        beta: float64 [], or [S], equal where the table has no `betas`.
         stale, updates: counts of stale updates and of calls that a schedule counts, int64 [].
         generator: source of the draws.
     """
@@ -113,7 +113,7 @@ def state_of(parts: Parts, settings: dict[str, Any], *, copy: bool) -> dict[str,
             **table.arguments,
             "num_buffers": ring.num_buffers,
         },
-        "beta": beta.clone(),
+        "beta": (beta if table.betas else beta.view(-1)[0]).clone(),
         "write_count": ring.ring_count(),
         "written_before": ring.written_before,
         "epoch": ring.epoch,
@@ -192,7 +192,10 @@ def restore(parts: Parts, state: Any) -> None:
     ring.written_before = state.get("written_before", 0)
     ring.written_before += sum(counts) - sum(move.written for move in moves)
     table.alpha, table.eps = settings["alpha"], settings["eps"]
+    each = state["beta"].ndim > 0
+    table.betas = table.betas or each  # while they may differ
     beta.copy_(state["beta"])
+    table.betas = each
     stale.copy_(state["stale_updates"])
     updates.copy_(torch.as_tensor(state.get("updates", 0)))
     _restore_priorities(parts, state, moves)

@@ -26,7 +26,8 @@ def check_values(state: Mapping[str, Any]) -> None:
     capacity, many = settings["capacity"], settings.get("num_buffers")
     each = () if many is None else (many,)
     written = _count("write_count", state["write_count"], each)
-    _real("beta", state["beta"], (), high=1.0)
+    beta = state["beta"]  # one, or one for each buffer
+    _real("beta", beta, each if getattr(beta, "ndim", 0) else (), high=1.0)
     _real("ever_max", state["ever_max"], each, high=torch.finfo(torch.float32).max)
     _count("stale_updates", state["stale_updates"], ())
     _count("refused_priorities", state["refused_priorities"], ())
@@ -76,7 +77,7 @@ def _settings(settings: Any) -> Mapping[str, Any]:
         check_choices(settings["capacity"], chosen)
         if unknown := settings.keys() - {*wanted, *CHOICES, *others}:
             raise ConfigurationError(f"expected those of a buffer, got also {sorted(unknown)}")
-        validation.real("alpha", settings["alpha"])
+        validation.real_or_each("alpha", settings["alpha"], settings.get("num_buffers"))
         validation.real("eps", settings["eps"], high=torch.finfo(torch.float32).max)
         validation.real("beta_increment", settings["beta_increment"])
         as_clip(settings.get("priority_clip"))

@@ -22,6 +22,7 @@ class Trees(Protocol):
     maxima: Tensor
     minima: Tensor
     settings: Tensor
+    exponents: Tensor
     ever_max: Tensor
     replayed: Tensor
     refused: Tensor
@@ -35,8 +36,8 @@ class Trees(Protocol):
 class Distribution(Protocol):
     """The map from priorities to masses; see `per_td.priorities.distributions`."""
 
-    def masses(self, trees: Any, priority: Tensor) -> Tensor:
-        """Masses of changed or new priorities, float32 [B]."""
+    def masses(self, trees: Any, priority: Tensor, leaf: Tensor) -> Tensor:
+        """Masses of the changed or new priorities of leaves, float32 [B]."""
 
 
 class Rows(Protocol):

@@ -160,7 +160,7 @@ def for_new(trees: Trees, *, ever_max: bool) -> Tensor:
 def _write(trees: Trees, distribution: Distribution, leaf: Tensor, priority: Tensor) -> None:
     """Write valid priorities of leaves [n], their masses and their nodes."""
     trees.raw.index_copy_(0, leaf, priority)
-    trees.leaves.index_copy_(0, leaf, distribution.masses(trees, priority))
+    trees.leaves.index_copy_(0, leaf, distribution.masses(trees, priority, leaf))
     _refresh(trees, leaf)
     largest = trees.layout.tops(trees.maxima).amax(-1)
     torch.maximum(trees.ever_max, largest, out=trees.ever_max)
@@ -407,7 +407,7 @@ def weigh(
     Args:
         trees: the trees drawn from.
         mass: masses of the slots drawn, float32 [S, B].
-        beta: exponent of the weights.
+        beta: exponent of the weights, float64 [S], or one number for all.
         normalization: see `importance_weights`; "batch" is each row of S.
         written: number of transitions ever written, int64 [S], or one number for all.
 
@@ -418,6 +418,7 @@ def weigh(
     rows = mass.view(layout.groups, -1)
     size = sizes(written, layout.capacity)
     size = size.unsqueeze(-1) if isinstance(size, Tensor) else size
+    beta = beta.unsqueeze(-1) if isinstance(beta, Tensor) and beta.ndim else beta
     smallest = None
     if normalization == "buffer":
         smallest = layout.tops(trees.minima).amin(-1, keepdim=True)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from per_td import validation
 from per_td.errors import ConfigurationError
-from per_td.kernels.flags import ALPHA_EXPONENT
 from per_td.tree.trees import Trees
 from per_td.weights import mass_of
 
@@ -33,21 +32,21 @@ class Proportional:
     launches = True
     """True: the CUDA kernels can compute these masses."""
 
-    def exponent(self, alpha: float) -> float:
-        """Exponent of the priorities for this alpha."""
+    def exponent(self, alpha: float | Tensor) -> float | Tensor:
+        """Exponent of the priorities for this alpha, and alpha for this exponent."""
         return alpha
 
-    def masses(self, trees: Any, priority: Tensor) -> Tensor:
-        """Masses of changed or new priorities, float32 [B]."""
-        return mass_of(priority, trees.number(ALPHA_EXPONENT))
+    def masses(self, trees: Any, priority: Tensor, leaf: Tensor) -> Tensor:
+        """Masses of the changed or new priorities of leaves, float32 [B]."""
+        return mass_of(priority, trees.exponent(leaf))
 
     def all_masses(self, trees: Trees) -> Tensor:
         """Masses of all leaves, float32 [leaf_slots], in O(N)."""
-        return mass_of(trees.raw, trees.number(ALPHA_EXPONENT))
+        return mass_of(trees.raw, trees.exponent())
 
-    def range_of(self, trees: Trees, priority: Tensor) -> tuple[Tensor, Tensor, str]:
-        """Least and largest mass allowed for each priority, float32 [B], and the rule's name."""
-        mass = self.masses(trees, priority)
+    def range_of(self, trees: Trees) -> tuple[Tensor, Tensor, str]:
+        """Least and largest mass allowed for each leaf, float32 [leaf_slots], and the rule."""
+        mass = mass_of(trees.raw, trees.exponent())
         return mass, mass, "priority^alpha"
 
     def changed(self, n: int, *, new: bool = False) -> bool:
@@ -95,26 +94,27 @@ class Rank:
         self.sort_interval, self.snapshot = sort_interval, capacity
         self._filled = self._changes = 0
 
-    def exponent(self, alpha: float) -> float:
-        """Exponent of the ranks for this alpha."""
+    def exponent(self, alpha: float | Tensor) -> float | Tensor:
+        """Exponent of the ranks for this alpha, and alpha for this exponent."""
         return -alpha
 
-    def masses(self, trees: Any, priority: Tensor) -> Tensor:
-        """Masses of changed or new priorities by the last sort, float32 [B]."""
+    def masses(self, trees: Any, priority: Tensor, leaf: Tensor) -> Tensor:
+        """Masses of the changed or new priorities of leaves by the last sort, float32 [B]."""
         # from the right: equal priorities lie before the place that is found
         below = torch.searchsorted(trees.snapshot, priority.contiguous(), right=True)
-        mass = mass_of(self.snapshot + 1 - below, trees.number(ALPHA_EXPONENT))
+        mass = mass_of(self.snapshot + 1 - below, trees.exponent(leaf))
         return torch.where(priority > 0, mass, 0.0)
 
-    def range_of(self, trees: Trees, priority: Tensor) -> tuple[Tensor, Tensor, str]:
-        """Least and largest mass allowed for each priority, float32 [B], and the rule's name.
+    def range_of(self, trees: Trees) -> tuple[Tensor, Tensor, str]:
+        """Least and largest mass allowed for each leaf, float32 [leaf_slots], and the rule.
 
         They differ where priorities were equal at the last sort: each of those has its own rank.
         """
-        last = self.snapshot - torch.searchsorted(trees.snapshot, priority.contiguous())
-        most = self.masses(trees, priority)
-        least = mass_of(last.clamp(min=1), trees.number(ALPHA_EXPONENT))
-        least = torch.where(priority > 0, least, 0.0).minimum(most)
+        leaf = torch.arange(len(trees.raw), device=trees.device)
+        last = self.snapshot - torch.searchsorted(trees.snapshot, trees.raw)
+        most = self.masses(trees, trees.raw, leaf)
+        least = mass_of(last.clamp(min=1), trees.exponent(leaf))
+        least = torch.where(trees.raw > 0, least, 0.0).minimum(most)
         return least, most, "the ranks at the last sort"
 
     def changed(self, n: int, *, new: bool = False) -> bool:
@@ -137,7 +137,7 @@ class Rank:
         trees.snapshot[: self.snapshot - self._filled] = 0
         trees.snapshot[self.snapshot - self._filled :] = ordered.flip(0)
         rank = torch.arange(1, self._filled + 1, device=priority.device)
-        mass = mass_of(rank, trees.number(ALPHA_EXPONENT))
+        mass = mass_of(rank, trees.exponent(order))
         mass = torch.where(ordered > 0, mass, 0.0)
         return torch.zeros_like(trees.leaves).index_copy_(0, order, mass)
 

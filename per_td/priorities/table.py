@@ -1,5 +1,6 @@
 """PriorityTable: raw priorities and masses of the slots of S groups, and settings of draws."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from per_td import draws, validation
 from per_td.errors import ConfigurationError, PerTdError
-from per_td.kernels.flags import ALPHA, ALPHA_EXPONENT, EPS, MINIMA
+from per_td.kernels.flags import BETAS, EPS, EXPONENT, MINIMA
 from per_td.kernels.layout import Layout
 from per_td.kernels.reference import Runs
 from per_td.memory import Zeros, zeros
@@ -102,7 +103,7 @@ class PriorityTable:
         self,
         capacity: int,
         *,
-        alpha: float | None,
+        alpha: Any,
         eps: float,
         draw: str,
         method: str,
@@ -119,11 +120,12 @@ class PriorityTable:
     ) -> None:
         self.priority_clip = as_clip(priority_clip)
         self.distribution = distributions.make(prioritization, capacity, sort_interval)
-        alpha = self.distribution.alpha if alpha is None else validation.real("alpha", alpha)
+        alpha = self.distribution.alpha if alpha is None else alpha
+        alpha = validation.real_or_each("alpha", alpha, groups)
         eps = validation.real("eps", eps, high=torch.finfo(torch.float32).max)
         chosen = {"draw": draw, "method": method, "new_priority": new_priority}
         chosen = check_choices(capacity, chosen | {"weight_normalization": weight_normalization})
-        self.lead = () if groups is None else (groups,)
+        self.groups, self.lead = groups, () if groups is None else (groups,)
         self.trees = Trees(
             Layout.of(capacity, groups or 1),
             device,
@@ -169,24 +171,28 @@ class PriorityTable:
         return self.distribution.sort_interval
 
     @property
-    def alpha(self) -> float:
-        """Exponent of the priorities; setting it recomputes all masses, in O(N)."""
-        return self.trees.setting(ALPHA)
+    def alpha(self) -> float | Tensor:
+        """Exponent of the priorities, or one for each group, float64 [S], a copy.
+
+        Setting it recomputes all masses, in O(N).
+        """
+        number = self.trees.setting(EXPONENT)
+        each = math.isnan(number)
+        return self.distribution.exponent(self.trees.exponents.clone() if each else number)
 
     @alpha.setter
-    def alpha(self, value: float) -> None:
-        value, previous = validation.real("alpha", value), self.alpha
-        if value != previous:
-            self._set_alpha(value)
+    def alpha(self, value: Any) -> None:
+        wanted, previous = validation.real_or_each("alpha", value, self.groups), self.alpha
+        if isinstance(wanted, Tensor) or isinstance(previous, Tensor) or wanted != previous:
+            self._set_alpha(wanted)
             try:
                 self._refill()
             except BaseException:  # such as no memory for the masses
                 self._set_alpha(previous)
                 raise
 
-    def _set_alpha(self, value: float) -> None:
-        self.trees.set(ALPHA, value)
-        self.trees.set(ALPHA_EXPONENT, self.distribution.exponent(value))
+    def _set_alpha(self, value: float | Tensor) -> None:
+        self.trees.set_exponent(self.distribution.exponent(value))
 
     @property
     def eps(self) -> float:
@@ -248,6 +254,15 @@ class PriorityTable:
         if self._sides or self.draw_counts is not None:
             for follower in self._followers:
                 follower.follow(slot, new=new)
+
+    @property
+    def betas(self) -> bool:
+        """True where each group has a beta of its own; the table's owner keeps them."""
+        return bool(self.trees.setting(BETAS))
+
+    @betas.setter
+    def betas(self, value: bool) -> None:
+        self.trees.set(BETAS, float(value))
 
     @property
     def weight_normalization(self) -> str:
@@ -535,7 +550,7 @@ class PriorityTable:
         """Priorities of TD errors, within the bounds and by the mode; NaN for those not finite."""
         valid = validation.require_finite("td_error", td_error, wanted=mask)
         size = td_error.abs().sqrt() if squared else td_error
-        priority = priority_of(size, self.trees.number(EPS))
+        priority = priority_of(size, self.trees.settings[EPS].float())
         if self._clip is not None:
             priority = priority.clamp(*self._clip)
         if mode != "set":
@@ -640,6 +655,7 @@ class PriorityTable:
         """Recompute masses, ranks, sums and extremes from the raw priorities, in O(N)."""
         kept = self.trees.keeps_minima
         self.trees.set(MINIMA, float(kept))  # an interrupt may have come between the two
+        self._set_alpha(self.alpha)  # and between these
         if not kept:
             self.trees.minima.fill_(torch.inf)
         self._refill()
@@ -665,7 +681,10 @@ class PriorityTable:
         """
         trees, require = self.trees, validation.require_valid
         trees.check_valid()
-        least, most, source = self.distribution.range_of(trees, trees.raw)
+        number = trees.setting(EXPONENT)
+        alike = math.isnan(number) or (trees.exponents == number).all()
+        require(alike, "alpha is one number unless each group has its own")
+        least, most, source = self.distribution.range_of(trees)
         mass = trees.leaves
         near = (mass >= least * (1 - 1e-5)) & (mass <= most.double() * (1 + 1e-5))
         require(near.all(), f"masses follow from {source}")

@@ -301,7 +301,8 @@ class ShardedReplayBuffer:
     @property
     def alpha(self) -> float:
         """Exponent of the priorities; setting it costs O(N) in the shards, which are waited for."""
-        return self._rules.alpha
+        alpha: float = self._rules.alpha
+        return alpha
 
     @alpha.setter
     def alpha(self, value: float) -> None:

@@ -1,5 +1,6 @@
 """Trees: S wide trees in a block of memory, with sums and, for priorities, extremes."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from per_td import draws, kernels, validation
 from per_td.errors import EmptyBufferError
 from per_td.kernels import reference
-from per_td.kernels.flags import MINIMA
+from per_td.kernels.flags import EXPONENT, MINIMA
 from per_td.kernels.layout import Block, Layout
 from per_td.memory import Zeros, zeros
 
@@ -30,7 +31,8 @@ class Trees:
     Attributes:
         leaves, raw: masses and raw priorities, float32 [leaf_slots].
         sums, maxima, minima: nodes, float64, float32 and float32 [node_slots].
-        settings: numbers such as alpha and eps, float64 [4]; see `per_td.kernels.flags`.
+        settings: numbers such as eps, float64 [4]; see `per_td.kernels.flags`.
+        exponents: exponents that give the masses of each tree, float64 [S].
         ever_max: largest priority that each tree ever held, float32 [S].
         replayed: bool [leaf_slots].
         refused: number of updates refused on the device, int64 [].
@@ -44,6 +46,7 @@ class Trees:
     maxima: Tensor
     minima: Tensor
     settings: Tensor
+    exponents: Tensor
     ever_max: Tensor
     replayed: Tensor
     snapshot: Tensor
@@ -72,6 +75,7 @@ class Trees:
             "replayed": (leaves if replayed else (0,), torch.bool),
             "snapshot": ((snapshot,), torch.float32),
             "settings": ((4,), torch.float64),
+            "exponents": ((layout.groups,), torch.float64),
             "ever_max": ((layout.groups,), torch.float32),
             "refused": ((), torch.int64),
         }
@@ -136,15 +140,42 @@ class Trees:
         """Read a number of `settings`, without a host sync."""
         return self.settings[place].item() if self._numbers is None else self._numbers[place]
 
-    def number(self, place: int) -> Any:
-        """Read a number of `settings`; torch.compile gets a tensor, which stays current."""
-        return self.settings[place] if torch.compiler.is_compiling() else self.setting(place)
-
     def set(self, place: int, value: float) -> None:
         """Change a number of `settings`."""
         self.settings[place].fill_(value)
         if self._numbers is not None:
             self._numbers[place] = value
+
+    def exponent(self, leaf: Tensor | None = None) -> Any:
+        """Exponents that give the masses, without a host sync.
+
+        Args:
+            leaf: leaves, int64 [B]; None: all of them.
+
+        Returns:
+            One number for all, or float64 [B]. torch.compile gets a tensor, which stays current.
+        """
+        groups, tracing = self.layout.groups, torch.compiler.is_compiling()
+        if tracing and groups == 1:
+            return self.exponents[0]
+        if not (tracing or math.isnan(number := self.setting(EXPONENT))):
+            return number
+        if leaf is None:
+            leaf = torch.arange(self.layout.leaf_slots, device=self.device)
+        return self.exponents.index_select(0, (leaf // self.layout.stride).clamp_(max=groups - 1))
+
+    def set_exponent(self, value: float | Tensor) -> None:
+        """Change the exponents that give the masses: to one number, or to float64 [S].
+
+        `settings` names one number for all before they all have it, and no longer than until each
+        has its own: after an interrupt in between, `PriorityTable.rebuild` sets that number again.
+        """
+        if isinstance(value, Tensor):
+            self.exponents.copy_(validation.to_device(value, self.device))
+            self.set(EXPONENT, math.nan)
+        else:
+            self.set(EXPONENT, value)
+            self.exponents.fill_(value)
 
     def keep_minima(self, wanted: bool) -> None:
         """Keep the smallest positive masses up to date from now on, or no longer."""

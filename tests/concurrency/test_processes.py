@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from array import array
+from itertools import product
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from per_td.errors import ConfigurationError, EmptyBufferError, PriorityError
 from per_td.memory import Memory
 from per_td.priorities.table import PriorityTable
 from per_td.storage.ring import RingStorage
+from per_td.tree import Trees
 from tests.support import processes
 from tests.support.processes import (
     STRIDE,
@@ -85,7 +87,8 @@ def test_all_tensors_that_change_are_shared(layout):
     tensors = list(tensors_of(buffer, set()))
     own = {name for name, tensor in tensors if not tensor.is_shared()}
     assert own <= {"starts", "points"}  # constants, and a scratch pad
-    changing = {"raw", "leaves", "sums", "maxima", "minima", "settings", "ever_max", "replayed"}
+    changing = {"raw", "leaves", "sums", "maxima", "minima", "settings", "exponents", "ever_max"}
+    changing |= {"replayed"}
     changing |= {"refused", "memory", "_block", "_leaves", "written", "_beta", "_stale", "_tensor"}
     assert changing <= {name for name, _ in tensors} - own
 
@@ -380,6 +383,38 @@ def test_after_a_death_in_increase_beta_or_setting_alpha_the_settings_hold():
     buffer.sample(4)
     assert buffer.alpha == 0.1
     buffer.check_valid()
+
+
+def half(function):
+    """Write the first of many numbers, and die."""
+
+    def call(tensor, value):
+        function(tensor.view(-1)[:1], value.view(-1)[:1] if torch.is_tensor(value) else value)
+        die()
+
+    return call
+
+
+@pytest.mark.parametrize("new", [0.25, [0.9, 0.0, 0.37]])
+@pytest.mark.parametrize("old", [0.5, [0.1, 0.2, 0.3]])
+def test_after_a_death_in_setting_alpha_or_beta_of_many_each_has_the_old_or_the_new(old, new):
+    places = [(Trees, "set", dies_after(Trees.set)), (torch.Tensor, "fill_", die)]
+    places += [(torch.Tensor, "fill_", half(torch.Tensor.fill_))]
+    if isinstance(new, list):
+        places += [(torch.Tensor, "copy_", half(torch.Tensor.copy_))]
+    for place, setting in product(places, ("alpha", "beta")):
+        buffer = processes.shared(20, num_buffers=3, **{setting: old})
+        buffer.extend(processes.transitions(range(20)).expand(3, 20).clone())
+        buffer.update_priority([[0]] * 3, [[2.0]] * 3, [[0]] * 3)
+        die_in(place, lambda: setattr(buffer, setting, new))  # noqa: B023
+        buffer.sample(4)
+        after = getattr(buffer, setting)
+        if isinstance(old, float) and isinstance(new, float):
+            assert after in (old, new)
+        known = [torch.tensor(value, dtype=torch.float64).expand(3) for value in (old, new)]
+        after = torch.as_tensor(after, dtype=torch.float64).expand(3)
+        assert ((after == known[0]) | (after == known[1])).all()
+        buffer.check_valid()
 
 
 def test_a_death_while_loading_a_state_leaves_nothing_to_draw():

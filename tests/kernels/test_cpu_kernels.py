@@ -87,7 +87,9 @@ def runs(start: int, n: int, groups: int | None = None) -> array:
 
 
 def assert_same(one: PriorityTable, other: PriorityTable) -> None:
-    for name in ("raw", "ever_max", "maxima", "replayed", "refused", "settings"):
+    settings = [table.trees.settings.nan_to_num(-1.0) for table in (one, other)]
+    assert torch.equal(*settings)
+    for name in ("raw", "ever_max", "maxima", "replayed", "refused", "exponents"):
         assert torch.equal(getattr(one.trees, name), getattr(other.trees, name)), name
     torch.testing.assert_close(one.trees.leaves, other.trees.leaves, rtol=ULP, atol=0)
     torch.testing.assert_close(one.trees.minima, other.trees.minima, rtol=ULP, atol=0)
@@ -208,12 +210,59 @@ def test_alpha_may_be_anything_and_change(alpha, groups, monkeypatch):
     assert torch.equal(mass, mass_of(value.abs() + pair[0].eps, alpha))
 
 
+@pytest.mark.parametrize("groups", [1, 3, 20])
+@pytest.mark.parametrize("capacity", [7, 300])
+def test_masses_of_trees_with_an_alpha_each_are_those_of_plain_torch(capacity, groups, monkeypatch):
+    pair = twins(monkeypatch, capacity, groups=groups)
+    alpha = torch.linspace(0.0, 2.5, groups, dtype=torch.float64)
+    written = torch.zeros(groups, dtype=torch.int64)
+    for each in pair:
+        each.alpha = alpha
+    for _ in range(6):
+        n = torch.randint(0, capacity + 1, (groups,))
+        fresh = array("q", torch.stack([written % capacity, n], 1).flatten().tolist())
+        written += n
+        index = torch.randint(capacity, (groups, 50)) % written.clamp(1, capacity).unsqueeze(-1)
+        value, mask = extreme(groups, 50), torch.rand(groups, 50) < 0.8
+        mask &= index < written.unsqueeze(-1)
+        for each in pair:
+            each.write_runs(fresh)
+            each.update(index, value, written=written, mask=mask)
+        assert_same(*pair)
+    assert torch.equal(pair[0].mass, mass_of(pair[0].raw, alpha.unsqueeze(-1)))
+
+
+@pytest.mark.parametrize(
+    "beta",
+    [
+        torch.tensor(0.5, dtype=torch.float64),
+        torch.full((2,), 0.5, dtype=torch.float64),
+        torch.full((4,), 0.5, dtype=torch.float64),
+        torch.full((3,), 0.5),
+        torch.full((6,), 0.5, dtype=torch.float64)[::2],
+        torch.full((3,), 0.5, dtype=torch.float64, device="meta"),
+    ],
+    ids=["one", "few", "many", "float32", "apart", "meta"],
+)
+def test_the_door_takes_a_beta_for_each_of_many_trees_and_no_others(beta, door, monkeypatch):
+    made = table(monkeypatch, COMPILED, 40, groups=3)
+    made.fill(torch.ones(3, 40))
+    how = {"stratified": False, "normalization": "batch", "written": 40}
+    point = torch.rand(3, 5, dtype=torch.float64)
+    with pytest.raises(PerTdError, match=r"expected contiguous memory of 3 torch\.float64"):
+        door.draw(made.trees, point, beta=beta, **how)
+    with pytest.raises(PerTdError, match=r"expected contiguous memory of 3 torch\.float64"):
+        door.draw_rows(made.trees, rings(3, 40), point, beta=beta, **how)
+
+
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("normalization", ["batch", "buffer", "none"])
+@pytest.mark.parametrize("beta", ["one", "each"])
 @pytest.mark.parametrize("capacity", CAPACITIES)
 def test_the_same_seed_draws_the_same_slots_and_weights(
-    capacity, normalization, draw, groups, monkeypatch
+    capacity, beta, normalization, draw, groups, monkeypatch
 ):
+    beta = 0.6 if beta == "one" else torch.linspace(1, 0, groups or 1, dtype=torch.float64)
     settings = {"weight_normalization": normalization, "draw": draw, "groups": groups}
     pair = twins(monkeypatch, capacity, **settings)
     priority = torch.rand(capacity) ** 4 * (torch.arange(capacity) % 3 != 1)
@@ -224,7 +273,7 @@ def test_the_same_seed_draws_the_same_slots_and_weights(
     for each in pair:
         each.restore(priority, priority.amax(-1))
         seeded = torch.Generator().manual_seed(3)
-        drawn.append(sample_weighted(each, n, seeded, beta=0.6, written=capacity))
+        drawn.append(sample_weighted(each, n, seeded, beta=beta, written=capacity))
     assert torch.equal(drawn[0][0], drawn[1][0])
     assert (priority.gather(-1, drawn[0][0]) > 0).all()
     torch.testing.assert_close(drawn[0][1], drawn[1][1], rtol=1e-6, atol=0)
@@ -536,7 +585,8 @@ def test_drawing_rows_in_one_go_is_to_draw_and_then_to_gather(draw, groups, door
     for column in rows.columns:
         column.copy_(torch.randint(0, 2, column.shape))
     written = torch.arange(50, 50 + 7 * (groups or 1), 7)
-    how = {"stratified": draw == "stratified", "beta": 0.5, "normalization": "batch"}
+    beta = torch.linspace(1, 0, groups or 1, dtype=torch.float64)
+    how = {"stratified": draw == "stratified", "beta": beta, "normalization": "batch"}
     point = torch.rand(shape, dtype=torch.float64)
     found, *drawn, generation = door.draw_rows(
         made.trees, rows, point.clone(), written=written, **how

@@ -50,6 +50,7 @@ for capacity in (1, 20, 300, 100_000):
     for groups, minima in ((1, False), (1, True), (2, True)):
         trees = Trees(Layout.of(capacity, groups), torch.device("cpu"), extremes=True)
         trees.keep_minima(minima)
+        trees.set_exponent(torch.rand(groups, dtype=torch.float64))
         at, new, some = index[:groups], value[:groups], flags[:groups]
         launches.set_masses(trees, at, new)
         written = torch.full((groups,), 3)
@@ -68,7 +69,7 @@ for capacity in (1, 20, 300, 100_000):
                     trees,
                     new.double(),
                     stratified=stratified,
-                    beta=beta,
+                    beta=beta if groups == 1 else beta.expand(groups),
                     normalization=normalization,
                     written=written,
                 )

@@ -10,7 +10,7 @@ import torch
 from per_td import validation
 from per_td.draws import uniform_like
 from per_td.kernels import reference
-from per_td.kernels.flags import ALPHA_EXPONENT, EPS
+from per_td.kernels.flags import EPS
 from per_td.kernels.layout import Layout
 from per_td.priorities.distributions import Proportional
 from per_td.tree.trees import Trees
@@ -90,9 +90,14 @@ def twins(capacity, device, groups=1, alpha=0.6):
     """Two of the same trees, for kernels and for the functions in torch."""
     pair = Column(capacity, device, groups), Column(capacity, device, groups)
     for column in pair:
-        column.set(ALPHA_EXPONENT, alpha)
+        column.set_exponent(alpha)
         column.set(EPS, 0.01)
     return pair
+
+
+def exponents(groups) -> torch.Tensor:
+    """An exponent for each tree."""
+    return torch.linspace(0.9, 0.0, groups, dtype=torch.float64)
 
 
 def assert_same(column, twin):
@@ -358,13 +363,14 @@ SHAPES = [(20, 1), (300, 1), (5, 3), (40, 3)]
 @pytest.mark.parametrize("stamped", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize("alpha", ["one", "each"])
 @pytest.mark.parametrize(("capacity", "groups"), SHAPES)
 def test_updates_leave_what_the_functions_in_torch_leave(
-    capacity, groups, new, masked, stamped, device, unseen
+    capacity, groups, alpha, new, masked, stamped, device, unseen
 ):
     if stamped and groups > 1:
         pytest.skip("stamps are for one tree")
-    pair = twins(capacity, device, groups)
+    pair = twins(capacity, device, groups, 0.6 if alpha == "one" else exponents(groups))
     for round_ in range(4):
         shape = groups, 30
         index = torch.randint(-2, capacity + 2, shape, device=device)
@@ -396,11 +402,12 @@ def test_updates_leave_what_the_functions_in_torch_leave(
 
 
 @pytest.mark.parametrize("ever_max", [False, True])
+@pytest.mark.parametrize("alpha", ["one", "each"])
 @pytest.mark.parametrize(("capacity", "groups"), SHAPES)
 def test_new_priorities_are_those_of_the_functions_in_torch(
-    capacity, groups, ever_max, device, unseen
+    capacity, groups, alpha, ever_max, device, unseen
 ):
-    pair = twins(capacity, device, groups)
+    pair = twins(capacity, device, groups, 0.6 if alpha == "one" else exponents(groups))
     index = torch.arange(4, device=device).repeat(groups, 1)
     first = torch.rand(groups, 4, device=device) * 9
     masks = None, torch.rand(groups, 4, device=device) < 0.5
@@ -426,7 +433,7 @@ def test_masses_are_set_as_the_functions_in_torch_set_them(capacity, groups, dev
     torch.testing.assert_close(pair[0].sums, pair[1].sums, rtol=1e-15, atol=0)
 
 
-@pytest.mark.parametrize("beta", [0.4, "tensor"])
+@pytest.mark.parametrize("beta", [0.4, "tensor", "each"])
 @pytest.mark.parametrize("normalization", ["batch", "buffer", "none"])
 @pytest.mark.parametrize("stratified", [False, True])
 @pytest.mark.parametrize(("capacity", "groups"), SHAPES)
@@ -434,6 +441,8 @@ def test_draws_and_weights_are_those_of_the_functions_in_torch(
     capacity, groups, stratified, normalization, beta, device, unseen
 ):
     pair = twins(capacity, device, groups)
+    if beta != 0.4:
+        beta = number(0.4, device) if beta == "tensor" else exponents(groups).to(device)
     index = torch.arange(capacity, device=device).repeat(groups, 1)
     value = torch.rand(groups, capacity, device=device)
     point = torch.rand(groups, 50, dtype=torch.float64, device=device)
@@ -448,7 +457,7 @@ def test_draws_and_weights_are_those_of_the_functions_in_torch(
                     column,
                     point[:, :number_of_points].clone(),
                     stratified=stratified,
-                    beta=number(0.4, device) if beta == "tensor" else beta,
+                    beta=beta,
                     normalization=normalization,
                     written=torch.full((groups,), 2 * capacity, device=device),
                 )

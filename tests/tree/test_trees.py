@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from per_td import PerTdError
-from per_td.kernels.flags import ALPHA, ALPHA_EXPONENT
 from per_td.kernels.layout import Block, Layout
 from per_td.memory import zeros
 from per_td.priorities.distributions import Proportional
@@ -20,8 +19,7 @@ CPU = torch.device("cpu")
 def made(capacity: int, groups: int, device=CPU, *, minima: bool = True) -> Trees:
     """Empty trees with priorities, whose masses are the priorities."""
     trees = Trees(Layout.of(capacity, groups), device, extremes=True, replayed=True)
-    trees.set(ALPHA, 1.0)
-    trees.set(ALPHA_EXPONENT, 1.0)
+    trees.set_exponent(1.0)
     trees.keep_minima(minima)
     return trees
 

@@ -98,6 +98,13 @@ def _numbers(written: Tensor | int, groups: int) -> tuple[int, Any]:
     return kept.buffer_info()[0], kept
 
 
+def _exponents(beta: Tensor | float, groups: int) -> tuple[float, int]:
+    """Give one number for all groups and 0, or any and the address of one float64 per group."""
+    if groups == 1 or not isinstance(beta, Tensor):
+        return float(beta), 0
+    return 0.0, _address(beta, torch.float64, groups)
+
+
 def _trees_record(trees: Trees) -> int:
     """Address of the trees' record, which is made anew when their memory has moved."""
     block, base = trees.block, trees.leaves.data_ptr()
@@ -327,7 +334,7 @@ def draw(
         _trees_record(trees),
         _address(point, torch.float64, total),
         _each(total, groups),
-        float(beta),
+        *_exponents(beta, groups),
         ever,
         index.data_ptr(),
         weight.data_ptr(),
@@ -402,8 +409,9 @@ def draw_rows(
     to = _addresses(out)
     ever, _kept = _numbers(written, groups)
     options = _NORMALIZATIONS[normalization] | (stratified and option.STRATIFIED)
+    exponents = _exponents(beta, groups)
     empty = draws.draw_rows(
-        _trees_record(trees), record.address, at, n, float(beta), ever, to.buffer_info()[0], options
+        _trees_record(trees), record.address, at, n, *exponents, ever, to.buffer_info()[0], options
     )
     if empty:
         return None

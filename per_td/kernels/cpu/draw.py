@@ -131,12 +131,13 @@ def find(record: int, target: int, n: int, index: int, mass: int) -> None:
             found[begin + i] = node[i] - s * trees.stride
 
 
-@kernel("int64(int64, int64, int64, float64, int64, int64, int64, int64)")
+@kernel("int64(int64, int64, int64, float64, int64, int64, int64, int64, int64)")
 def draw(
     record: int,
     point: int,
     n: int,
     beta: float,
+    betas: int,
     written: int,
     index: int,
     weight: int,
@@ -148,7 +149,8 @@ def draw(
         record: address of the trees' record.
         point: random numbers in [0, 1), overwritten, float64 [groups, n].
         n: draws from each tree.
-        beta: exponent of the weights.
+        beta: exponent of the weights of all trees.
+        betas: one for each tree instead, float64 [groups], or 0 for none.
         written: int64 [groups].
         index, weight: take the slots and their weights, int64 and float32 [groups, n].
         options: STRATIFIED moves each point into its n-th of the total. BY_SIZE makes the weights
@@ -197,7 +199,8 @@ def draw(
         for i in range(n):
             found[s * n + i] = node[i] - s * trees.stride
             target[i] = mass[i] / unit * factor
-        power(target, -beta, weights[s * n : (s + 1) * n])
+        exponent = doubles(betas, trees.groups)[s] if betas != 0 else beta
+        power(target, -exponent, weights[s * n : (s + 1) * n])
     return empty
 
 
@@ -254,16 +257,24 @@ def draw_distinct(record: int, point: int, points: int, n: int, index: int, mass
     return short
 
 
-@kernel("int64(int64, int64, int64, int64, float64, int64, int64, int64)")
+@kernel("int64(int64, int64, int64, int64, float64, int64, int64, int64, int64)")
 def draw_rows(
-    record: int, rows: int, point: int, n: int, beta: float, written: int, to: int, options: int
+    record: int,
+    rows: int,
+    point: int,
+    n: int,
+    beta: float,
+    betas: int,
+    written: int,
+    to: int,
+    options: int,
 ) -> int:
     """Draw slots by `draw`, and copy their rows.
 
     Args:
         record: address of the trees' record.
         rows: address of the rows' record, of as many groups.
-        point, n, beta, written, options: see `draw`.
+        point, n, beta, betas, written, options: see `draw`.
         to: addresses for the rows of each field, then for generations, slots and weights, int64
             [fields + 3].
 
@@ -273,7 +284,7 @@ def draw_rows(
     count = rows_at(rows).count
     place = integers(to, count + 3)
     generation, index, weight = place[count], place[count + 1], place[count + 2]
-    empty = draw(record, point, n, beta, written, index, weight, options)
+    empty = draw(record, point, n, beta, betas, written, index, weight, options)
     if empty == 0:
         gather(rows, index, n, to, written, generation, GENERATION)
     return empty

@@ -19,9 +19,9 @@ def _numbers(names: str) -> "np.dtype[Any]":
 TREES = _numbers(
     # addresses: leaves and priorities [leaf_slots], nodes [node_slots], levels [2, depth]
     "leaves raw sums maxima minima levels"
-    # settings float64 [4], ever_max float32 [groups], replayed bool, snapshot float32, and lengths;
-    # the length of a missing part is 0
-    " settings ever_max replayed replayed_length snapshot snapshot_length"
+    # settings float64 [4], exponents float64 and ever_max float32 [groups], replayed bool, snapshot
+    # float32, and lengths; the length of a missing part is 0
+    " settings exponents ever_max replayed replayed_length snapshot snapshot_length"
     # lengths and places, see `Layout`
     " leaf_slots node_slots raw_length depth groups capacity stride width height"
 )

@@ -167,6 +167,7 @@ def assign_new(record: int, runs: int, options: int) -> bool:
     """
     trees = trees_at(record)
     levels, settings = levels_of(trees), doubles(trees.settings, 4)
+    exponents = doubles(trees.exponents, trees.groups)
     run, slots = integers(runs, 2 * trees.groups).copy(), trees.capacity
     for s in range(trees.groups):
         if not (0 <= run[2 * s] < slots and 0 <= run[2 * s + 1] <= slots):
@@ -185,7 +186,7 @@ def assign_new(record: int, runs: int, options: int) -> bool:
         p[0] = priority
         if trees.snapshot_length > 0:
             _rank_all(p, floats(trees.snapshot, trees.snapshot_length))
-        _masses_of(p, settings[option.ALPHA_EXPONENT], mass)
+        _masses_of(p, exponents[s], mass)
         first = s * trees.stride
         begin, end = first + start, first + min(start + n, slots)
         for _ in range(2):
@@ -246,7 +247,8 @@ def assign(
     if stamped:
         for i in range(total):
             prefetch(stamps + 8 * at[i])
-    leaf, new, ends = np.empty(total, np.int64), np.empty(total, np.float32), np.empty(trees.groups)
+    leaf, new = np.empty(total, np.int64), np.empty(total, np.float32)
+    ends = np.empty(trees.groups, np.int64)
     count = stale = 0
     for s in range(trees.groups):
         size = min(ever[s], limit)
@@ -284,15 +286,16 @@ def assign(
         for i in range(count):
             drawn[leaf[i]] = False
     p, mass, largest = np.empty(count), np.empty(count), floats(trees.ever_max, trees.groups)
-    i = 0
+    exponents, begin = doubles(trees.exponents, trees.groups), 0
     for s in range(trees.groups):
-        while i < ends[s]:  # of equal indices, the last has won
+        for i in range(begin, ends[s]):  # of equal indices, the last has won
             p[i] = raw[leaf[i]]
             largest[s] = max(largest[s], raw[leaf[i]])
-            i += 1
-    if trees.snapshot_length > 0:
-        _rank_all(p, floats(trees.snapshot, trees.snapshot_length))
-    _masses_of(p, settings[option.ALPHA_EXPONENT], mass)
+        own = p[begin : ends[s]]
+        if trees.snapshot_length > 0:
+            _rank_all(own, floats(trees.snapshot, trees.snapshot_length))
+        _masses_of(own, exponents[s], mass[begin : ends[s]])
+        begin = ends[s]
     for i in range(count):
         leaves[leaf[i]] = mass[i]
     _refresh_sums(leaves, doubles(trees.sums, trees.node_slots), levels, leaf)

@@ -139,7 +139,7 @@ def weigh(mass: Tensor, beta: Tensor, unit: Tensor, size: Tensor | None = None) 
 
     Args:
         mass: masses of the slots drawn, float32 [B].
-        beta: 0-dim.
+        beta: one number.
         unit: the mass that gets the weight 1, or the total with a `size`; 0-dim.
         size: number of transitions in the buffer, 0-dim.
 

@@ -12,7 +12,7 @@ from per_td.kernels import reference
 from per_td.kernels.cuda import draw as draws
 from per_td.kernels.cuda import update
 from per_td.kernels.cuda.nodes import Kinds
-from per_td.kernels.flags import ALPHA_EXPONENT, EPS
+from per_td.kernels.flags import EPS
 from per_td.kernels.parts import Distribution, Trees
 from per_td.kernels.reference import (
     Runs,
@@ -82,7 +82,7 @@ def _assign(
         trees.raw,
         leaf,
         value,
-        alpha=trees.settings[ALPHA_EXPONENT],
+        alpha=trees.exponents,
         ever_max=None if many else trees.ever_max,
         eps=trees.settings[EPS] if add_eps else None,
         live=live,

@@ -81,9 +81,11 @@ def _claim(
     tl.atomic_max(column + at, _claim_of(lane), mask=right & alive, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["n", "slots"])
-def _settle(column, masses, update, alpha, ever_max, n, slots, FLAT: tl.constexpr):
+@triton.jit(do_not_specialize=["n", "slots", "stride"])
+def _settle(column, masses, update, alpha, stride, ever_max, n, slots, FLAT: tl.constexpr):
     """Write the value of every update whose claim stands; `masses` and `ever_max` may be None.
+
+    `alpha` is one number, or with a `stride`, not None, one for each tree of so many leaves.
 
     A slot holds the claim of its last update, or the priority that this has written since. FLAT is
     at least the threads of a program: if two of them did one update, the second might look after
@@ -97,7 +99,11 @@ def _settle(column, masses, update, alpha, ever_max, n, slots, FLAT: tl.constexp
     new = tl.where(stands, tl.abs(_priority(update, lane, stands)), 0.0)  # abs: no -0
     tl.store(column + at, new.to(tl.uint32, bitcast=True), mask=stands)
     if masses is not None:
-        mass = tl.exp(tl.log(tl.where(new > 0, new, 1.0).to(tl.float64)) * tl.load(alpha))
+        if stride is not None:
+            exponent = tl.load(alpha + at // stride, mask=stands, other=1.0)
+        else:
+            exponent = tl.load(alpha)
+        mass = tl.exp(tl.log(tl.where(new > 0, new, 1.0).to(tl.float64)) * exponent)
         mass = tl.minimum(tl.maximum(mass, _TINY), _HUGE).to(tl.float32)
         tl.store(masses + at, tl.where(new > 0, mass, 0.0), mask=stands)
     if ever_max is not None:  # float32 as int32: without a sign, in the same order
@@ -121,7 +127,7 @@ def put(trees: Kinds, index: Tensor, value: Tensor) -> None:
         column, n, slots = trees.sums[0].view(torch.uint32), len(index), trees.layout.spare
         grid, unused = (triton.cdiv(n, FLAT),), (None,) * 6
         _claim[grid](column, update, *unused, n, slots, slots, FLAT)
-        _settle[grid](column, None, update, None, None, n, slots, FLAT)
+        _settle[grid](column, None, update, None, None, None, n, slots, FLAT)
         refresh(trees, index)
 
 
@@ -147,7 +153,7 @@ def assign(
         raw: the priorities, float32 [leaf_slots].
         index: int64 [B].
         value: TD errors, or priorities if `eps` is None, float32 [B].
-        alpha: exponent of the priorities, float64, 0-dim.
+        alpha: exponents of the priorities of each tree, float64 [S], or 0-dim for one tree.
         ever_max: takes the largest priority ever written, float32 [1], or None.
         eps: added to |TD error|, float64, 0-dim.
         size: an index must be below it, a number or int64, 0-dim; None: all slots.
@@ -173,6 +179,7 @@ def assign(
     given, counters = (live, generation, written, size), (refused, dropped)
     _claim[grid](column, update, *given, *counters, n, limit, slots, FLAT)
     record = None if ever_max is None else ever_max.view(torch.int32)
-    _settle[grid](column, trees.sums[0], update, alpha, record, n, slots, FLAT)
+    stride = trees.layout.stride if trees.layout.groups > 1 else None
+    _settle[grid](column, trees.sums[0], update, alpha, stride, record, n, slots, FLAT)
     refresh(trees, index)
     return 0 if dropped is None else dropped
