@@ -46,12 +46,14 @@ class Draw(NamedTuple):
         leaves: copies of them by key, [B, ...].
         generation: to be handed back with an update, int64 [B].
         mass: their masses, float32 [B].
+        draw_count: how often each was drawn, int32 [B]; None without `track_draws`.
     """
 
     slot: Tensor
     leaves: Leaves
     generation: Tensor
     mass: Tensor
+    draw_count: Tensor | None = None
 
 
 def _of_table(name: str, doc: str, *, choice: bool = True) -> Any:
@@ -551,7 +553,10 @@ class PrioritizedReplayBuffer(Copied):
                     f" and {self.latest}: the masses do not give the weights then"
                 )
             leaves, slot, _, generation = self._sample_leaves(batch_size)
-            return Draw(slot, leaves, generation, self._priorities.mass.gather(-1, slot))
+            counts = self._priorities.draw_count
+            counts = None if counts is None else counts.gather(-1, slot)
+            mass = self._priorities.mass.gather(-1, slot)
+            return Draw(slot, leaves, generation, mass, counts)
 
     def _drawn(
         self, batch_size: int | None, how: tuple[str, int | None] | None = None
