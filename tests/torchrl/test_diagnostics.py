@@ -118,7 +118,7 @@ def test_a_sampler_alone_knows_no_ages_and_takes_priorities_of_0_for_empty_slots
     sampler.mark_update(torch.arange(12))
     sampler.update_priority(torch.arange(12), torch.rand(12))
     sampler.set_priority(5, 0.0)
-    sampler._table.draw_counts.draw(torch.tensor([0, 0, 1, 5]))
+    sampler._table.draw_counts.draw(torch.tensor([0, 0, 1, 5, 5, 5]))
     sampler._table.replayed[[0, 1, 5]] = True
     got = values(sampler.diagnostics())
     assert got["size"] == 11
