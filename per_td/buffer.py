@@ -46,12 +46,14 @@ class Draw(NamedTuple):
         leaves: copies of them by key, [B, ...].
         generation: to be handed back with an update, int64 [B].
         mass: their masses, float32 [B].
+        draw_count: how often each was drawn, int32 [B]; None without `track_draws`.
     """
 
     slot: Tensor
     leaves: Leaves
     generation: Tensor
     mass: Tensor
+    draw_count: Tensor | None = None
 
 
 def _of_table(name: str, doc: str, *, choice: bool = True) -> Any:
@@ -564,7 +566,10 @@ class PrioritizedReplayBuffer(Copied):
                     f" and {self.latest}: the masses do not give the weights then"
                 )
             leaves, slot, _, generation = self._sample_leaves(batch_size)
-            return Draw(slot, leaves, generation, self._priorities.mass.gather(-1, slot))
+            counts = self._priorities.draw_count
+            counts = None if counts is None else counts.gather(-1, slot)
+            mass = self._priorities.mass.gather(-1, slot)
+            return Draw(slot, leaves, generation, mass, counts)
 
     def _drawn(
         self, batch_size: int | None, how: tuple[str, int | None] | None = None
@@ -1120,27 +1125,38 @@ class PrioritizedReplayBuffer(Copied):
         It sorts all priorities and masses: call it now and then, not at every step.
 
         Returns:
-            0-dim tensors on the buffer's device, always under the same keys; nothing is read back
-            to the host. float32: effective sample size of the draws, their share on the top 1 % of
-            slots, the share of transitions never replayed, quantiles of priority, weight and age
-            ("priority/min", "/q01", "/q25", "/q50", "/q75", "/q99", "/max"), "beta"; NaN for what
-            does not exist, as in an empty buffer. int64: "size", "stale_updates",
-            "refused_priorities".
+            Tensors [] on the buffer's device, or [S] with `num_buffers`, always under the same
+            keys; nothing is read back to the host. float32: effective sample size of the draws,
+            their share on the top 1 % of slots, the share of transitions never replayed (with
+            `num_buffers` only `track_draws` knows it), quantiles of priority, weight and age, and
+            with `track_draws` of the number of draws ("priority/min", "/q01", "/q25", "/q50",
+            "/q75", "/q99", "/max"); NaN for what does not exist, as in an empty buffer. "size" is
+            int64. What buffers share is always []: "beta", float32, "stale_updates" and
+            "refused_priorities", int64.
         """
         with self._lock:
-            self._require_one("diagnostics")
-            table, size = self._priorities, len(self)
+            table, ring = self._priorities, self._storage
+            shown, counts = ring.shown, table.draw_count
+            counts = None if counts is None else counts[shown]
+            if ring.lead:
+                slot = torch.arange(self.capacity, device=self.device)
+                filled = slot < ring.lengths.unsqueeze(-1)
+                replayed = None if counts is None else counts > 0
+            else:
+                filled, replayed = None, table.replayed[shown]
             return {
                 **diagnostics.measure(
-                    priority=table.raw[:size],
-                    mass=table.mass[:size],
-                    replayed=table.replayed[:size],
-                    written=self._storage.ring_count(),
+                    priority=table.raw[shown],
+                    mass=table.mass[shown],
+                    filled=filled,
+                    replayed=replayed,
+                    draw_count=counts,
+                    written=ring.ring_count(),
                     beta=self._beta,
                     normalization=table.weight_normalization,
+                    uniform_mix=table.uniform_mix,
                 ),
                 "beta": self._beta.float(),
-                "size": torch.full((), size, dtype=torch.int64, device=self.device),
                 "stale_updates": self._stale.clone(),
                 "refused_priorities": table.refused.clone(),
             }

@@ -1,10 +1,9 @@
 """Figures of the priorities for a logger; docs/diagnostics.md explains them.
 
-Pure functions on tensors. The host never waits for a value: counts that depend on the data, such as
-that of positive priorities, stay on the device.
+Pure functions on tensors [n] of one buffer, or [S, n] of S buffers, each with figures of its own.
+The host never waits for a value: counts that depend on the data, such as that of positive
+priorities, stay on the device.
 """
-
-import math
 
 import numpy as np
 import torch
@@ -23,130 +22,198 @@ def _levels(device: torch.device) -> Tensor:
 
 
 def _ascending(values: Tensor) -> Tensor:
-    """Sort `values` [n]; numpy takes a 20th of the time of torch, which sorts indices."""
+    """Sort `values` [..., n]; numpy takes a 20th of the time of torch, which sorts indices."""
     if values.device.type == "cpu":
         return torch.from_numpy(np.sort(values.numpy()))
     return values.sort().values
 
 
 def _named(name: str, values: Tensor) -> dict[str, Tensor]:
-    """Split quantiles [7] into 0-dim float32 tensors by key."""
-    parts = values.float().unbind()
+    """Split quantiles [..., 7] into float32 tensors [...] by key."""
+    parts = values.float().unbind(-1)
     return {f"{name}/{key}": value for key, value in zip(QUANTILES, parts, strict=True)}
 
 
-def _places(count: Tensor | int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Places of the quantiles in `count` sorted values: two neighbours [7] and a share [7]."""
-    place = _levels(device) * (count - 1)
+def _known(figure: Tensor, count: Tensor) -> Tensor:
+    """The figure where `count` is positive, and NaN elsewhere."""
+    return torch.where(count > 0, figure, torch.nan)
+
+
+def _places(count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Places of the quantiles in `count` [...] sorted values: neighbours and a share, [..., 7]."""
+    place = _levels(count.device) * (count - 1).clamp(min=0).unsqueeze(-1)
     low = place.floor()
-    return low.long().clamp(min=0), place.ceil().long().clamp(min=0), place - low
+    return low.long(), place.ceil().long(), place - low
 
 
-def priorities(priority: Tensor) -> dict[str, Tensor]:
-    """Quantiles of raw priorities, interpolated; `priority` float32 [n], n at least 1."""
-    ordered = _ascending(priority).double()  # torch.quantile refuses more than 2^24 of them
-    low, high, share = _places(len(priority), priority.device)
-    return _named("priority", ordered[low].lerp(ordered[high], share))
+def quantiles(name: str, values: Tensor, size: Tensor) -> dict[str, Tensor]:
+    """Quantiles, interpolated, of the largest `size` values; NaN for none.
+
+    Args:
+        name: first part of the keys.
+        values: [..., n], n at least 1.
+        size: int64 [...], at most n.
+    """
+    ordered = _ascending(values)  # torch.quantile refuses more than 2^24 of them
+    low, high, share = _places(size)
+    first = (values.shape[-1] - size.clamp(min=1)).unsqueeze(-1)
+    below, above = (ordered.gather(-1, first + place).double() for place in (low, high))
+    return _named(name, _known(below.lerp(above, share), size.unsqueeze(-1)))
 
 
-def masses(ordered: Tensor) -> dict[str, Tensor]:
+def probabilities(mass: Tensor, uniform_mix: float) -> Tensor:
+    """Probabilities of draws in proportion to mass, a share of them uniform.
+
+    Args:
+        mass: float32 [..., n]; a mass of 0 is never drawn.
+        uniform_mix: that share; see `PrioritizedReplayBuffer`.
+
+    Returns:
+        float64 [..., n]; NaN where all masses are 0.
+    """
+    share = mass.double()
+    share = share / share.sum(-1, keepdim=True)
+    if not uniform_mix:
+        return share
+    held = mass > 0
+    mixed = (1 - uniform_mix) * share + uniform_mix / held.sum(-1, keepdim=True).double()
+    return torch.where(held, mixed, share)
+
+
+def concentration(probability: Tensor, size: Tensor) -> dict[str, Tensor]:
     """Measures of how unequal the probabilities are.
 
     Args:
-        ordered: masses, descending, float32 [n], n at least 1.
+        probability: descending, float64 [..., n], n at least 1.
+        size: number of transitions, int64 [...].
 
     Returns:
-        "effective_sample_size": (sum m)^2 / sum m^2, n if all are equal and 1 if one transition has
-        everything; "effective_share": that over n; "top_1_percent_share": probability of the
-        ceil(n / 100) slots of the largest masses.
+        "effective_sample_size": 1 / sum P^2, `size` if all are equal and 1 if one transition has
+        everything; "effective_share": that over `size`; "top_1_percent_share": probability of the
+        ceil(size / 100) slots of the largest masses.
     """
-    mass = ordered.double() / ordered[0].double()  # keeps their squares finite
-    total = mass.sum()
-    size = total.square() / mass.square().sum()
-    top = mass[: math.ceil(len(mass) / 100)].sum() / total
+    effective = probability.square().sum(-1).reciprocal()
+    place = torch.arange(probability.shape[-1], device=probability.device)
+    inside = place < ((size + 99) // 100).unsqueeze(-1)
+    top = torch.where(inside, probability, 0.0).sum(-1)
     return {
-        "effective_sample_size": size.float(),
-        "effective_share": (size / len(mass)).float(),
-        "top_1_percent_share": top.float(),
+        "effective_sample_size": effective.float(),
+        "effective_share": (effective / size).float(),
+        "top_1_percent_share": _known(top, size).float(),
     }
 
 
-def weights(ordered: Tensor, beta: Tensor, normalization: str) -> dict[str, Tensor]:
+def weights(
+    probability: Tensor, size: Tensor, beta: Tensor | float, normalization: str
+) -> dict[str, Tensor]:
     """Quantiles, interpolated, of the weights of all slots that can be drawn.
 
     Args:
-        ordered: masses, descending, float32 [n], n at least 1.
-        beta: exponent of the weights, 0-dim.
+        probability: descending, float64 [..., n], n at least 1.
+        size: N, the number of transitions, int64 [...].
+        beta: exponent of the weights, one number, or [S].
         normalization: "none"; any other divides by the largest weight in the buffer, since that
             of a batch depends on the draw.
     """
-    count = ordered.count_nonzero()  # those of mass 0 come last: they have no weight
-    low, high, share = _places(count, ordered.device)
-    last = (count - 1).clamp(min=0).view(1)  # a 0-dim index would be read by the host
-    smallest = ordered.index_select(0, last)
+    count = (probability > 0).sum(-1)  # those of probability 0 come last: they have no weight
+    low, high, share = _places(count)
+    last = (count - 1).clamp(min=0).unsqueeze(-1)
+    smallest = probability.gather(-1, last)
 
     def weight(place: Tensor) -> Tensor:
         weight = importance_weights(
-            ordered.index_select(0, place),  # descending: the weights are ascending
-            beta,
-            total=ordered.sum(dtype=torch.float64),
-            size=len(ordered),
+            probability.gather(-1, place),  # descending: the weights are ascending
+            beta.unsqueeze(-1) if isinstance(beta, Tensor) and beta.ndim else beta,
+            total=1.0,
+            size=size.unsqueeze(-1),
             smallest=smallest,
             normalization="none" if normalization == "none" else "buffer",
         )
         return weight.double()
 
-    quantiles = weight(low).lerp(weight(high), share)
-    return _named("weight", torch.where(count > 0, quantiles, torch.nan))
+    return _named("weight", _known(weight(low).lerp(weight(high), share), count.unsqueeze(-1)))
 
 
-def ages(mass: Tensor, written: int) -> dict[str, Tensor]:
+def ages(mass: Tensor, written: Tensor | int | None) -> dict[str, Tensor]:
     """Quantiles of the age of draws: the number of transitions written since.
 
     A quantile q is the smallest age that a draw exceeds with a probability of at most 1 - q.
 
     Args:
-        mass: masses of the filled slots, float32 [n], n at least 1.
-        written: number of transitions ever written.
+        mass: of the slots of a ring, in proportion to the probabilities, [..., n], n at least 1.
+        written: number of transitions ever written to it, int64 [...], or one number; None: nobody
+            knows their order, so the ages are NaN.
     """
-    n = len(mass)
-    head = written % n if written > n else 0  # the slot of the oldest
-    by_age = torch.cat([mass[head:], mass[:head]]).flip(0)
-    reached = by_age.cumsum(0, dtype=torch.float64)
-    total = reached[-1]
-    target = (_levels(mass.device) * total).clamp(min=torch.finfo(torch.float64).tiny)
-    age = torch.searchsorted(reached, target).double()
-    return _named("age", torch.where(total > 0, age, torch.nan))
+    device, n = mass.device, mass.shape[-1]
+    if written is None:
+        shape = *mass.shape[:-1], len(QUANTILES)
+        return _named("age", torch.full(shape, torch.nan, dtype=torch.float64, device=device))
+    if isinstance(written, Tensor):
+        slot = (written.unsqueeze(-1) - 1 - torch.arange(n, device=device)) % n
+        by_age = mass.gather(-1, slot.expand(mass.shape))
+    else:  # several times faster
+        by_age = mass.roll(-(written % n), -1).flip(-1)
+    reached = by_age.cumsum(-1, dtype=torch.float64)
+    total = reached[..., -1:]
+    target = (_levels(device) * total).clamp(min=torch.finfo(torch.float64).tiny)
+    return _named("age", _known(torch.searchsorted(reached, target).double(), total))
 
 
 def measure(
     *,
     priority: Tensor,
     mass: Tensor,
-    replayed: Tensor,
-    written: int,
-    beta: Tensor,
+    filled: Tensor | None = None,
+    replayed: Tensor | None,
+    draw_count: Tensor | None = None,
+    written: Tensor | int | None,
+    beta: Tensor | float,
     normalization: str,
+    uniform_mix: float = 0.0,
 ) -> dict[str, Tensor]:
-    """All figures of this module, 0-dim float32; NaN for those that an empty buffer lacks.
+    """All figures of this module, float32 [...]; NaN for those that an empty buffer lacks.
 
     Args:
-        priority, mass: priorities and masses of the filled slots, float32 [n].
-        replayed: True for slots that have been drawn, bool [n].
-        written: number of transitions ever written.
-        beta: exponent of the weights, 0-dim.
+        priority, mass: priorities and masses of the slots, float32 [..., n]; 0 in empty ones.
+        filled: True for slots that hold a transition, bool [..., n]; None: all do.
+        replayed: True for slots that have been drawn, bool [..., n]; None: nobody knows.
+        draw_count: how often slots have been drawn, int32 [..., n]; None: nobody knows, and there
+            are no figures of it.
+        written: number of transitions ever written, int64 [...], or one number; None: nobody knows
+            in which order.
+        beta: exponent of the weights, one number, or [S].
         normalization: normalization of the weights.
+        uniform_mix: share of the draws that are uniform.
+
+    Returns:
+        The figures by key; beside them "size", the number of transitions, int64 [...].
     """
-    n = len(priority)
-    if not n:  # the same keys as for one transition of mass 0, and no figures
-        priority, mass = priority.new_full((1,), torch.nan), mass.new_zeros(1)
-        replayed = replayed.new_zeros(1)
-    ordered = _ascending(mass).flip(0)
-    never = (~replayed).float().mean(dtype=torch.float64).float()
+    if filled is None:
+        filled = torch.ones_like(priority, dtype=torch.bool)
+    if not priority.shape[-1]:  # the same keys as for one empty slot, and no figures
+        priority, mass, filled = (_one_empty(each) for each in (priority, mass, filled))
+        replayed = None if replayed is None else _one_empty(replayed)
+        draw_count = None if draw_count is None else _one_empty(draw_count)
+    size = filled.sum(-1)
+    likely = probabilities(mass, uniform_mix) if uniform_mix else mass
+    descending = probabilities(_ascending(mass).flip(-1), uniform_mix)
+    never = torch.full_like(size, torch.nan, dtype=torch.float32)
+    if replayed is not None:
+        never = ((filled & ~replayed).sum(-1) / size.double()).float()
+    counts = {}
+    if draw_count is not None:
+        counts = quantiles("draw_count", torch.where(filled, draw_count, -1), size)
     return {
-        **masses(ordered),
-        "never_replayed_share": never if n else torch.full_like(never, torch.nan),
-        **priorities(priority),
-        **weights(ordered, beta, normalization),
-        **ages(mass, written),
+        **concentration(descending, size),
+        "never_replayed_share": never,
+        **quantiles("priority", priority, size),
+        **weights(descending, size, beta, normalization),
+        **ages(likely, written),
+        **counts,
+        "size": size,
     }
+
+
+def _one_empty(column: Tensor) -> Tensor:
+    """One slot without anything in place of none: [..., 0] -> [..., 1]."""
+    return column.new_zeros((*column.shape[:-1], 1))

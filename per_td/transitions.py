@@ -192,6 +192,10 @@ class TransitionReplayBuffer(Copied):
         """Counters; see `PrioritizedReplayBuffer.stats`."""
         return self.buffer.stats()
 
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Measure prioritization for a logger; see `PrioritizedReplayBuffer.diagnostics`."""
+        return self.buffer.diagnostics()
+
     def push(
         self,
         state: Any,

@@ -172,7 +172,7 @@ def test_leaves_are_drawn_with_their_masses_and_generations(settings):
     for start in (5, 10):
         buffer.extend(numbered(start, 5) if many else data(start, 5))
     torch.manual_seed(4)
-    slot, leaves, generation, mass = buffer.draw_leaves(6)
+    slot, leaves, generation, mass, _ = buffer.draw_leaves(6)
     torch.manual_seed(4)
     batch = buffer.sample(6)
     assert torch.equal(slot, batch["index"])

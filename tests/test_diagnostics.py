@@ -7,6 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from tensordict import TensorDict
 
 from per_td import PrioritizedReplayBuffer, TransitionReplayBuffer, diagnostics
 from per_td.diagnostics import QUANTILES
@@ -27,6 +28,8 @@ KEYS = {
     "refused_priorities",
 }
 
+COUNTS = {f"draw_count/{part}" for part in QUANTILES}
+
 
 def filled(n, capacity=None, *, device="cpu", zeros=0.0, **settings) -> PrioritizedReplayBuffer:
     """`n` transitions of random priorities, of which a share is 0."""
@@ -37,39 +40,61 @@ def filled(n, capacity=None, *, device="cpu", zeros=0.0, **settings) -> Prioriti
     return buffer
 
 
-def naive(buffer) -> dict[str, float]:
-    """From priorities and the formulas, in numpy."""
-    n = len(buffer)
-    priority, mass = buffer.priority.cpu().numpy(), buffer.mass.double().cpu().numpy()
-    probability = mass / mass.sum()
-    drawable = probability[probability > 0]
+def naive(buffer, s=None) -> dict[str, float]:
+    """From priorities and the formulas, in numpy; of one buffer, or of that number `s` of many."""
+    n = len(buffer) if s is None else buffer.lengths[s].item()
+    row = slice(None) if s is None else s
+    priority, mass = (
+        each[row][:n].cpu().numpy() for each in (buffer.priority, buffer.mass.double())
+    )
+    written = buffer.write_count if s is None else buffer.state_dict()["write_count"][s].item()
+    share, held = buffer.uniform_mix, mass > 0
+    probability = (1 - share) * mass / mass.sum() + share * held / held.sum()
+    drawable = probability[held]
     weight = (n * drawable) ** -buffer.beta
     if buffer.weight_normalization != "none":
         weight = weight / weight.max()
-    number = list(range(buffer.write_count))[-n:]  # of each transition that is left
-    age_of_slot = {k % buffer.capacity: buffer.write_count - 1 - k for k in number}
+    number = list(range(written))[-n:]  # of each transition that is left
+    age_of_slot = {k % buffer.capacity: written - 1 - k for k in number}
     age = np.array([age_of_slot[slot] for slot in range(n)])
     order = np.argsort(age)
     reached = np.cumsum(probability[order])
 
     def drawn_age(q: float) -> int:
-        enough = (reached >= q - 1e-9) & (probability[order] > 0)
+        enough = (reached >= q - 1e-9) & held[order]
         return age[order][np.flatnonzero(enough)[0]]
 
     levels = QUANTILES.items()
+    never, counts = math.nan, {}
+    if buffer.track_draws:
+        count = buffer.draw_count[row][:n].cpu().numpy()
+        never = (count == 0).mean()
+        counts = {f"draw_count/{key}": np.quantile(count, q) for key, q in levels}
+    elif s is None:
+        never = 1 - buffer.replayed.float().mean().item()
     return {
         "effective_sample_size": 1 / (probability**2).sum(),
         "effective_share": 1 / (probability**2).sum() / n,
         "top_1_percent_share": np.sort(probability)[-math.ceil(n / 100) :].sum(),
-        "never_replayed_share": 1 - buffer.replayed.float().mean().item(),
+        "never_replayed_share": never,
         **{f"priority/{key}": np.quantile(priority, q) for key, q in levels},
         **{f"weight/{key}": np.quantile(weight, q) for key, q in levels},
         **{f"age/{key}": drawn_age(q) for key, q in levels},
+        **counts,
         "beta": buffer.beta,
         "size": n,
         "stale_updates": buffer.stats()["stale_updates"],
         "refused_priorities": buffer.stats()["refused_priorities"],
     }
+
+
+SHARED = {"beta", "stale_updates", "refused_priorities"}
+
+
+def values_of(buffer, s) -> dict[str, float]:
+    """Of that number `s` of many buffers."""
+    got = buffer.diagnostics()
+    return {key: (value if key in SHARED else value[s]).item() for key, value in got.items()}
 
 
 def values(buffer) -> dict[str, float]:
@@ -87,6 +112,114 @@ def test_every_figure_is_that_of_its_naive_twin(n, prioritization, normalization
     buffer.update_priority(batch["index"], torch.rand(10))
     buffer.extend(data(n, n // 3, device))  # wraps around
     assert values(buffer) == pytest.approx(naive(buffer), rel=1e-5)
+
+
+@pytest.mark.parametrize("uniform_mix", [0.1, 1.0])
+@pytest.mark.parametrize("normalization", ["batch", "none"])
+@pytest.mark.parametrize("prioritization", ["proportional", "rank"])
+def test_a_mixture_and_counts_of_draws_are_those_of_the_naive_twin(
+    prioritization, normalization, uniform_mix, device
+):
+    buffer = filled(
+        150,
+        device=device,
+        zeros=0.3,
+        prioritization=prioritization,
+        weight_normalization=normalization,
+        uniform_mix=uniform_mix,
+        track_draws=True,
+    )
+    for _ in range(3):
+        buffer.sample(40)
+    buffer.extend(data(150, 20, device))
+    got = values(buffer)
+    assert got.keys() == KEYS | COUNTS
+    assert got == pytest.approx(naive(buffer), rel=1e-5)
+    if uniform_mix == 1:
+        assert got["effective_sample_size"] == pytest.approx((buffer.mass > 0).sum().item())
+        assert got["weight/min"] == pytest.approx(got["weight/max"])
+
+
+@pytest.mark.parametrize("track_draws", [False, True])
+@pytest.mark.parametrize("uniform_mix", [0.0, 0.3])
+@pytest.mark.parametrize("normalization", ["batch", "none"])
+@pytest.mark.parametrize("capacity", [1, 7, 250])
+@pytest.mark.parametrize("many", [1, 3])
+def test_many_buffers_have_the_figures_of_each(
+    many, capacity, normalization, uniform_mix, track_draws, device
+):
+    buffers = PrioritizedReplayBuffer(
+        capacity,
+        num_buffers=many,
+        weight_normalization=normalization,
+        uniform_mix=uniform_mix,
+        track_draws=track_draws,
+        device=device,
+    )
+    keys = KEYS | COUNTS if track_draws else KEYS
+    got = buffers.diagnostics()
+    assert got.keys() == keys
+    assert all(math.isnan(value) for value in got["effective_share"].tolist())
+    random = torch.Generator().manual_seed(capacity)
+    for step in range(6):
+        n = max(capacity // 4, 1)
+        priority = torch.rand(many, n, generator=random)
+        priority = torch.where(torch.rand(many, n, generator=random) < 0.2, 0.0, priority)
+        priority[:, 0] = 0.5  # there is always something to draw
+        mask = torch.rand(many, n, generator=random) < 0.5 if step else None
+        x = torch.rand(many, n, device=device)
+        buffers.extend(TensorDict({"x": x}, [many, n]), priority.to(device), mask)
+        if (buffers.total_mass > 0).all():
+            buffers.sample(5)
+        for s in range(many):
+            if buffers.mass[s].any():
+                got = values_of(buffers, s)
+                assert got == pytest.approx(naive(buffers, s), rel=1e-5, nan_ok=True)
+    for key, value in buffers.diagnostics().items():
+        assert value.shape == (() if key in SHARED else (many,)), key
+
+
+def test_many_buffers_have_figures_beside_empty_ones_and_ones_without_anything_to_draw(device):
+    buffers = PrioritizedReplayBuffer(20, num_buffers=3, track_draws=True, device=device)
+    mask = torch.zeros(3, 15, dtype=torch.bool)
+    mask[1:] = True
+    priority = torch.rand(3, 15)
+    priority[1] = 0.0
+    x = torch.rand(3, 15, device=device)
+    buffers.extend(TensorDict({"x": x}, [3, 15]), priority.to(device), mask.to(device))
+    assert values_of(buffers, 2) == pytest.approx(naive(buffers, 2), rel=1e-5)
+    got = [values_of(buffers, s) for s in range(2)]
+    for key in KEYS | COUNTS:
+        of_all = key in SHARED | {"size"}
+        stored = key.startswith(("priority", "draw_count")) or key == "never_replayed_share"
+        assert math.isnan(got[0][key]) != of_all, key
+        assert math.isnan(got[1][key]) != (of_all or stored), key
+    assert [each["size"] for each in got] == [0, 15]
+
+
+def test_only_counts_tell_what_many_buffers_have_never_replayed(device):
+    for track_draws in (False, True):
+        buffers = PrioritizedReplayBuffer(4, num_buffers=2, track_draws=track_draws, device=device)
+        buffers.extend(TensorDict({"x": torch.rand(2, 4, device=device)}, [2, 4]))
+        buffers.set_priority(torch.tensor([[1, 2, 3]] * 2).to(device), torch.zeros(2, 3).to(device))
+        buffers.sample(6)  # slot 0, six times
+        share = buffers.diagnostics()["never_replayed_share"]
+        if track_draws:
+            assert share.tolist() == [0.75, 0.75]
+            assert buffers.diagnostics()["draw_count/max"].tolist() == [6, 6]
+        else:
+            assert share.isnan().all()
+
+
+def test_the_course_buffer_passes_the_figures_on():
+    buffer = TransitionReplayBuffer(50)
+    assert buffer.diagnostics().keys() == KEYS
+    for k in range(70):
+        buffer.push([float(k)], 0, 0.0, [0.0], False)
+    indices = buffer.sample(20)[5]
+    buffer.update_priorities(indices, torch.rand(20))
+    got = {key: value.item() for key, value in buffer.diagnostics().items()}
+    assert got == pytest.approx(naive(buffer.buffer), rel=1e-5)
 
 
 def test_a_buffer_that_is_partly_filled_counts_what_is_there(device):
@@ -168,7 +301,7 @@ def test_extreme_priorities_have_figures_too():
 
 def test_more_values_than_torch_quantile_takes_are_no_trouble():
     priority = torch.arange(2**24 + 2, dtype=torch.float32)
-    got = diagnostics.priorities(priority)
+    got = diagnostics.quantiles("priority", priority, torch.tensor(len(priority)))
     assert got["priority/q50"].item() == pytest.approx((2**24 + 1) / 2)
     assert got["priority/max"].item() == 2**24
 

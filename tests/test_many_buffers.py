@@ -544,8 +544,6 @@ def test_a_state_does_not_load_into_another_number_of_buffers():
     PrioritizedReplayBuffer(20).load_state_dict(old)
 
 
-def test_ranks_and_diagnostics_are_for_one_buffer():
+def test_ranks_are_for_one_buffer():
     with pytest.raises(ConfigurationError, match="num_buffers=3"):
         PrioritizedReplayBuffer(8, num_buffers=3, prioritization="rank")
-    with pytest.raises(ConfigurationError, match="num_buffers=3"):
-        PrioritizedReplayBuffer(8, num_buffers=3).diagnostics()

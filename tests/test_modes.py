@@ -73,8 +73,9 @@ def steps(settings: dict, path) -> list:
     def views():
         buffer = made["b"]
         found = [buffer.priority, buffer.mass, buffer.total_mass, buffer.lengths]
+        found += buffer.diagnostics().values()
         if not lead:
-            found += [buffer.replayed, *buffer.diagnostics().values()]
+            found.append(buffer.replayed)
         return found
 
     def states():

@@ -422,8 +422,22 @@ def test_how_far_many_buffers_are_filled_is_read_back(read, pretended):
 def test_what_the_device_cannot_do_is_refused_as_anywhere(pretended):
     with pytest.raises(ConfigurationError, match="multinomial"):
         make(pretended, draw="stratified", method="multinomial")
-    with pytest.raises(ConfigurationError, match="diagnostics"):
-        make(pretended, num_buffers=S).diagnostics()
+    with pytest.raises(ConfigurationError, match="replayed"):
+        make(pretended, num_buffers=S).replayed  # noqa: B018
+
+
+@pytest.mark.parametrize("num_buffers", [None, 1, S])
+def test_figures_of_mixtures_counts_and_many_buffers_do_not_wait(num_buffers, pretended):
+    settings = {"num_buffers": num_buffers, "uniform_mix": 0.2, "track_draws": True}
+    buffer = make(pretended, **settings)
+    assert on_device(pretended, buffer.diagnostics())  # of an empty one
+    lead = () if num_buffers is None else (num_buffers,)
+    x = torch.zeros(*lead, 5, device="cuda")
+    buffer.extend(TensorDict({"x": x}, [*lead, 5]))
+    buffer.sample()
+    got = buffer.diagnostics()
+    assert on_device(pretended, got)
+    assert got["draw_count/max"].shape == got["size"].shape == lead
 
 
 # --- the pretended device itself ------------------------------------------------------------------

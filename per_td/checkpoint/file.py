@@ -167,6 +167,8 @@ class _Writer:
             return {"tensor": entry | {"block": block}}
         if isinstance(value, dict):
             return {"dict": {key: self._described(item) for key, item in value.items()}}
+        if isinstance(value, list | tuple):
+            return [self._described(item) for item in value]
         if value is None or isinstance(value, bool | int | float | str):
             return value
         raise CheckpointError(
@@ -289,7 +291,9 @@ class _File:
             )
 
     def restored(self, value: Any) -> Any:
-        """Invert `_described`."""
+        """Invert `_described`; tuples come back as lists."""
+        if isinstance(value, list):
+            return [self.restored(item) for item in value]
         if not isinstance(value, dict):
             return value
         if "dict" in value:

@@ -218,6 +218,9 @@ class Batches:
             "shard": shard,
             "priority_weight": weight,
         }
+        counts = [drawn.draw_count for _, drawn in parts if drawn.draw_count is not None]
+        if counts:  # all shards have them, or none
+            beside["draw_count"] = _joined(counts)
         cpu = torch.device("cpu")
         batch = self._structure.assembled(leaves.items(), beside, shard.shape, cpu)
         return batch if self._device.type == "cpu" else batch.to(self._device)
@@ -255,6 +258,7 @@ def deal(shard: int, drawn: Drawn, counts: list[int], batches: Iterable[list[_Pa
                 slot=drawn.slot[begin:end],
                 generation=drawn.generation[begin:end],
                 mass=drawn.mass[begin:end],
+                draw_count=None if drawn.draw_count is None else drawn.draw_count[begin:end],
             )
             parts.append((shard, part))
 

@@ -4,6 +4,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,16 +14,29 @@ from torch import Tensor
 from per_td import validation
 from per_td.buffer import PrioritizedReplayBuffer
 from per_td.errors import ConfigurationError
+from per_td.priorities.table import as_mode
 from per_td.ray import actors, saving, updates, wire
 from per_td.ray.batches import Batches, Request
 from per_td.ray.errors import ShardError
 from per_td.ray.ledger import Ledger
 from per_td.ray.replies import Replies
-from per_td.ray.shard import Report
+from per_td.ray.shard import EXACT, LIVE, Report
 from per_td.ray.writer import Receipt, Writer
+from per_td.schedules import LinearSchedule
 from per_td.storage.leaves import entries_of
 
 _DRAWS = ("independent", "stratified")
+_OF_SHARDS = (*LIVE, "weight_normalization", "new_priority", "draw", "track_draws")
+"""Settings that each shard has too."""
+
+
+def _require_default(name: str, given: object, default: object) -> None:
+    """Refuse a way to draw that no shard can follow by itself."""
+    if given != default:
+        raise ConfigurationError(
+            f"{name}: expected {default!r}, got {given!r}: a shard does not know what the others"
+            " hold, see docs/ray.md"
+        )
 
 
 def _of_rules(name: str, doc: str) -> Any:
@@ -45,9 +59,15 @@ class ShardedReplayBuffer:
         num_shards: number of actors.
         capacity_per_shard: slots of each.
         batch_size: default for `sample`.
-        alpha, beta, eps, beta_increment, weight_normalization: as for `PrioritizedReplayBuffer`.
+        alpha, beta, eps, beta_increment, weight_normalization, priority_clip: as for
+            `PrioritizedReplayBuffer`.
         new_priority: the same, of each shard.
         draw: "independent" or "stratified".
+        track_draws: let the shards count how often each transition was drawn. Batches have the
+            counts as "draw_count" int32 [B], which include draws of batches that nobody collected.
+        beta_schedule: a `LinearSchedule`; beta follows it, counted in this object's calls of
+            `update_priority`.
+        uniform_mix, latest: 0; see docs/ray.md for the reason.
         layout: as for `PrioritizedReplayBuffer`.
         example: one transition; shards then refuse others from the beginning.
         shard_device: of the transitions and priorities; for "cuda", ask Ray for GPUs with
@@ -94,6 +114,11 @@ class ShardedReplayBuffer:
         weight_normalization: str = "batch",
         new_priority: str = "buffer_max",
         draw: str = "independent",
+        priority_clip: tuple[float | None, float | None] | None = None,
+        track_draws: bool = False,
+        beta_schedule: LinearSchedule | None = None,
+        uniform_mix: float = 0.0,
+        latest: int = 0,
         layout: str = "auto",
         example: TensorDictBase | None = None,
         shard_device: torch.device | str | int = "cpu",
@@ -111,6 +136,8 @@ class ShardedReplayBuffer:
         actor_options: dict[str, Any] | None = None,
     ) -> None:
         self._num_shards = num_shards = validation.positive_int("num_shards", num_shards)
+        _require_default("uniform_mix", uniform_mix, 0)
+        _require_default("latest", latest, 0)
         # Holds settings, and refuses arguments that a shard would refuse; it never gets data
         self._rules = PrioritizedReplayBuffer(
             1,
@@ -124,11 +151,13 @@ class ShardedReplayBuffer:
             weight_normalization=weight_normalization,
             new_priority=new_priority,
             draw=validation.one_of("draw", draw, _DRAWS),
+            priority_clip=priority_clip,
+            track_draws=track_draws,
+            beta_schedule=beta_schedule,
             layout=layout,
         )
-        shared = ("alpha", "eps", "weight_normalization", "new_priority", "draw")
         self._settings: dict[str, Any] = {
-            **{name: getattr(self._rules, name) for name in shared},
+            **{name: getattr(self._rules, name) for name in _OF_SHARDS},
             "layout": layout,
             "capacity": validation.positive_int("capacity_per_shard", capacity_per_shard),
             "device": actors.device_of(shard_device),
@@ -298,6 +327,17 @@ class ShardedReplayBuffer:
         """Add `beta_increment` to beta, up to 1."""
         self._rules.increase_beta()
 
+    beta_schedule: LinearSchedule | None = validation.fixed(
+        "beta_schedule", lambda self: self._rules.beta_schedule
+    )
+    """Schedule that beta follows, or None."""
+
+    track_draws: bool = validation.fixed("track_draws", lambda self: self._rules.track_draws)
+    """True if draws are counted."""
+
+    uniform_mix = validation.fixed("uniform_mix", instead="expected 0, see docs/ray.md")
+    latest = validation.fixed("latest", instead="expected 0, see docs/ray.md")
+
     @property
     def alpha(self) -> float:
         """Exponent of the priorities; setting it costs O(N) in the shards, which are waited for."""
@@ -323,10 +363,25 @@ class ShardedReplayBuffer:
         self._updates.send()  # they were made with the eps of before
         self._configure()
 
+    @property
+    def priority_clip(self) -> tuple[float | None, float | None] | None:
+        """Bounds of the priorities that updates set from now on."""
+        return self._rules.priority_clip
+
+    @priority_clip.setter
+    def priority_clip(self, value: tuple[float | None, float | None] | None) -> None:
+        self._rules.priority_clip = value
+        self._updates.send()  # they were made with the bounds of before
+        self._configure()
+
+    def _live(self) -> dict[str, Any]:
+        """The settings of shards that may change, as they are now."""
+        return {name: getattr(self._rules, name) for name in LIVE}
+
     def _configure(self, *shards: int) -> None:
-        """Send alpha and eps to these shards, or to all."""
+        """Send the settings that may change to these shards, or to all."""
         for shard in shards or range(self.num_shards):
-            answer = self._shards[shard].configure.remote(alpha=self.alpha, eps=self.eps)
+            answer = self._shards[shard].configure.remote(**self._live())
             self._replies.expect(answer, shard, 0)
 
     # --- writing ----------------------------------------------------------------------------------
@@ -345,20 +400,29 @@ class ShardedReplayBuffer:
 
     # --- sampling and updating --------------------------------------------------------------------
 
-    def sample(self, batch_size: int | None = None) -> TensorDict:
+    def sample(
+        self, batch_size: int | None = None, by: str = "priority", newest: int | None = None
+    ) -> TensorDict:
         """Draw a batch from all shards.
+
+        Args:
+            batch_size: number of transitions B; None takes that of the constructor.
+            by, newest: "priority" and None; see docs/ray.md for the reason.
 
         Returns:
             TensorDict [B] on `device`, shard after shard: transitions, "index" int64, "generation"
             int64 (another one after each start of the shard), "shard" int64, "priority_weight"
-            float32, all [B].
+            float32, and with `track_draws` "draw_count" int32, all [B].
 
         Raises:
-            ConfigurationError: no batch size was given, here or to the constructor.
+            ConfigurationError: no batch size was given, here or to the constructor, or `by` or
+                `newest` is another.
             EmptyBufferError: no living shard has a transition of positive priority.
             ShardError: all shards are lost or late; later calls may find them restarted.
             SchemaError: the shards hold different kinds of transitions.
         """
+        _require_default("by", by, "priority")
+        _require_default("newest", newest, None)
         n = self.batch_size if batch_size is None else batch_size
         if n is None:
             raise ConfigurationError(
@@ -377,27 +441,68 @@ class ShardedReplayBuffer:
             self._ahead.appendleft(request)
         return batch
 
+    def sweep(self, batch_size: int) -> Iterator[TensorDict]:
+        """Raise ConfigurationError: shards are written to at any time; see docs/ray.md."""
+        raise ConfigurationError(
+            f"sweep: expected no call with batch_size={batch_size}: shards, which are written to"
+            " at any time, have no order of their slots together"
+        )
+
     def update_priority(
-        self, index: Any, td_error: Any, generation: Any = None, *, shard: Any
+        self,
+        index: Any,
+        td_error: Any,
+        generation: Any = None,
+        *,
+        shard: Any,
+        mode: str = "set",
+        rate: float = 1.0,
     ) -> None:
         """Send new priorities, |td_error| + eps, to the shards, without waiting for them.
 
         See `batches_per_request` for when they are sent.
 
         Args:
-            index, td_error, generation: as for `PrioritizedReplayBuffer.update_priority`, [B].
+            index, td_error, generation, mode, rate: as for
+                `PrioritizedReplayBuffer.update_priority`, [B].
             shard: the batch's "shard", [B].
 
         Raises:
+            ConfigurationError: there is no such mode, or a rate for "set".
             IndexRangeError: shapes differ, or there is no such slot or shard. A slot that its shard
                 has not filled raises in a later call, or in `flush`; its shard refuses the whole
                 message then.
             PriorityError: a TD error is NaN or infinite. Nothing has been sent then.
         """
+        self._send(index, td_error, generation, shard, as_mode(mode, rate))
+        self._rules._count_update()
+
+    def set_priority(
+        self, index: Any, priority: Any, generation: Any = None, *, shard: Any
+    ) -> None:
+        """Send raw priorities, without eps and not clipped, to the shards; 0 is never drawn.
+
+        See `batches_per_request` for when they are sent.
+
+        Args:
+            priority: finite and not negative, [B].
+            index, generation, shard: see `update_priority`.
+
+        Raises:
+            IndexRangeError, PriorityError: as `update_priority`; a negative priority is refused
+                like NaN.
+        """
+        self._send(index, priority, generation, shard, EXACT)
+
+    def _send(
+        self, index: Any, value: Any, generation: Any, shard: Any, how: dict[str, Any]
+    ) -> None:
+        """Check an update, and have it sent; see `Shard.update` for `how`."""
+        capacity = self._settings["capacity"]
         checked = updates.checked(
-            index, td_error, generation, shard, self.num_shards, self._settings["capacity"]
+            index, value, generation, shard, self.num_shards, capacity, exact=how == EXACT
         )
-        self._updates.add(*checked)
+        self._updates.add(*checked, how)
         self._replies.make_room(self._timeout_s)
 
     def update_tensordict_priority(self, batch: Any) -> None:
@@ -426,6 +531,18 @@ class ShardedReplayBuffer:
         """Raw priorities of all shards, float32 [len], one shard after the other, asked now."""
         self._updates.send()
         parts = self._get([shard.priority.remote() for shard in self._shards])
+        return torch.cat([wire.tensor(part) for part in parts])
+
+    @property
+    def draw_count(self) -> Tensor:
+        """How often the shards drew each transition, int32 [len], ordered like `priority`.
+
+        Raises:
+            ConfigurationError: the buffer was not made with `track_draws`.
+        """
+        if not self.track_draws:
+            raise ConfigurationError("draw_count: expected a buffer with track_draws=True")
+        parts = self._get([shard.draw_count.remote() for shard in self._shards])
         return torch.cat([wire.tensor(part) for part in parts])
 
     def reports(self) -> list[Report | None]:
@@ -484,8 +601,10 @@ class ShardedReplayBuffer:
         state = {
             "num_shards": self.num_shards,
             "batch_size": self.batch_size,
-            "settings": settings | {"alpha": self.alpha, "eps": self.eps},
+            "settings": settings | self._live(),
             "beta": self.beta,
+            "beta_schedule": None if self.beta_schedule is None else asdict(self.beta_schedule),
+            "updates": int(self._rules._updates),
             "beta_increment": self.beta_increment,
             "generator": None if self.generator is None else self.generator.get_state(),
         }
@@ -511,6 +630,8 @@ class ShardedReplayBuffer:
             raise ConfigurationError(f"{name}: expected the one saved, got {options[name]!r} too")
         buffer = cls(**settings, **options)
         with buffer._ending_on_error():
+            buffer._rules._updates.fill_(state.get("updates", 0))
+            buffer._rules._beta.fill_(state["beta"])
             if buffer.generator is not None and state["generator"] is not None:
                 saving.restore(buffer.generator, state["generator"])
             files = [saving.file_of(folder, k, state["token"]) for k in range(buffer.num_shards)]

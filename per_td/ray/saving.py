@@ -13,10 +13,13 @@ import torch
 
 from per_td.checkpoint import file as checkpoint
 from per_td.errors import CheckpointError, ConfigurationError
+from per_td.schedules import as_schedule
 
 FORMAT = "per_td.ray.ShardedReplayBuffer"
 _KEYS = ("token", "num_shards", "batch_size", "settings", "beta", "beta_increment", "generator")
 _SETTINGS = {"alpha", "eps", "weight_normalization", "new_priority", "draw", "layout", "capacity"}
+_LATER = {"priority_clip", "track_draws"}
+"""Settings that earlier versions did not save."""
 
 
 def as_path(name: str, path: Any) -> Path:
@@ -55,14 +58,21 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]
     state: dict[str, Any] = checkpoint.read(path, FORMAT)
     missing = [key for key in _KEYS if key not in state]
     settings = state.get("settings")
-    if missing or not isinstance(settings, dict) or settings.keys() != _SETTINGS:
+    if missing or not isinstance(settings, dict) or settings.keys() - _LATER != _SETTINGS:
         raise CheckpointError(
             f"{path}: expected {', '.join(_KEYS)} with the settings {', '.join(sorted(_SETTINGS))},"
             f" missing: {', '.join(missing) or 'none'}; settings: {settings!r}"
         )
     arguments = {key: value for key, value in settings.items() if key != "capacity"}
     arguments |= {key: state[key] for key in ("num_shards", "batch_size", "beta", "beta_increment")}
-    return state, arguments | {"capacity_per_shard": settings["capacity"]}
+    try:
+        schedule = as_schedule(state.get("beta_schedule"))
+    except ConfigurationError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return state, arguments | {
+        "capacity_per_shard": settings["capacity"],
+        "beta_schedule": schedule,
+    }
 
 
 def restore(generator: torch.Generator, state: Any) -> None:

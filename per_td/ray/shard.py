@@ -10,6 +10,8 @@ from torch import Tensor
 
 from per_td import validation
 from per_td.buffer import PrioritizedReplayBuffer
+from per_td.checkpoint import file as checkpoint
+from per_td.checkpoint import state as states
 from per_td.errors import CheckpointError
 from per_td.ray import structures, wire
 from per_td.ray.log import Record, WriteAheadLog
@@ -19,6 +21,12 @@ from per_td.storage.leaves import Leaves, count, leaves_of, named
 from per_td.storage.structure import Structure
 
 _EPOCH_BITS = 32
+
+LIVE = ("alpha", "eps", "priority_clip")
+"""Settings of the buffer that may change."""
+
+EXACT = {"exact": True}
+"""Marks an update that brings raw priorities."""
 
 
 class Report(NamedTuple):
@@ -55,6 +63,8 @@ class Drawn(NamedTuple):
     """float32 [n], at the moment of the draw."""
     told: Told | None = None
     """The structure of the transitions; None if it is the one that the learner knows."""
+    draw_count: Array | None = None
+    """How often each was drawn, int32 [n]; None if nobody counts."""
 
 
 class Shard:
@@ -102,7 +112,7 @@ class Shard:
         if folder is not None:
             log = WriteAheadLog(folder, fsync=fsync)
             if log.checkpoint is not None:
-                self._buffer.restore(log.checkpoint)
+                self._restore(log.checkpoint)
             self._due = self._buffer.write_count + self._every
             for record in log.replay():
                 self._apply(record)
@@ -176,8 +186,10 @@ class Shard:
         """
         if not self._buffer.total_mass > 0:
             return self.report()
-        # Independent draws may be cut anywhere; stratified ones go through the slots in order
-        apart = counts if self._buffer.draw == "stratified" else [sum(counts)]
+        # Independent draws may be cut anywhere; stratified ones go through the slots in order, and
+        # each batch brings the counts of its own moment
+        each = self._buffer.draw == "stratified" or self._buffer.track_draws
+        apart = counts if each else [sum(counts)]
         draws = [self._buffer.draw_leaves(n) for n in apart if n]
         parts = [wire.pack(drawn.leaves) for drawn in draws]
         packed = parts[0] if len(parts) == 1 else wire.joined(parts)
@@ -186,38 +198,60 @@ class Shard:
             for column in zip(*((d.slot, d.generation, d.mass) for d in draws), strict=True)
         )
         generation += self._epoch << _EPOCH_BITS
+        drawn = [wire.array(d.draw_count) for d in draws if d.draw_count is not None]
         told = None if self._told is None or self._told.name == known else self._told
-        return Drawn(self.report(), packed, slot, generation, mass, told)
+        return Drawn(
+            self.report(),
+            packed,
+            slot,
+            generation,
+            mass,
+            told,
+            np.concatenate(drawn) if drawn else None,
+        )
 
-    def update(self, index: Array, td_error: Array, generation: Array | None = None) -> Report:
-        """Set priorities to |td_error| + eps; stale updates are dropped and counted.
+    def update(
+        self,
+        index: Array,
+        value: Array,
+        generation: Array | None = None,
+        how: dict[str, Any] | None = None,
+    ) -> Report:
+        """Set priorities; stale updates are dropped and counted.
+
+        Args:
+            index: int64 [B].
+            value: TD errors, or raw priorities, float32 [B].
+            generation: int64 [B].
+            how: `mode` and `rate`, for TD errors, or `EXACT`, for raw priorities.
 
         Raises:
             IndexRangeError, PriorityError: as for `PrioritizedReplayBuffer.update_priority`.
         """
+        how = how or {}
         lost = 0
         if generation is not None:
             # an index of another epoch may name no filled slot now, so the buffer must not see it
             live = (generation >> _EPOCH_BITS) == self._epoch
             lost = int((~live).sum())
-            index, td_error = index[live], td_error[live]
+            index, value = index[live], value[live]
             generation = generation[live] & ((1 << _EPOCH_BITS) - 1)
-        named: Packed = [(("index",), "int64", index), (("td_error",), "float32", td_error)]
+        named: Packed = [(("index",), "int64", index), (("td_error",), "float32", value)]
         if generation is not None:
             named.append((("generation",), "int64", generation))
         if len(index):
-            self._update(named)
+            self._update(named, how)
         self._buffer.count_stale(lost)  # once nothing has been refused
         if len(index):
-            self._note("update", {}, named)
+            self._note("update", how, named)
         return self.report()
 
-    def configure(self, *, alpha: float, eps: float) -> Report:
-        """Set alpha, which costs O(N), and eps."""
-        changed = (alpha, eps) != (self._buffer.alpha, self._buffer.eps)
-        self._buffer.alpha, self._buffer.eps = alpha, eps
+    def configure(self, **settings: Any) -> Report:
+        """Set some of `LIVE`; alpha costs O(N)."""
+        changed = any(getattr(self._buffer, name) != value for name, value in settings.items())
+        self._configure(settings)
         if changed:
-            self._note("configure", {"alpha": alpha, "eps": eps}, [])
+            self._note("configure", settings, [])
         return self.report()
 
     def differences(self, asked: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -232,7 +266,7 @@ class Shard:
         Raises:
             ConfigurationError: there is no such device here.
         """
-        now = {"alpha": self._buffer.alpha, "eps": self._buffer.eps}
+        now = {name: getattr(self._buffer, name) for name in LIVE}
         has, wanted = self._settings | now, dict(asked)
         has["device"] = self._buffer.device
         wanted["device"] = validation.resolve_device(wanted.get("device", "cpu"))
@@ -249,6 +283,10 @@ class Shard:
     def priority(self) -> Array:
         """Raw priorities, float32 [size]."""
         return wire.array(self._buffer.priority)
+
+    def draw_count(self) -> Array:
+        """How often each transition was drawn, int32 [size]; only with `track_draws`."""
+        return wire.array(self._buffer.draw_count)
 
     def transitions(self) -> Packed:
         """All transitions, [size], in the order of their slots."""
@@ -272,7 +310,7 @@ class Shard:
 
     def load(self, path: str) -> Report:
         """Take over a state that `save` wrote."""
-        self._buffer.restore(path)
+        self._restore(path)
         self._recall()
         self._begin_epoch()
         if self._log is not None:
@@ -280,6 +318,13 @@ class Shard:
         return self.report()
 
     # --- restoring --------------------------------------------------------------------------------
+
+    def _restore(self, path: str | os.PathLike[str]) -> None:
+        """Take over a saved state, with all settings that may have changed since the start."""
+        state = states.check(checkpoint.read(path, states.FORMAT))
+        self._buffer.load_state_dict(state)
+        saved = state["settings"]
+        self._configure({name: saved[name] for name in LIVE if name in saved})
 
     def _note(self, kind: str, values: dict[str, Any], arrays: Packed) -> None:
         """Log a change. After a failure only a checkpoint makes the log complete again."""
@@ -300,9 +345,13 @@ class Shard:
             priority = wire.tensor(arrays[0][2]) if given else None
             self._write(wire.unpack(arrays[given:]), priority, values.get("nodes"))
         elif kind == "update":
-            self._update(arrays)
+            self._update(arrays, values)
         else:
-            self._buffer.alpha, self._buffer.eps = values["alpha"], values["eps"]
+            self._configure(values)
+
+    def _configure(self, settings: dict[str, Any]) -> None:
+        for name, value in settings.items():
+            setattr(self._buffer, name, value)
 
     def _recall(self) -> None:
         """Take the structure of the buffer's transitions, which may come from a file, as told."""
@@ -318,10 +367,14 @@ class Shard:
         data = Structure.from_state(nodes).assembled(leaves.items(), {}, size, cpu)
         return self._buffer.extend(data, priority)
 
-    def _update(self, arrays: Packed) -> None:
-        """Update priorities: index, td_error and maybe generation, [B] each."""
-        index, td_error, *rest = wire.unpack(arrays).values()
-        self._buffer.update_priority(index, td_error, rest[0] if rest else None)
+    def _update(self, arrays: Packed, how: dict[str, Any]) -> None:
+        """Update priorities: index, value and maybe generation, [B] each; see `update`."""
+        index, value, *rest = wire.unpack(arrays).values()
+        generation = rest[0] if rest else None
+        if how == EXACT:
+            self._buffer.set_priority(index, value, generation)
+        else:
+            self._buffer.update_priority(index, value, generation, **how)
 
 
 def _warm_up(settings: dict[str, Any]) -> None:

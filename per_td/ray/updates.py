@@ -1,5 +1,6 @@
 """Priority updates: checked in the learner, sorted by shard, held back and sent."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -32,15 +33,23 @@ class Updates:
         self._per_message = per_message
         self._count = 0
         self._held: dict[int, list[list[Array]]] = {}
+        self._how: dict[str, Any] = {}
 
-    def add(self, shard: Tensor, columns: list[Tensor]) -> None:
+    def add(self, shard: Tensor, columns: list[Tensor], how: dict[str, Any] | None = None) -> None:
         """Hold back an update that `checked` has made, until there are enough of them.
 
-        One without generations is sent at once: it would hit what is written meanwhile.
+        One without generations is sent at once: it would hit what is written meanwhile. So is one
+        that depends on the priorities of before, which the updates held back would change.
+
+        Args:
+            shard, columns: from `checked`.
+            how: see `Shard.update`; those held back together have the same.
         """
-        at_once = len(columns) < 3
-        if at_once:
+        how = how or {}
+        at_once = len(columns) < 3 or "mode" in how
+        if at_once or how != self._how:
             self.send()
+        self._how = how
         for number, part in per_shard(shard, columns):
             self._held.setdefault(number, []).append(part)
         self._count += 1
@@ -55,30 +64,44 @@ class Updates:
             columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
             n = len(columns[0])
             if self._ledger.living[number]:
-                self._replies.expect(self._shards[number].update.remote(*columns), number, n)
+                generation = columns[2] if len(columns) > 2 else None
+                answer = self._shards[number].update.remote(*columns[:2], generation, self._how)
+                self._replies.expect(answer, number, n)
             else:
                 self._replies.lost_updates += n
 
 
 def checked(
-    index: Any, td_error: Any, generation: Any, shard: Any, num_shards: int, capacity: int
+    index: Any,
+    value: Any,
+    generation: Any,
+    shard: Any,
+    num_shards: int,
+    capacity: int,
+    *,
+    exact: bool = False,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Check an update: its shards, and index, td_error and maybe generation, [B], on the CPU.
+    """Check an update: its shards, and index, value and maybe generation, [B], on the CPU.
+
+    Args:
+        exact: the values are raw priorities, not TD errors.
 
     Raises:
         IndexRangeError: shapes differ, or there is no such slot in `capacity`, or no such shard.
-        PriorityError: a TD error is NaN or infinite, or of a wrong shape or dtype.
+        PriorityError: a value is NaN or infinite, or a priority negative, or the shape or the dtype
+            is wrong.
     """
+    name = "priority" if exact else "td_error"
     cpu = torch.device("cpu")
     index, shard = validation.as_index(index, cpu), validation.as_index(shard, cpu, "shard")
-    columns = [index, validation.as_values("td_error", td_error, index)]
-    validation.require_finite("td_error", columns[1])
+    columns = [index, validation.as_values(name, value, index)]
+    validation.require_finite(name, columns[1], low=0.0 if exact else -math.inf)
     if generation is not None:
         columns.append(validation.as_index(generation, cpu, "generation"))
-    for name, values in (("shard", shard), ("generation", columns[-1])):
+    for column, values in (("shard", shard), ("generation", columns[-1])):
         if values.shape != index.shape:
             raise IndexRangeError(
-                f"{name}: expected shape {list(index.shape)}, one per index,"
+                f"{column}: expected shape {list(index.shape)}, one per index,"
                 f" got {list(values.shape)}"
             )
     validation.require_slots(index, capacity, what="the slots of a shard")

@@ -691,6 +691,17 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             stats |= self._sampler.stats()
         return stats
 
+    def diagnostics(self) -> dict[str, Tensor]:
+        """Measure prioritization for a logger; see `per_td.PrioritizedReplayBuffer.diagnostics`.
+
+        Returns:
+            Those of `PrioritizedSampler.diagnostics` for the elements stored.
+        """
+        sampler = self.prioritized_sampler
+        with self._replay_lock, self._write_lock:
+            self._catch_up()
+            return sampler.diagnostics(self._storage)
+
     def state_dict(self) -> dict[str, Any]:
         """A snapshot of storage, sampler, writer, transforms and batches drawn ahead.
 

@@ -12,7 +12,7 @@ from torchrl.data import replay_buffers as torchrl_buffers
 from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.storages import Storage
 
-from per_td import validation
+from per_td import diagnostics, validation
 from per_td.checkpoint import file as checkpoint
 from per_td.errors import (
     CheckpointError,
@@ -339,13 +339,13 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         if selection == _USUAL and not table.uniform_mix:
             selection = None
         elif self.newest or self.latest:
-            last = last_row(storage) if storage.ndim == 1 else None
-            if last is None:
+            ever = self._written(storage, size)
+            if ever is None:
                 raise ConfigurationError(
                     "newest, latest: expected None and 0 for a storage of several dimensions, or"
                     " without a ring's order"
                 )
-            written = size if size < table.capacity else table.capacity + last + 1
+            written = ever
         index, weight = sample_weighted(
             table, n, self._rng, selection, beta=self._beta, written=written, size=size
         )
@@ -353,6 +353,17 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         if table.draw_counts is not None:
             info["draw_count"] = table.draw_counts.draw(index)
         return index, info
+
+    def _written(self, storage: Storage, size: int) -> int | None:
+        """A number of writes that puts the newest of `size` elements where it is in the storage.
+
+        None if nobody knows the order of the elements.
+        """
+        last = last_row(storage) if storage.ndim == 1 else None
+        if last is None:
+            return None
+        capacity = self._table.capacity
+        return size if size < capacity else capacity + last + 1
 
     @property
     def _is_shared(self) -> bool:
@@ -405,6 +416,42 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         return {
             "stale_updates": self.stale_updates,
             "refused_priorities": int(self._table.refused),
+        }
+
+    _marks_replayed = True
+    """True if the table knows which slots have been drawn."""
+
+    @torch.no_grad()
+    def diagnostics(self, storage: Storage | None = None) -> dict[str, Tensor]:
+        """Measure prioritization for a logger; see `per_td.PrioritizedReplayBuffer.diagnostics`.
+
+        Args:
+            storage: tells which slots are filled, and the ages of their elements. Without one,
+                slots of priority 0 count as empty, and the ages are NaN.
+
+        Returns:
+            0-dim tensors on the sampler's device; nothing is read back to the host. Ages are NaN
+            where elements are not written in the order of a ring.
+        """
+        self._follow(storage)
+        table, device = self._table, self.device
+        size = table.capacity if storage is None else len(storage)
+        raw, counts = table.raw[:size], table.draw_count
+        return {
+            **diagnostics.measure(
+                priority=raw,
+                mass=table.mass[:size],
+                filled=raw > 0 if storage is None else None,
+                replayed=table.replayed[:size] if self._marks_replayed else None,
+                draw_count=None if counts is None else counts[:size],
+                written=None if storage is None else self._written(storage, size),
+                beta=self._beta,
+                normalization=table.weight_normalization,
+                uniform_mix=table.uniform_mix,
+            ),
+            "beta": torch.full((), self._beta, dtype=torch.float32, device=device),
+            "stale_updates": self._stale.clone(),
+            "refused_priorities": table.refused.clone(),
         }
 
     def check_valid(self) -> None:

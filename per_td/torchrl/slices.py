@@ -153,6 +153,8 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
         "compile",
     )
 
+    _marks_replayed = False  # which records a slice has depends on where trajectories end
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("by", "newest", "latest", "uniform_mix"):
             raise ConfigurationError(

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchrl.data.replay_buffers.storages import Storage
-from torchrl.data.replay_buffers.writers import TensorDictRoundRobinWriter
+from torchrl.data.replay_buffers.writers import (
+    TensorDictMaxValueWriter,
+    TensorDictRoundRobinWriter,
+)
 
 from per_td import validation
 from per_td.errors import CheckpointError, ConfigurationError, PerTdError
@@ -53,7 +56,13 @@ def last_rows(storage: Storage) -> list[int]:
 
 
 def last_row(storage: Storage) -> int | None:
-    """The row written last, by the writer if there is one; None if nobody knows."""
+    """The row written last, by the writer if there is one; None if nobody knows.
+
+    Nor does anybody if a writer overwrites the least element, whose rows are in no order of time.
+    """
+    buffers = getattr(storage, "_attached_entities", ())
+    if any(isinstance(getattr(b, "_writer", None), TensorDictMaxValueWriter) for b in buffers):
+        return None
     rows = sorted(_written_rows(storage)) or last_rows(storage)
     return rows[0] if len(rows) == 1 else None
 

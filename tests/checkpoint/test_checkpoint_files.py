@@ -17,6 +17,7 @@ import torch
 from per_td import (
     CheckpointError,
     DiskAllocationError,
+    LinearSchedule,
     PrioritizedReplayBuffer,
     SchemaError,
     TransitionReplayBuffer,
@@ -509,6 +510,31 @@ def test_headers_that_make_no_sense_are_refused_by_name(tmp_path):
         except SchemaError:  # a header may tell another shape that makes sense
             pass
     assert refused > 1000
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"priority_clip": (0.5, None)},
+        {"priority_clip": (0.25, 4.0)},
+        {"uniform_mix": 0.25},
+        {"latest": 2},
+        {"track_draws": True},
+        {"beta_schedule": LinearSchedule(0.5, 1.0, 9)},
+    ],
+)
+def test_settings_come_back_from_a_file(settings, tmp_path):
+    buffer, path = PrioritizedReplayBuffer(20, **settings), tmp_path / "x"
+    buffer.extend(data(0, 30))
+    buffer.update_priority(buffer.sample(8)["index"], torch.full((8,), 9.0))
+    buffer.save(path)
+    loaded = PrioritizedReplayBuffer.load(path)
+    for each in (buffer, loaded):
+        each.update_priority(torch.arange(3), torch.tensor([0.0, 1.0, 9.0]))
+    for name, value in settings.items():
+        assert getattr(loaded, name) == value
+    assert torch.equal(loaded.priority, buffer.priority)
+    assert loaded.beta == buffer.beta
 
 
 def same_state(one, other) -> bool:

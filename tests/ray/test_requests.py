@@ -1,101 +1,15 @@
 """Messages that carry several batches, with shards that answer in this process."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-ray = pytest.importorskip("ray")
+pytest.importorskip("ray")
 
-from ray.exceptions import RayActorError  # noqa: E402
+from per_td.errors import ConfigurationError, IndexRangeError
+from per_td.ray import ShardError, saving
+from per_td.ray.shard import Shard
 
-from per_td.errors import ConfigurationError, IndexRangeError  # noqa: E402
-from per_td.ray import ShardedReplayBuffer, ShardError, actors, saving  # noqa: E402
-from per_td.ray.shard import Shard  # noqa: E402
-
-SLOTS = 64
-
-
-class Answer:
-    """What `ray.get` returns or raises for a message; "late" ones are never ready."""
-
-    def __init__(self, state):
-        self.state, self.value, self.error = state, None, None
-
-
-class Actor:
-    """A shard that does what a message says when it is sent, and notes the message's name."""
-
-    def __init__(self, settings, seed, folder):
-        self.shard = Shard(settings, seed=seed, folder=folder)
-        self.messages = []
-        self.state = "answers"  # | "late" | "lost"
-
-    def __getattr__(self, name):
-        return SimpleNamespace(remote=lambda *given, **named: self._do(name, given, named))
-
-    def _do(self, name, given, named):
-        self.messages.append(name)
-        answer = Answer(self.state)
-        if self.state == "lost":
-            answer.error = RayActorError()
-            return answer
-        try:
-            answer.value = getattr(self.shard, name)(*given, **named)
-        except IndexRangeError as error:
-            answer.error = error
-        return answer
-
-    def count(self, name):
-        return self.messages.count(name)
-
-
-@pytest.fixture
-def local(monkeypatch):
-    """Makes buffers on such shards, with 20 transitions of unequal priorities in each."""
-
-    made = []
-
-    def start(seeds, settings, *, folder, **_):
-        own = [None if folder is None else f"{folder}/{seed}" for seed in seeds]
-        pairs = zip(seeds, own, strict=True)
-        made.extend(Actor(settings, seed, folder=path) for seed, path in pairs)
-        return made[-len(seeds) :], []
-
-    def wait(answers, *, num_returns, timeout, fetch_local=True):
-        ready = [answer for answer in answers if answer.state != "late"]
-        return ready, [answer for answer in answers if answer.state == "late"]
-
-    def get(answers, timeout=None):
-        if isinstance(answers, list):
-            return [get(answer) for answer in answers]
-        if answers.error is not None:
-            raise answers.error
-        return answers.value
-
-    monkeypatch.setattr(actors, "start", start)
-    monkeypatch.setattr(ray, "wait", wait)
-    monkeypatch.setattr(ray, "get", get)
-    monkeypatch.setattr(ray, "kill", lambda actor, no_restart: actor.messages.append("kill"))
-
-    def make(num_shards=3, batch_size=32, **options):
-        generator = torch.Generator().manual_seed(5)
-        options = {"alpha": 1.0, "eps": 0.25, "refresh_s": 1e9, "timeout_s": 0.05} | options
-        buffer = ShardedReplayBuffer(
-            num_shards, SLOTS, batch_size, generator=generator, device="cpu", **options
-        )
-        for shard, actor in enumerate(buffer._shards):
-            priority = torch.rand(20, generator=generator) + 0.1
-            data = {"id": torch.arange(20) + 100 * shard}
-            buffer.writer().extend(data, priority, key=shard)
-            actor.messages.clear()
-        assert len(buffer) == 20 * num_shards
-        return buffer
-
-    yield make
-    for actor in made:
-        if actor.shard._log is not None:
-            actor.shard._log.close()
+SLOTS = 64  # of each shard that `local` makes
 
 
 def learned(batch):

@@ -7,7 +7,7 @@ from scipy.stats import chisquare
 
 from per_td.errors import CheckpointError, IndexRangeError, PriorityError, SchemaError
 from per_td.ray import wire
-from per_td.ray.shard import Drawn, Shard
+from per_td.ray.shard import EXACT, Drawn, Shard
 
 SETTINGS = {"capacity": 37, "alpha": 0.7, "eps": 0.01}
 
@@ -44,6 +44,7 @@ def same(a, b):
     It is the state of the generator, and which transitions were replayed.
     """
     one, two = a._buffer.state_dict(), b._buffer.state_dict()
+    assert a._buffer.priority_clip == b._buffer.priority_clip
     for state in (one, two):
         del state["generator"], state["replayed"]
     return repr(one) == repr(two) and torch.equal(a._buffer.mass, b._buffer.mass)
@@ -58,9 +59,13 @@ def act(shard, rng, step):
         shard.extend(packed(np.arange(n) + 1000 * step), priority)
     elif choice < 9:
         drawn = shard.sample([8])
-        shard.update(drawn.slot, rng.normal(size=8).astype(np.float32), drawn.generation)
+        how = [{}, {"mode": "max", "rate": 0.5}, {"mode": "mean", "rate": 0.1}, EXACT][choice - 5]
+        value = rng.random(size=8).astype(np.float32)
+        shard.update(drawn.slot, value if how == EXACT else value - 0.5, drawn.generation, how)
     else:
-        shard.configure(alpha=float(rng.random()), eps=float(rng.random()))
+        low = float(rng.random())
+        clip = None if step % 2 else (low, 2 * low)
+        shard.configure(alpha=float(rng.random()), eps=float(rng.random()), priority_clip=clip)
 
 
 @pytest.mark.parametrize("every", [1, 40, 10_000])

@@ -192,6 +192,17 @@ def test_what_a_writer_left_out_is_marked_without_waiting(cuda):
     sampler.mark_update(3)
 
 
+@pytest.mark.parametrize("settings", [{}, {"uniform_mix": 0.2, "track_draws": True}])
+@pytest.mark.parametrize("ndim", [1, 2])
+def test_figures_do_not_wait(ndim, settings, cuda):
+    for first in (0, 4):
+        buffer = drop_in(cuda, ndim, first, **settings)
+        sampler = buffer.sampler
+        for figures in (buffer.diagnostics(), sampler.diagnostics()):
+            assert {value.device for value in figures.values()} == {cuda.device}
+            assert {value.shape for value in figures.values()} == {torch.Size([])}
+
+
 def test_a_snapshot_of_the_priorities_does_not_wait(cuda):
     sampler = drop_in(cuda).sampler
     state = sampler.state_dict()
