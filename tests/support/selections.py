@@ -3,10 +3,10 @@
 import itertools
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 
 from per_td import PrioritizedReplayBuffer
-from tests.support.oracle import numbered
 
 WINDOWS = (None, 1, 9, 33, 10_000)
 LATEST = (0, 7)
@@ -82,7 +82,8 @@ def filled(
     priority[torch.rand(rows, n, generator=random) < 0.2] = 0.0
     priority[:, -3] = 0.0  # one of the newest
     priority[:, -2] = 0.005  # the smallest of all is new
-    transitions = numbered(0, n, device, count=rows)
+    k = torch.arange(n, device=device).expand(rows, n)
+    transitions = TensorDict({"k": k}, [rows, n])
     for part in (slice(0, capacity // 2), slice(capacity // 2, n)):
         given = transitions[:, part], priority[:, part].to(device)
         buffer.extend(*(given if groups else (each[0] for each in given)))
