@@ -187,6 +187,8 @@ class PrioritizedReplayBuffer(Copied):
         (10, [11, 10])
     """
 
+    _schedule: LinearSchedule | None = None
+
     @torch.inference_mode(False)
     def __init__(
         self,
@@ -271,7 +273,14 @@ class PrioritizedReplayBuffer(Copied):
         )
         self._set_beta(beta)
         self.latest = latest
-        self._storage = RingStorage(capacity, self.device, layout, memory, groups=num_buffers)
+        self._storage = RingStorage(
+            capacity,
+            self.device,
+            layout,
+            memory,
+            groups=num_buffers,
+            reserved=("draw_count",) if track_draws else (),
+        )
         if shared:
             self._priorities.seal()
             repair = partial(_void_write, self._storage, self._priorities, self._beta)
@@ -590,6 +599,10 @@ class PrioritizedReplayBuffer(Copied):
                     f"expected batch_size <= {size}, the transitions in the buffer, to draw"
                     f" without replacement, got {n}"
                 )
+        elif not ring.columns:
+            raise EmptyBufferError(
+                "expected transitions to sample from in every buffer, got only empty ones"
+            )
         try:
             self._busy = True
             rows, index, weight, generation = sample_rows(
@@ -609,7 +622,6 @@ class PrioritizedReplayBuffer(Copied):
             self._busy = False
         return rows, index, weight, ring.in_batch(generation) if ring.epoch else generation
 
-    @torch.no_grad()
     def sweep(self, batch_size: int) -> Iterator[TensorDict]:
         """Go once through the transitions that are stored when it begins, in the order of slots.
 
@@ -623,12 +635,27 @@ class PrioritizedReplayBuffer(Copied):
             TensorDict [B] or [S, B]: copies of the transitions, "index" and "generation" int64;
             with `num_buffers` also "filled" bool [S, B]: False where a buffer has no transition in
             a slot, for `mask`.
+
+        Raises:
+            ConfigurationError: the batch size is not a positive number.
+            SchemaError: with `num_buffers`, transitions have a key "filled" of their own.
         """
         batch_size = validation.positive_int("batch_size", batch_size)
-        lengths = self.lengths
+        with self._lock:
+            if self._busy:
+                raise self._at_work()
+            if self._storage.lead and ("filled",) in self._storage.filled():
+                raise SchemaError("'filled' is a key of the transitions: sweep() adds another")
+            return self._swept(batch_size, self.lengths)
+
+    @torch.no_grad()
+    def _swept(self, batch_size: int, lengths: Tensor) -> Iterator[TensorDict]:
+        """Yield the batches of `sweep`, of rings that were filled so far."""
         end = int(lengths.max())
         for start in range(0, end, batch_size):
             with self._lock:
+                if self._busy:
+                    raise self._at_work()
                 slot = torch.arange(start, min(start + batch_size, end), device=self.device)
                 index = slot.expand(*self._storage.lead, -1).contiguous()
                 rows, generation = self._storage.gather(index)
@@ -944,7 +971,12 @@ class PrioritizedReplayBuffer(Copied):
 
     @beta_increment.setter
     def beta_increment(self, value: float) -> None:
-        self._beta_increment = validation.real("beta_increment", value)
+        value = validation.real("beta_increment", value)
+        if value and self._schedule is not None:
+            raise ConfigurationError(
+                f"beta_increment: expected 0 with a beta_schedule, got {value:g}"
+            )
+        self._beta_increment = value
 
     @property
     def beta(self) -> Any:
@@ -1192,6 +1224,8 @@ class PrioritizedReplayBuffer(Copied):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state: transitions, priorities, counters, alpha, beta, eps, generator.
 
+        A `beta_schedule` of this buffer goes on from the updates that the state has counted.
+
         Of a state of another capacity, the newest transitions that fit are kept, with their
         priorities and in their order. Where any had to move to another slot, the updates of all
         batches drawn before are stale, if they bring their generation.
@@ -1211,7 +1245,10 @@ class PrioritizedReplayBuffer(Copied):
             if self._guard is not None:
                 self._begin_load(checked, self._guard.note)
             states.restore(self._parts, checked)
-            self.beta_increment = checked["settings"]["beta_increment"]
+            if self._schedule is None:
+                self.beta_increment = checked["settings"]["beta_increment"]
+            else:
+                self._beta.copy_(self._schedule.at(self._updates))
             self._drop_ahead()
 
     def _begin_load(self, state: dict[str, Any], note: Note) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from per_td import validation
 from per_td.errors import CheckpointError, ConfigurationError
 from per_td.priorities.distributions import PRIORITIZATIONS
+from per_td.priorities.selection import Selection
 from per_td.priorities.table import CHOICES, as_clip, check_choices
 from per_td.schedules import as_schedule
 from per_td.storage.leaves import flattened, named
@@ -74,16 +75,22 @@ def _settings(settings: Any) -> Mapping[str, Any]:
             if settings.get(name) is not None:
                 validation.positive_int(name, settings[name])
         chosen = {name: settings.get(name, choices[0]) for name, choices in CHOICES.items()}
-        check_choices(settings["capacity"], chosen)
+        check_choices(
+            settings["capacity"], chosen | {"uniform_mix": settings.get("uniform_mix", 0.0)}
+        )
         if unknown := settings.keys() - {*wanted, *CHOICES, *others}:
             raise ConfigurationError(f"expected those of a buffer, got also {sorted(unknown)}")
         validation.real_or_each("alpha", settings["alpha"], settings.get("num_buffers"))
         validation.real("eps", settings["eps"], high=torch.finfo(torch.float32).max)
         validation.real("beta_increment", settings["beta_increment"])
         as_clip(settings.get("priority_clip"))
-        validation.real("uniform_mix", settings.get("uniform_mix", 0.0), high=1.0)
-        validation.integer("latest", settings.get("latest", 0), 0)
-        as_schedule(settings.get("beta_schedule"))
+        latest = validation.integer("latest", settings.get("latest", 0), 0)
+        Selection.of("priority", None, latest, chosen["draw"])
+        if not isinstance(tracked := settings.get("track_draws", False), bool):
+            raise ConfigurationError(f"track_draws: expected a bool, got {type(tracked).__name__}")
+        schedule = as_schedule(settings.get("beta_schedule"))
+        if schedule is not None and settings["beta_increment"]:
+            raise ConfigurationError("beta_schedule: expected None with a beta_increment, got one")
     except ConfigurationError as error:
         raise CheckpointError(f"settings: {error}") from error
     return settings

@@ -12,7 +12,7 @@ from per_td import validation
 from per_td.draws import uniform_like
 from per_td.errors import ConfigurationError, EmptyBufferError
 from per_td.priorities.table import PriorityTable
-from per_td.priorities.windows import Window, find_in, smallest_in, window_of
+from per_td.priorities.windows import find_in, smallest_in, window_of
 from per_td.tree.trees import Trees
 from per_td.weights import importance_weights
 
@@ -84,37 +84,52 @@ def sample_selected(
     else:
         ever = torch.full((trees.layout.groups,), written, dtype=torch.int64, device=device)
     age = Age(ever.unsqueeze(-1), table.capacity)
-    among = None if newest is None else age.size.clamp(max=newest)
-    parts = [(1.0, trees if by == "priority" else table.side(by).trees)]
+    among = age.size if newest is None else age.size.clamp(max=newest)
+    parts = {by: 1.0}
     if by == "priority" and share:
-        parts = [(1 - share, trees), (share, table.side("uniform").trees)]
-    drawn = [_draw(table, part, n, generator, age, among) for _, part in parts]
+        parts = {"priority": 1 - share, "uniform": share} if share < 1 else {"uniform": 1.0}
+    drawn = [
+        _draw(table, name, n, generator, age, None if newest is None else among, latest)
+        for name in parts
+    ]
     slot = drawn[0].slot
     if len(drawn) > 1:
         like = torch.empty(slot.shape, dtype=torch.float64, device=device)
         slot = torch.where(uniform_like(like, generator) < share, drawn[1].slot, slot)
-    k: Tensor | int = 0
     if latest:
-        slot, k = _with_latest(table, slot, latest, age)
-    probability = torch.zeros(slot.shape, dtype=torch.float64, device=device)
-    smallest = torch.zeros_like(probability[:, :1])
-    for (of_all, part), (_, total, least) in zip(parts, drawn, strict=True):
-        probability += of_all * part.leaves[slot + trees.starts].double() / total
-        smallest += of_all * least / total
-    if latest:  # the balance heuristic of Veach & Guibas 1995
-        if among is not None:
-            probability = torch.where(age.of(slot) < among, probability, 0.0)
-        probability = ((n - k) * probability + (age.of(slot) < latest)) / n
-        smallest = smallest * (n - k) / n
-    trees.ops.mark_replayed(trees, slot)
-    normalization = table.weight_normalization
-    if normalization == "batch":
+        new, held = _newest(table, latest, age)
+        slot = torch.cat([slot[:, :-latest], torch.where(held, new, slot[:, -latest:])], 1)
+        rest = n - held.sum(-1, keepdim=True)
+
+    def probability_of(slot: Tensor) -> Tensor:
+        place = slot + trees.starts
+        found = torch.zeros(slot.shape, dtype=torch.float64, device=device)
+        for of_all, part in zip(parts.values(), drawn, strict=True):
+            found += of_all * part.trees.leaves[place].double() / part.total
+        if latest:  # the balance heuristic of Veach & Guibas 1995
+            if newest is not None:
+                found = torch.where(age.of(slot) < among, found, 0.0)
+            found = (rest * found + (age.of(slot) < latest)) / n
+        return found
+
+    probability, normalization = probability_of(slot), table.weight_normalization
+    smallest = None
+    if normalization == "buffer":
+        smallest = torch.zeros_like(probability[:, :1])
+        for (name, of_all), part in zip(parts.items(), drawn, strict=True):
+            least = _smallest(table, name, age, latest, None if newest is None else among)
+            smallest += of_all * least / part.total
+        if latest:
+            least = torch.where(held, probability_of(new), torch.inf).amin(-1, keepdim=True)
+            smallest = (smallest * rest / n).minimum(least)
+    elif normalization == "batch":
         smallest, normalization = probability.amin(-1, keepdim=True), "buffer"
+    trees.ops.mark_replayed(trees, slot)
     weight = importance_weights(
         probability,
         beta.unsqueeze(-1) if isinstance(beta, Tensor) and beta.ndim else beta,
         total=torch.ones((), dtype=torch.float64, device=device),
-        size=age.size if among is None else among,
+        size=among,
         smallest=smallest,
         normalization=normalization,
     )
@@ -148,74 +163,90 @@ class _Drawn(NamedTuple):
     """Slots drawn in proportion to the masses of some trees.
 
     Attributes:
+        trees: the trees.
         slot: int64 [S, B].
         total: sum of the masses that could be drawn, float64 [S, 1].
-        smallest: the smallest positive one, float64 [S, 1]; inf where no weight needs it.
     """
 
+    trees: Trees
     slot: Tensor
     total: Tensor
-    smallest: Tensor
+
+
+def _trees(table: PriorityTable, by: str) -> Trees:
+    """The trees whose masses say how probable a transition is; see `BY`."""
+    return table.trees if by == "priority" else table.side(by).trees
 
 
 def _draw(
     table: PriorityTable,
-    trees: Trees,
+    by: str,
     n: int,
     generator: torch.Generator | None,
     age: Age,
     newest: Tensor | None,
+    latest: int,
 ) -> _Drawn:
-    """Draw in proportion to the masses of `trees`.
+    """Draw in proportion to the masses of some trees.
 
     Args:
         table: its settings say how to draw.
-        trees: those of the table, or some on its side.
+        by: one of `BY`.
         n, generator: see `sample_selected`.
         age: of the transitions.
         newest: number of the transitions to draw from, int64 [S, 1]; None: all.
+        latest: so many of the last draws may give way to others, so the strata are those of the
+            draws before.
     """
+    trees = _trees(table, by)
     window = None if newest is None else window_of(trees, age.slot(newest - 1), newest)
     total = trees.total.unsqueeze(-1) if window is None else window.total
     if validation.can_raise(total) and not (total > 0).all():
         raise EmptyBufferError(trees.nothing_to_draw(total.view(-1)))
-    smallest = _smallest(table, trees, age, newest, window)
     if table.draw == "without_replacement":
-        return _Drawn(trees.draw_distinct(n, generator)[0], total, smallest)
+        return _Drawn(trees, trees.draw_distinct(n, generator)[0], total)
     like = torch.empty(len(total), n, dtype=torch.float64, device=table.device)
     point = uniform_like(like, generator)
     if table.draw == "stratified":
-        point = (torch.arange(n, device=table.device) + point) / n
+        strata = n - latest
+        stratified = (torch.arange(strata, device=table.device) + point[:, :strata]) / strata
+        point = torch.cat([stratified, point[:, strata:]], 1)
     point = point * total
     found = trees.ops.find(trees, point) if window is None else find_in(window, point)
-    return _Drawn(found[0], total, smallest)
+    return _Drawn(trees, found[0], total)
 
 
 def _smallest(
-    table: PriorityTable, trees: Trees, age: Age, newest: Tensor | None, window: Window | None
+    table: PriorityTable, by: str, age: Age, latest: int, newest: Tensor | None
 ) -> Tensor:
-    """See `_Drawn`; trees that do not keep it are searched, in O(N)."""
-    if table.weight_normalization != "buffer":
-        return torch.full_like(age.ever, torch.inf, dtype=torch.float64)
+    """Return the smallest positive mass of all but the latest, float64 [S, 1]; inf for none.
+
+    By "inverse" it is searched, in O(N).
+
+    Args:
+        table, by, age, newest: see `_draw`.
+        latest: number of newest transitions to leave out.
+    """
+    trees, window = _trees(table, by), None
+    end = age.size if newest is None else newest
+    if latest or newest is not None:
+        window = window_of(trees, age.slot(end - 1), (end - latest).clamp(min=0))
+    if by == "uniform":
+        total = trees.total.unsqueeze(-1) if window is None else window.total
+        return torch.where(total > 0, 1.0, torch.inf).double()
     if trees.keeps_minima:
         found = trees.smallest.unsqueeze(-1) if window is None else smallest_in(window)
         return found.double()
-    masses = trees.masses
-    inside = masses > 0
-    if newest is not None:
-        inside = inside & (age.of(torch.arange(table.capacity, device=table.device)) < newest)
-    return torch.where(inside, masses, torch.inf).amin(-1, keepdim=True).double()
+    at = age.of(torch.arange(table.capacity, device=table.device))
+    inside = (trees.masses > 0) & (at >= latest) & (at < end)
+    return torch.where(inside, trees.masses, torch.inf).amin(-1, keepdim=True).double()
 
 
-def _with_latest(
-    table: PriorityTable, slot: Tensor, latest: int, age: Age
-) -> tuple[Tensor, Tensor]:
-    """Give the last places of batches [S, B] to the newest transitions.
-
-    One whose mass is 0 leaves its place to the transition drawn.
+def _newest(table: PriorityTable, latest: int, age: Age) -> tuple[Tensor, Tensor]:
+    """The slots of the newest transitions, the newest last, int64 [S, latest].
 
     Returns:
-        The slots, and how many places were given, int64 [S, 1].
+        The slots, and False for those whose mass is 0, bool [S, latest].
 
     Raises:
         EmptyBufferError: there are fewer transitions.
@@ -227,6 +258,4 @@ def _with_latest(
             f"expected at least latest={latest} transitions, got {int(age.ever.min())}{which}"
         )
     new = age.slot(torch.arange(latest - 1, -1, -1, device=table.device))
-    held = table.trees.leaves[new + table.trees.starts] > 0
-    last = torch.where(held, new, slot[:, -latest:])
-    return torch.cat([slot[:, :-latest], last], 1), held.sum(-1, keepdim=True)
+    return new, table.trees.leaves[new + table.trees.starts] > 0

@@ -63,20 +63,19 @@ def as_mode(mode: str, rate: float) -> dict[str, Any]:
     return {"mode": mode, "rate": rate}
 
 
-def _mixed(share: float) -> ConfigurationError:
-    return ConfigurationError(
-        f"uniform_mix: expected 0 with draw='without_replacement', got {share:g}"
-    )
-
-
 def check_choices(capacity: int, settings: dict[str, Any]) -> dict[str, str]:
-    """Check and return the settings of `CHOICES`.
+    """Check and return the settings of `CHOICES`, beside a `uniform_mix`.
 
     Raises:
         ConfigurationError: a value is none of those, or two do not go together.
     """
     chosen = {key: validation.one_of(key, settings[key], CHOICES[key]) for key in CHOICES}
     draws.check_method(chosen["method"], chosen["draw"], capacity)
+    share = validation.real("uniform_mix", settings["uniform_mix"], high=1.0)
+    if share and chosen["draw"] == "without_replacement":
+        raise ConfigurationError(
+            f"uniform_mix: expected 0 with draw='without_replacement', got {share:g}"
+        )
     return chosen
 
 
@@ -123,8 +122,14 @@ class PriorityTable:
         alpha = self.distribution.alpha if alpha is None else alpha
         alpha = validation.real_or_each("alpha", alpha, groups)
         eps = validation.real("eps", eps, high=torch.finfo(torch.float32).max)
-        chosen = {"draw": draw, "method": method, "new_priority": new_priority}
-        chosen = check_choices(capacity, chosen | {"weight_normalization": weight_normalization})
+        choices = {
+            "draw": draw,
+            "method": method,
+            "new_priority": new_priority,
+            "weight_normalization": weight_normalization,
+            "uniform_mix": uniform_mix,
+        }
+        chosen = check_choices(capacity, choices)
         self.groups, self.lead = groups, () if groups is None else (groups,)
         self.trees = Trees(
             Layout.of(capacity, groups or 1),
@@ -145,6 +150,7 @@ class PriorityTable:
         """Counts of draws; None: they are not kept."""
         if track_draws:
             self.draw_counts = DrawCounts(self.trees.layout, device, memory)
+        self._uniform_mix = 0.0
         self._choose(chosen)
         self.uniform_mix = uniform_mix
 
@@ -221,8 +227,7 @@ class PriorityTable:
     def uniform_mix(self, value: float) -> None:
         value = validation.real("uniform_mix", value, high=1.0)
         if value:
-            if self.draw == "without_replacement":
-                raise _mixed(value)
+            check_choices(self.capacity, self.arguments | {"uniform_mix": value})
             self.side("uniform")
         self._uniform_mix = value
 
@@ -282,10 +287,7 @@ class PriorityTable:
         Raises:
             ConfigurationError: a value is not one of those accepted, or two exclude each other.
         """
-        chosen = check_choices(self.capacity, self.arguments | changes)
-        if chosen["draw"] == "without_replacement" and self.uniform_mix:
-            raise _mixed(self.uniform_mix)
-        self._choose(chosen)
+        self._choose(check_choices(self.capacity, self.arguments | changes))
 
     def _choose(self, chosen: dict[str, str]) -> None:
         draw, method, new_priority, normalization = chosen.values()

@@ -42,6 +42,7 @@ class RingStorage:
         layout: "columns", "records" or "auto"; see `per_td.storage.layouts`.
         memory: kind of memory they live in; None: that of the device.
         groups: S rings, with results of shape [S, ...]; None: one, without.
+        reserved: keys that transitions may not have, beside those of every batch.
 
     Raises:
         ConfigurationError: `layout` is none of these.
@@ -66,6 +67,7 @@ class RingStorage:
         memory: Memory | None = None,
         *,
         groups: int | None = None,
+        reserved: tuple[str, ...] = (),
     ) -> None:
         self.capacity, self.device = capacity, device
         self.lead = () if groups is None else (groups,)
@@ -79,7 +81,7 @@ class RingStorage:
         self.begun: tuple[Any, int, Tensor | None] | None = None
         """Write counts after the last write, and what it was told, for `take_back`."""
         self._rows = self.groups * capacity + (groups is not None)  # a spare one for masked writes
-        self._schema = Schema()
+        self._schema = Schema(reserved)
         self._block: Tensor | None = None
         self._leaves: Leaves = {}
         self.columns: Sequence[Tensor] = []

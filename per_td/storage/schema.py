@@ -15,9 +15,14 @@ RESERVED = ("index", "priority_weight", "generation")
 
 
 class Schema:
-    """The fields of a transition: unknown at first, then fixed by the first data."""
+    """The fields of a transition: unknown at first, then fixed by the first data.
 
-    def __init__(self) -> None:
+    Args:
+        reserved: keys that transitions may not have, beside `RESERVED`.
+    """
+
+    def __init__(self, reserved: tuple[str, ...] = ()) -> None:
+        self._reserved = (*RESERVED, *reserved)
         self.fields: dict[Key, Field] = {}
         self.structure = Structure()
         self._usual: tuple[tuple[int, ...], list[torch.Size]] = (), []
@@ -103,7 +108,7 @@ class Schema:
         if self._fits(leaves, (rows,)):
             return leaves, n
         require_keys(leaves)
-        for name in RESERVED:
+        for name in self._reserved:
             if (name,) in leaves:
                 raise SchemaError(f"{name!r} is a reserved key: sampling adds it; expected others")
         if self.fields:
