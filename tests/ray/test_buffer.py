@@ -633,6 +633,8 @@ def test_settings_are_plain_numbers_and_take_effect_when_set_or_are_refused(
         beta_increment=real(0.125),
         prefetch=number(1),
         draw=np.str_("stratified"),
+        priority_clip=(real(0.5), number(2)),
+        track_draws=np.bool_(True),
     )
     buffer.extend(numbered(0, 20))
     assert len(buffer.sample()) == 16
@@ -652,6 +654,9 @@ def test_settings_are_plain_numbers_and_take_effect_when_set_or_are_refused(
         "draw": "independent",
         "weight_normalization": "none",
         "new_priority": "ever_max",
+        "priority_clip": (2.0, 1.0),
+        "track_draws": False,
+        "beta_schedule": None,
         "prefetch": 3,
         "batches_per_request": 3,
         "epsilon": 0.1,
@@ -667,7 +672,10 @@ def test_settings_are_plain_numbers_and_take_effect_when_set_or_are_refused(
     from per_td.ray import saving
 
     state, _ = saving.read(tmp_path)
-    assert {type(value) for value in state["settings"].values()} <= {int, float, str}
+    settings = state["settings"]
+    assert settings.pop("priority_clip") == [0.5, 2.0]
+    assert settings.pop("track_draws") is True
+    assert {type(value) for value in settings.values()} <= {int, float, str}
     assert (state["batch_size"], state["beta_increment"]) == (8, 0.5)
 
 
