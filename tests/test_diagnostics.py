@@ -88,7 +88,7 @@ def naive(buffer, s=None) -> dict[str, float]:
     }
 
 
-SHARED = {"beta", "stale_updates", "refused_priorities"}
+SHARED = {"stale_updates", "refused_priorities"}
 
 
 def values_of(buffer, s) -> dict[str, float]:
@@ -190,7 +190,7 @@ def test_many_buffers_have_figures_beside_empty_ones_and_ones_without_anything_t
     assert values_of(buffers, 2) == pytest.approx(naive(buffers, 2), rel=1e-5)
     got = [values_of(buffers, s) for s in range(2)]
     for key in KEYS | COUNTS:
-        of_all = key in SHARED | {"size"}
+        of_all = key in SHARED | {"beta", "size"}
         stored = key.startswith(("priority", "draw_count")) or key == "never_replayed_share"
         assert math.isnan(got[0][key]) != of_all, key
         assert math.isnan(got[1][key]) != (of_all or stored), key
