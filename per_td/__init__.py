@@ -15,7 +15,7 @@ from per_td.errors import (
     SchemaError,
 )
 from per_td.nstep import NStepWriter
-from per_td.schedules import LinearSchedule
+from per_td.priorities.schedules import LinearSchedule
 from per_td.transitions import TransitionReplayBuffer
 from per_td.tree import SumTree
 

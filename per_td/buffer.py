@@ -29,9 +29,9 @@ from per_td.errors import (
 )
 from per_td.memory import STORAGES, Memory
 from per_td.priorities.sampling import sample_rows
+from per_td.priorities.schedules import LinearSchedule, as_schedule
 from per_td.priorities.selection import Selection
 from per_td.priorities.table import PriorityTable, as_mode
-from per_td.schedules import LinearSchedule, as_schedule
 from per_td.storage.leaves import Leaves, entries_of
 from per_td.storage.ring import RingStorage, as_mask
 

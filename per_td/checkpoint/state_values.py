@@ -10,9 +10,9 @@ from torch import Tensor
 from per_td import validation
 from per_td.errors import CheckpointError, ConfigurationError
 from per_td.priorities.distributions import PRIORITIZATIONS
+from per_td.priorities.schedules import as_schedule
 from per_td.priorities.selection import Selection
 from per_td.priorities.table import CHOICES, as_clip, check_choices
-from per_td.schedules import as_schedule
 from per_td.storage.leaves import flattened, named
 from per_td.storage.structure import Structure
 

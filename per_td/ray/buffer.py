@@ -14,6 +14,7 @@ from torch import Tensor
 from per_td import validation
 from per_td.buffer import PrioritizedReplayBuffer
 from per_td.errors import ConfigurationError
+from per_td.priorities.schedules import LinearSchedule
 from per_td.priorities.table import as_mode
 from per_td.ray import actors, saving, updates, wire
 from per_td.ray.batches import Batches, Request
@@ -22,7 +23,6 @@ from per_td.ray.ledger import Ledger
 from per_td.ray.replies import Replies
 from per_td.ray.shard import EXACT, LIVE, Report
 from per_td.ray.writer import Receipt, Writer
-from per_td.schedules import LinearSchedule
 from per_td.storage.leaves import entries_of
 
 _DRAWS = ("independent", "stratified")

@@ -13,7 +13,7 @@ import torch
 
 from per_td.checkpoint import file as checkpoint
 from per_td.errors import CheckpointError, ConfigurationError
-from per_td.schedules import as_schedule
+from per_td.priorities.schedules import as_schedule
 
 FORMAT = "per_td.ray.ShardedReplayBuffer"
 _KEYS = ("token", "num_shards", "batch_size", "settings", "beta", "beta_increment", "generator")
