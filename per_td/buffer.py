@@ -508,7 +508,8 @@ class PrioritizedReplayBuffer(Copied):
         """Draw a batch; with `prefetch`, return the oldest that was drawn ahead.
 
         A weight always comes from the probability that was really used, and a transition of
-        priority 0 is never drawn.
+        priority 0 is never drawn. The first draw of each `by` other than "priority" takes O(N), to
+        make the trees that all changes update from then on; torch.compile breaks that one graph.
 
         Args:
             batch_size: number of transitions B; None takes that of the constructor.

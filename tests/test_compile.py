@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from per_td import PrioritizedReplayBuffer
+from per_td import LinearSchedule, PrioritizedReplayBuffer
 from per_td.weights import importance_weights
 from tests.support.oracle import assert_drawn_from, data
 from tests.support.parameters import slow_but
@@ -164,3 +164,96 @@ def test_a_compiled_step_learns_the_priorities_of_a_plain_one(device):
     expected = torch.linspace(0, 2, 1000)
     expected[drawn] = drawn / 100 + buffer.eps
     torch.testing.assert_close(buffer.priority.cpu(), expected, rtol=1e-6, atol=0)
+
+
+KNOBS = [
+    {},
+    {"uniform_mix": 0.4},
+    {"latest": 3},
+    {"latest": 3, "uniform_mix": 0.4, "track_draws": True},
+    {"draw": "stratified", "latest": 3},
+]
+
+
+@pytest.mark.parametrize("normalization", ["batch", "buffer", "none"])
+@pytest.mark.parametrize("how", [{}, {"by": "uniform"}, {"by": "inverse", "newest": 9}], ids=str)
+@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+def test_other_ways_to_draw_are_one_graph_and_weigh_as_without(knobs, how, normalization):
+    if not knobs and not how:
+        pytest.skip("the usual way has tests of its own")
+    plain, compiled = (filled(weight_normalization=normalization, **knobs) for _ in range(2))
+    for buffer in (plain, compiled):
+        torch.manual_seed(1)
+        buffer.sample(4, by=how.get("by", "priority"))  # makes trees on the side
+    sample = whole(compiled.sample)
+    for _ in range(3):
+        torch.manual_seed(3)
+        one = plain.sample(16, **how)
+        torch.manual_seed(3)
+        two = sample(16, **how)
+        assert torch.equal(one["index"], two["index"])
+        torch.testing.assert_close(one["priority_weight"], two["priority_weight"])
+        assert one.get("draw_count", one["index"]).equal(two.get("draw_count", two["index"]))
+        for buffer in (plain, compiled):
+            buffer.update_priority(one["index"], one["action"], one["generation"])
+            buffer.extend(data(7, 3))
+    compiled.check_valid()
+
+
+@pytest.mark.parametrize("by", ["uniform", "inverse"])
+def test_the_first_draw_of_its_kind_may_be_compiled(by):
+    buffer = filled()
+    batch = torch.compile(buffer.sample, backend="eager")(16, by=by)
+    assert (buffer.priority[batch["index"]] > 0).all()
+    torch._dynamo.reset()
+    buffer.update_priority(batch["index"], torch.rand(16))
+    buffer.check_valid()
+    assert len(whole(buffer.sample)(16, by=by)) == 16
+
+
+@pytest.mark.parametrize(
+    "given", [{}, {"mode": "max", "rate": 0.5}, {"mode": "mean", "rate": 0.1}, None], ids=str
+)
+@pytest.mark.parametrize("clip", [None, (0.5, 2.0)])
+@pytest.mark.parametrize("mix", [0.0, 0.5])
+def test_every_way_to_set_priorities_is_one_graph_and_ends_as_without(mix, clip, given):
+    settings = {"priority_clip": clip, "uniform_mix": mix}
+    schedule = LinearSchedule(0.4, 1.0, 3)
+    plain, compiled = (filled(beta_schedule=schedule, **settings) for _ in range(2))
+    name = "set_priority" if given is None else "update_priority"
+    update = whole(getattr(compiled, name))
+    for _ in range(4):
+        index, value = torch.randint(40, (16,)), torch.rand(16)
+        generation = torch.zeros(16, dtype=torch.int64)
+        getattr(plain, name)(index, value, generation, **(given or {}))
+        update(index, value, generation, **(given or {}))
+        torch.testing.assert_close(compiled.priority, plain.priority, rtol=1e-6, atol=0)
+        assert compiled.beta == pytest.approx(plain.beta)
+        compiled.check_valid()
+    assert plain.beta == (0.4 if given is None else 1.0)
+
+
+def test_what_float32_cannot_hold_is_refused_and_counted_in_compiled_ways_to_set_priorities():
+    buffer = filled()
+    before = buffer.priority
+    index = torch.tensor([1, 2, 45, -1, 3])
+    value = torch.tensor([math.nan, math.inf, 1.0, 1.0, 5.0])
+    whole(buffer.set_priority)(index, value)
+    whole(buffer.update_priority)(index, value, mode="max", rate=0.0)
+    whole(buffer.set_priority)(index[:1], torch.tensor([-1.0]))
+    before[3] = 5.0
+    torch.testing.assert_close(buffer.priority, before, rtol=1e-6, atol=0)
+    assert buffer.stats()["refused_priorities"] == 9
+
+
+def test_a_setting_changed_between_two_calls_takes_effect_in_compiled_draws():
+    buffer = filled(uniform_mix=0.5, latest=2)
+    sample = whole(buffer.sample)
+    sample(16)
+    buffer.set_priority(torch.arange(40), (torch.arange(40) == 7).float() * 1e6 + 1e-6)
+    buffer.latest = 3
+    assert sample(16)["index"][-3:].tolist() == [37, 38, 39]
+    buffer.uniform_mix, buffer.latest, buffer.alpha = 0.0, 0, 1.0
+    assert set(sample(16)["index"].tolist()) == {7}
+    buffer.uniform_mix = 1.0
+    assert len(sample(500)["index"].unique()) == 40

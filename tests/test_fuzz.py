@@ -13,6 +13,7 @@ from tensordict import TensorDict
 
 from per_td import (
     CheckpointError,
+    LinearSchedule,
     PrioritizedReplayBuffer,
     PriorityError,
     SchemaError,
@@ -41,6 +42,19 @@ def ranked() -> PrioritizedReplayBuffer:
 
 def seeded() -> PrioritizedReplayBuffer:
     return one(generator=torch.Generator(), weight_normalization="buffer")
+
+
+def mixed() -> PrioritizedReplayBuffer:
+    """With all knobs."""
+    buffer = one(
+        uniform_mix=0.5,
+        latest=1,
+        priority_clip=(0.1, None),
+        track_draws=True,
+        beta_schedule=LinearSchedule(0.4, 1.0, 9),
+    )
+    buffer.sample(2, by="inverse")
+    return buffer
 
 
 def pair(start: int, n: int) -> TensorDict:
@@ -105,6 +119,29 @@ ENTRIES = {
     "add": ((one, many), lambda b, v: b.add(v)),
     "add, priority": (TABLES, lambda b, v: b.add(data(9, 1)[0], v)),
     "sample": ((*TABLES, many), lambda b, v: b.sample(v)),
+    "sample, by": ((one, mixed, many), lambda b, v: b.sample(2, v)),
+    "sample, newest": ((one, mixed, many), lambda b, v: b.sample(2, newest=v)),
+    "sweep": ((one, many), lambda b, v: list(b.sweep(v))),
+    "uniform_mix": ((one, mixed, many), lambda b, v: setattr(b, "uniform_mix", v)),
+    "priority_clip": ((one, mixed), lambda b, v: setattr(b, "priority_clip", v)),
+    "priority_clip, a bound": ((one,), lambda b, v: setattr(b, "priority_clip", (None, v))),
+    "update_priority, mode": ((one,), lambda b, v: b.update_priority([0, 1], [1.0, 2.0], mode=v)),
+    "update_priority, rate": (
+        (one, mixed),
+        lambda b, v: b.update_priority([0, 1], [1.0, 2.0], mode="mean", rate=v),
+    ),
+    "update_priority, clipped": ((mixed,), lambda b, v: b.update_priority([0, 1], v)),
+    "update_priority, max": ((one,), lambda b, v: b.update_priority([0, 1], v, mode="max")),
+    "set_priority, index": ((one, mixed), lambda b, v: b.set_priority(v, [1.0, 2.0])),
+    "set_priority, priority": ((*TABLES, mixed), lambda b, v: b.set_priority([0, 1], v)),
+    "set_priority, generation": ((one,), lambda b, v: b.set_priority([0, 1], [1.0, 2.0], v)),
+    "set_priority, mask": ((one,), lambda b, v: b.set_priority([0], [1.0], None, v)),
+    "many: set_priority, priority": ((many,), lambda b, v: b.set_priority(INDEX, v)),
+    "many: set_priority, mask": ((many,), lambda b, v: b.set_priority(INDEX, TWO, None, v)),
+    "many: update_priority, mean": (
+        (many,),
+        lambda b, v: b.update_priority(INDEX, v, mode="mean", rate=0.5),
+    ),
     "update_priority, index": (TABLES, lambda b, v: b.update_priority(v, [1.0, 2.0])),
     "update_priority, td_error": (TABLES, lambda b, v: b.update_priority([0, 1], v)),
     "update_priority, generation": (TABLES, lambda b, v: b.update_priority([0, 1], [1.0, 2.0], v)),
@@ -143,7 +180,7 @@ ENTRIES = {
     "update_priorities, indices": ((course,), lambda b, v: b.update_priorities(v, [1.0, 2.0])),
     "update_priorities, td_errors": ((course,), lambda b, v: b.update_priorities([0, 1], v)),
 }
-SIZES = ("sample", "SumTree.sample", "course: sample")
+SIZES = ("sample", "sweep", "SumTree.sample", "course: sample")
 
 
 def all_of_it(name, makers, call, allowed=(), skipped=()) -> None:
@@ -184,7 +221,7 @@ def test_an_entry_takes_a_value_or_names_what_is_wrong_and_changes_nothing(
 CONSTRUCTORS = {
     PrioritizedReplayBuffer: "capacity batch_size alpha beta eps beta_increment draw method"
     " weight_normalization new_priority prioritization sort_interval device generator layout"
-    " example num_buffers",
+    " example num_buffers priority_clip uniform_mix latest track_draws beta_schedule",
     SumTree: "capacity device num_trees",
     TransitionReplayBuffer: "capacity alpha beta beta_increment epsilon draw method prioritization"
     " device generator n_step gamma",
@@ -212,6 +249,15 @@ PARTS = [*one().state_dict(), *(("settings", key) for key in one().state_dict()[
 OWN = {
     one: PARTS,
     ranked: ["ranks", ("settings", "prioritization"), ("settings", "sort_interval")],
+    mixed: [
+        "draw_count",
+        "updates",
+        ("settings", "uniform_mix"),
+        ("settings", "latest"),
+        ("settings", "beta_schedule"),
+        ("settings", "priority_clip"),
+        ("settings", "track_draws"),
+    ],
     seeded: ["generator", ("settings", "weight_normalization")],
     many: [
         *("priority", "write_count", "transitions", "beta"),
@@ -241,7 +287,7 @@ def test_a_state_with_a_wrong_part_is_refused_whole(part, make):
     all_of_it(part, (make,), load)
 
 
-@pytest.mark.parametrize("make", [*TABLES, many])
+@pytest.mark.parametrize("make", [*TABLES, mixed, many])
 def test_a_state_without_one_of_its_parts_is_refused_or_older(make):
     for part in PARTS:
         state = make().state_dict()

@@ -26,7 +26,8 @@ class InterruptAfter:
         self.left, self.raised = lines, False
 
     def __call__(self, frame, event, arg):
-        if "per_td" not in frame.f_code.co_filename or "tests" in frame.f_code.co_filename:
+        name = frame.f_code.co_filename
+        if "/per_td/" not in name or "/tests/" in name:
             return None
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
         # the interpreter looks for signals at calls, not before a plain assignment
@@ -148,6 +149,11 @@ def test_a_call_from_within_a_change_is_refused_and_the_change_goes_on(choice, m
     inner = {
         "extend": lambda: buffer.extend(transitions(range(3))),
         "sample": buffer.sample,
+        "sample newest": lambda: buffer.sample(by="uniform", newest=3),
+        "sweep": lambda: buffer.sweep(3),
+        "set_priority": lambda: buffer.set_priority([0], [1.0]),
+        "max": lambda: buffer.update_priority([0], [1.0], mode="max", rate=0.5),
+        "uniform_mix": lambda: setattr(buffer, "uniform_mix", 0.5),
         "update": lambda: buffer.update_priority([0], [1.0]),
         "alpha": lambda: setattr(buffer, "alpha", 0.1),
         "empty": buffer.empty,
@@ -173,3 +179,120 @@ def test_a_call_from_within_a_change_is_refused_and_the_change_goes_on(choice, m
     for call in inner.values():
         call()
     buffer.check_valid()
+
+
+SETTERS = {
+    "set_priority": lambda buffer, index: buffer.set_priority(index, index + 3.0),
+    "clip": lambda buffer, index: buffer.update_priority(index, index + 3.0),
+    "max": lambda buffer, index: buffer.update_priority(index, index + 3.0, mode="max", rate=0.5),
+    "mean": lambda buffer, index: buffer.update_priority(index, index * 3.0, mode="mean", rate=0.5),
+}
+
+
+@pytest.mark.parametrize("draw", ["proportional", "rank"])
+@pytest.mark.parametrize("setter", SETTERS)
+def test_an_interrupted_way_to_set_priorities_leaves_sides_that_follow(setter, draw, choice):
+    def make():
+        clip = (0.5, 4.0) if setter == "clip" else None
+        buffer = PrioritizedReplayBuffer(
+            200, 8, uniform_mix=0.5, priority_clip=clip, prioritization=draw
+        )
+        buffer.extend(transitions(range(170)))
+        buffer.sample(by="inverse")
+        return buffer
+
+    def check(buffer):
+        buffer.check_valid()
+        assert (buffer.priority > 0).all()
+        assert (buffer.sample(by="inverse")["priority_weight"] > 0).all()
+
+    step = 2 if draw == "proportional" else 7
+    every_line(make, lambda buffer: SETTERS[setter](buffer, torch.arange(8)), check, step)
+
+
+@pytest.mark.parametrize("rated", [False, True])
+def test_an_interrupted_extend_leaves_sides_and_counts_that_follow(rated, choice):
+    new = transitions(range(100, 106))
+    priority = torch.tensor([2.0, 0.0] * 3) if rated else None
+
+    def make():
+        buffer = PrioritizedReplayBuffer(20, 8, uniform_mix=0.5, track_draws=True)
+        buffer.extend(transitions(range(17)))
+        buffer.sample(200, by="inverse")
+        assert (buffer.draw_count > 0).all()
+        return buffer
+
+    def check(buffer):
+        buffer.check_valid()
+        done = buffer.write_count - 17
+        assert done in (0, 6)
+        written = [17, 18, 19, 0, 1, 2] if done else []
+        counts = buffer.draw_count.tolist()
+        assert all((count == 0) == (i in written) for i, count in enumerate(counts))
+
+    every_line(make, lambda buffer: buffer.extend(new, priority), check, 3)
+
+
+DRAWN = {
+    "mixture": lambda buffer: buffer.sample(),
+    "uniform": lambda buffer: buffer.sample(by="uniform"),
+    "the first inverse": lambda buffer: buffer.sample(by="inverse"),
+    "newest": lambda buffer: buffer.sample(by="inverse", newest=50),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWN)
+def test_an_interrupted_draw_leaves_a_buffer_that_draws(draw, choice):
+    def make():
+        buffer = PrioritizedReplayBuffer(200, 8, uniform_mix=0.5, latest=2, track_draws=True)
+        buffer.extend(transitions(range(170)))
+        return buffer
+
+    def check(buffer):
+        buffer.update_priority([3], [2.0])
+        buffer.check_valid()
+        assert DRAWN[draw](buffer)["priority_weight"].isfinite().all()
+        assert buffer.draw_count.sum() in (8, 16)
+
+    every_line(make, DRAWN[draw], check, 2)
+
+
+CHANGES = {
+    "uniform_mix": (0.5, 0.0),
+    "latest": (2, 0),
+    "priority_clip": ((1.0, 2.0), None),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_an_interrupted_change_of_a_knob_leaves_the_old_one_or_the_new_one(name, choice):
+    for value in CHANGES[name]:
+
+        def make():
+            buffer = PrioritizedReplayBuffer(200, 8)
+            buffer.extend(transitions(range(170)))
+            return buffer
+
+        before = getattr(make(), name)
+
+        def check(buffer, allowed=(before, value)):
+            assert getattr(buffer, name) in allowed
+            buffer.check_valid()
+            buffer.sample()
+            buffer.update_priority([3], [2.0])
+            buffer.check_valid()
+
+        every_line(make, lambda buffer: setattr(buffer, name, value), check)  # noqa: B023
+
+
+def test_an_interrupted_sweep_leaves_the_buffer_as_it_was(choice):
+    def make():
+        buffer = PrioritizedReplayBuffer(20, 8)
+        buffer.extend(transitions(range(17)))
+        return buffer
+
+    def check(buffer):
+        buffer.check_valid()
+        assert sum(map(len, buffer.sweep(5))) == 17
+
+    every_line(make, lambda buffer: list(buffer.sweep(5)), check, 2)

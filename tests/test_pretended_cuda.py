@@ -14,6 +14,7 @@ from tensordict import TensorDict
 
 from per_td import (
     ConfigurationError,
+    LinearSchedule,
     NStepWriter,
     PrioritizedReplayBuffer,
     SumTree,
@@ -630,3 +631,76 @@ def test_n_steps_for_one_buffer_wait_to_find_those_that_are_finished(pretended):
     step = {"x": torch.rand(2, device="cuda"), "next": ahead | {"terminated": flag, "done": flag}}
     with pytest.raises(WAITS), pretended.copies():
         writer.add(step)
+
+
+# --- other ways to draw and to set priorities -----------------------------------------------------
+
+KNOBS = [
+    {"by": by, "newest": newest, "latest": latest, "uniform_mix": mix}
+    for by, newest, latest, mix in itertools.product(
+        ("priority", "uniform", "inverse"), (None, 5), (0, 3), (0.0, 0.4, 1.0)
+    )
+]
+
+
+@pytest.mark.parametrize("num_buffers", [None, S])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("draw", DRAWS)
+def test_no_other_way_to_draw_waits_and_nor_do_the_changes_that_it_follows(
+    draw, normalization, num_buffers, pretended
+):
+    apart = draw == "without_replacement"
+    settings = {"draw": draw, "weight_normalization": normalization, "num_buffers": num_buffers}
+    buffer = make(pretended, track_draws=True, **settings)
+    new = rows_each if num_buffers else rows
+    shape = (S, B) if num_buffers else (B,)
+    buffer.extend(new(CAPACITY - 1))
+    with pretended.copies():  # memory of the trees on the side
+        buffer.sample(by="uniform")
+        buffer.sample(by="inverse")
+    for knobs in KNOBS:
+        if apart and (knobs["newest"] or knobs["latest"] or knobs["uniform_mix"]):
+            continue
+        buffer.latest, buffer.uniform_mix = knobs["latest"], knobs["uniform_mix"]
+        batch = buffer.sample(by=knobs["by"], newest=knobs["newest"])
+        assert on_device(pretended, batch.to_dict())
+        assert batch["draw_count"].shape == batch["priority_weight"].shape == shape
+        learn(buffer, batch, shape)
+        buffer.extend(new(3))
+        buffer.extend(new(4), torch.ones(*shape[:-1], 4, device="cuda"))
+    buffer.alpha = 0.9
+    assert on_device(pretended, [buffer.draw_count])
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cpu"])
+@pytest.mark.parametrize("num_buffers", [None, S])
+@pytest.mark.parametrize("clip", [None, (0.5, None), (None, 2.0)])
+def test_no_way_to_set_priorities_waits(clip, num_buffers, device, pretended):
+    with pretended.copies():
+        schedule = LinearSchedule(0.4, 1.0, 10)
+    buffer = make(pretended, priority_clip=clip, num_buffers=num_buffers, beta_schedule=schedule)
+    buffer.extend(rows_each(B) if num_buffers else rows(B))
+    shape = (S, 4) if num_buffers else (4,)
+    index = torch.zeros(shape, dtype=torch.int64, device=device)
+    value = torch.ones(shape, device=device)
+    masks = [None, value.bool()] if num_buffers else [None]
+    for mask, generation in itertools.product(masks, (None, index)):
+        buffer.set_priority(index, value, generation, mask)
+        for mode, rate in (("set", 1.0), ("max", 0.5), ("mean", 0.1)):
+            buffer.update_priority(index, value, generation, mask, mode, rate)
+
+
+@pytest.mark.parametrize("by", ["priority", "uniform", "inverse"])
+@pytest.mark.parametrize("num_buffers", [None, S])
+def test_launches_of_other_ways_to_draw_do_not_wait(num_buffers, by, launched):
+    buffer = make(launched, num_buffers=num_buffers, uniform_mix=0.5, latest=2)
+    new = rows_each if num_buffers else rows
+    buffer.extend(new(15))
+    with launched.copies():
+        buffer.sample(by=by)
+    before = _Launch.count
+    batch = buffer.sample(by=by, newest=9)
+    index = batch["index"]
+    buffer.set_priority(index, torch.ones(index.shape, device="cuda"), batch["generation"])
+    buffer.update_priority(index, torch.ones(index.shape, device="cuda"), mode="max", rate=0.5)
+    assert _Launch.count > before

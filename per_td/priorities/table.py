@@ -1,6 +1,7 @@
 """PriorityTable: raw priorities and masses of the slots of S groups, and settings of draws."""
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,6 +78,20 @@ def check_choices(capacity: int, settings: dict[str, Any]) -> dict[str, str]:
             f"uniform_mix: expected 0 with draw='without_replacement', got {share:g}"
         )
     return chosen
+
+
+def _make_side(sides: dict[str, SideTrees], name: str, main: Trees, memory: Zeros) -> None:
+    def make() -> None:
+        sides[name] = SideTrees(name, main, memory)
+
+    if "torch._dynamo" in sys.modules:  # torch.compile may be at work, and would trace inner calls
+        make = torch.compiler.disable(make)  # type: ignore[no-untyped-call]
+    make()
+
+
+# torch.compile does not trace it, which breaks that one graph; torch.compiler.disable does as much,
+# but imports all of the compiler
+_make_side._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 class PriorityTable:
@@ -247,7 +262,7 @@ class PriorityTable:
                     f"by, uniform_mix: expected draws by priority in a shared buffer that was made"
                     f" without a uniform_mix, got {name!r}: other processes would not know"
                 )
-            self._sides[name] = SideTrees(name, self.trees, self._memory)
+            _make_side(self._sides, name, self.trees, self._memory)
         return self._sides[name]
 
     @property
