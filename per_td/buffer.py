@@ -38,6 +38,10 @@ from per_td.storage.ring import RingStorage, as_mask
 __all__ = ["Draw", "PrioritizedReplayBuffer"]
 
 
+_USUAL: dict[str, Any] = {}
+"""How updates usually change priorities."""
+
+
 class Draw(NamedTuple):
     """Transitions drawn, with their masses; see `PrioritizedReplayBuffer.draw_leaves`.
 
@@ -726,9 +730,10 @@ class PrioritizedReplayBuffer(Copied):
                 `stats`.
             ConfigurationError: there is no such mode, or a rate for "set".
         """
-        settings = as_mode(mode, rate)
-        self._set("update", index, td_error, generation, mask, settings)
-        self._count_update()
+        how = _USUAL if mode == "set" and rate == 1.0 else as_mode(mode, rate)
+        self._set(index, td_error, generation, mask, how)
+        if self._schedule is not None:
+            self._count_update()
 
     def set_priority(
         self, index: Any, priority: Any, generation: Any = None, mask: Any = None
@@ -743,18 +748,17 @@ class PrioritizedReplayBuffer(Copied):
             IndexRangeError, PriorityError: as `update_priority`; a negative priority is refused
                 like NaN.
         """
-        self._set("set", index, priority, generation, mask, {})
+        self._set(index, priority, generation, mask, {"mode": "exact"})
 
     def _set(
         self,
-        method: str,
         index: Any,
         value: Any,
         generation: Any,
         mask: Any,
-        settings: dict[str, Any],
+        how: dict[str, Any],
     ) -> None:
-        """Check slots, and let the table's method of this name change their priorities."""
+        """Check slots, and change their priorities; `how` are arguments for the table."""
         ring = self._storage
         with self._lock:
             index = validation.as_index(index, self.device, lead=ring.lead)
@@ -773,13 +777,8 @@ class PrioritizedReplayBuffer(Copied):
                 raise self._at_work()
             try:
                 self._busy = True
-                stale = getattr(self._priorities, method)(
-                    index,
-                    value,
-                    written=ring.written,
-                    generation=generation,
-                    mask=mask,
-                    **settings,
+                stale = self._priorities.update(
+                    index, value, written=ring.written, generation=generation, mask=mask, **how
                 )
             except PerTdError:  # ours come before any writing
                 raise
@@ -811,7 +810,7 @@ class PrioritizedReplayBuffer(Copied):
             self._stale += validation.integer("updates", updates, 0)
 
     def _count_update(self) -> None:
-        """Set the beta of the schedule, if there is one, after one more update."""
+        """Set the beta of the schedule after one more update."""
         if self._schedule is not None:
             with self._lock:
                 self._updates += 1
@@ -901,14 +900,13 @@ class PrioritizedReplayBuffer(Copied):
         value = validation.integer("latest", value, 0)
         Selection.of("priority", None, value, self.draw)
         self._latest = value
+        self._select()
         self._drop_ahead()
 
-    @property
-    def _selection(self) -> Selection | None:
-        """Way to draw; None for the usual one."""
-        if self._latest or self._priorities.uniform_mix:
-            return Selection(latest=self._latest)
-        return None
+    def _select(self) -> None:
+        """Note the way to draw; None for the usual one, which then costs no look at others."""
+        usual = not self._latest and not self._priorities.uniform_mix
+        self._selection = None if usual else Selection(latest=self._latest)
 
     track_draws: bool = validation.fixed(
         "track_draws", lambda self: self._priorities.draw_counts is not None
@@ -936,6 +934,7 @@ class PrioritizedReplayBuffer(Copied):
                 else:
                     setattr(self._priorities, name, value)
                 if choice or name == "uniform_mix":
+                    self._select()
                     self._drop_ahead()
             except PerTdError:
                 raise

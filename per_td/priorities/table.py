@@ -504,7 +504,8 @@ class PriorityTable:
                 `written`.
             mask: bool, in the shape of `index`; False leaves a slot alone.
             squared: the TD errors are delta^2.
-            mode, rate: see `PrioritizedReplayBuffer.update_priority`.
+            mode, rate: see `PrioritizedReplayBuffer.update_priority`; or "exact": `td_error` has
+                priorities, to be set as they are.
 
         Returns:
             The number of updates dropped.
@@ -514,40 +515,35 @@ class PriorityTable:
             PriorityError: a TD error is NaN or infinite, or the shape or dtype is wrong.
                 On CUDA such updates are refused and counted instead.
         """
-        value = validation.as_values("td_error", td_error, index)
         plain = mode == "set" and self._clip is None
-        if not plain:
-            value = self._priorities_of(index, value, mask, squared, mode, rate)
-        return self._assign(
+        if mode == "exact":
+            value = self._valid(index, td_error, mask)
+        else:
+            value = validation.as_values("td_error", td_error, index)
+            if not plain:
+                value = self._priorities_of(index, value, mask, squared, mode, rate)
+        if generation is not None:
+            validation.require_same_shape("generation", generation, index)
+        trees = self.trees
+        dropped: Tensor | int = trees.ops.assign(
+            trees,
+            self.distribution,
             index,
             value,
             written=written,
+            limit=self.capacity,
             generation=generation,
             stamps=stamps,
             mask=mask,
             add_eps=plain,
             squared=plain and squared,
+            ever_max=self._ever_max,
         )
-
-    def set(
-        self,
-        index: Tensor,
-        priority: Any,
-        *,
-        written: Tensor | int,
-        generation: Tensor | None = None,
-        stamps: Tensor | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor | int:
-        """Set priorities as they are; see `update` for the arguments, the result and the errors.
-
-        Args:
-            priority: not negative, one per index; not changed by eps or `priority_clip`.
-        """
-        value = self._valid(index, priority, mask)
-        return self._assign(
-            index, value, written=written, generation=generation, stamps=stamps, mask=mask
-        )
+        if self.distribution.changed(index.numel()):
+            self._refill()
+        if self._sides:
+            self._follow(index, new=False)
+        return dropped
 
     def _valid(self, index: Tensor, priority: Any, mask: Tensor | None) -> Tensor:
         """Check priorities, one per index; NaN marks those refused on the device."""
@@ -574,41 +570,6 @@ class PriorityTable:
             old = self.raw.gather(-1, index.clamp(0, self.capacity - 1))
             priority = (rate * old).maximum(priority) if mode == "max" else old.lerp(priority, rate)
         return torch.where(valid, priority, torch.nan)
-
-    def _assign(
-        self,
-        index: Tensor,
-        value: Tensor,
-        *,
-        written: Tensor | int,
-        generation: Tensor | None,
-        stamps: Tensor | None,
-        mask: Tensor | None,
-        add_eps: bool = False,
-        squared: bool = False,
-    ) -> Tensor | int:
-        if generation is not None:
-            validation.require_same_shape("generation", generation, index)
-        trees = self.trees
-        dropped: Tensor | int = trees.ops.assign(
-            trees,
-            self.distribution,
-            index,
-            value,
-            written=written,
-            limit=self.capacity,
-            generation=generation,
-            stamps=stamps,
-            mask=mask,
-            add_eps=add_eps,
-            squared=squared,
-            ever_max=self._ever_max,
-        )
-        if self.distribution.changed(index.numel()):
-            self._refill()
-        if self._sides:
-            self._follow(index, new=False)
-        return dropped
 
     # --- the whole --------------------------------------------------------------------------------
 

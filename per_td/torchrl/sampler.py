@@ -599,7 +599,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             priority: finite and not negative, [B], or one number for all.
             generation: 0 for live updates, int64 [B]; others are stale. None: all are live.
         """
-        self._change(index, priority, storage, generation=generation, exact=True)
+        self._change(index, priority, storage, generation=generation, mode="exact")
 
     def _change(self, index: Any, priority: Any, storage: Storage | None, **settings: Any) -> None:
         self._follow(storage)
@@ -638,7 +638,6 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         size: int,
         *,
         generation: Tensor | None = None,
-        exact: bool = False,
         **settings: Any,
     ) -> None:
         """Set the priorities of filled slots, and count stale updates.
@@ -648,17 +647,15 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             td_error: [B].
             size: number of filled slots; updates of later ones are stale.
             generation: int64 [B]; others than those of the slots, `stamps` or 0, are stale.
-            exact: `td_error` has raw priorities, to be set as they are.
-            settings: as for `PriorityTable.update`, or `PriorityTable.set` if `exact`.
+            settings: as for `PriorityTable.update`.
 
         Raises:
             IndexRangeError, PriorityError: as `update_priority`.
         """
         table, capacity = self._table, self._max_capacity
-        change = table.set if exact else table.update
         if size == capacity or validation.can_raise(index):
             try:
-                self._stale += change(
+                self._stale += table.update(
                     index, td_error, written=size, generation=generation, **settings
                 )
             except IndexRangeError:
@@ -669,7 +666,9 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         known = torch.zeros_like(index) if generation is None else generation
         empty = (index >= size) & (index < capacity)
         generation = torch.where(empty, _NEVER, known)
-        self._stale += change(index, td_error, written=capacity, generation=generation, **settings)
+        self._stale += table.update(
+            index, td_error, written=capacity, generation=generation, **settings
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """A snapshot: tensors and plain values."""
