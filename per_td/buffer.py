@@ -264,7 +264,7 @@ class PrioritizedReplayBuffer(Copied):
             layout,
             memory,
             groups=num_buffers,
-            reserved=("draw_count",) if track_draws else (),
+            reserved=() if self._priorities.draw_counts is None else ("draw_count",),
         )
         if shared:
             self._priorities.seal()
@@ -515,7 +515,7 @@ class PrioritizedReplayBuffer(Copied):
             EmptyBufferError: the buffer is empty, all priorities are 0, or without replacement
                 fewer than B transitions can be drawn.
         """
-        usual = by == "priority" and newest is None
+        usual = newest is None and isinstance(by, str) and by == "priority"
         if self._ahead is not None and usual and batch_size in (None, self._batch):
             batch = self._ahead.next()
             if batch_size is None or batch.shape[-1] == batch_size:  # or it has been set meanwhile
@@ -709,9 +709,11 @@ class PrioritizedReplayBuffer(Copied):
             ConfigurationError: there is no such mode, or a rate for "set".
         """
         settings: dict[str, Any] = {}
-        if mode != "set" or rate != 1.0:
+        usual = isinstance(mode, str) and mode == "set" and isinstance(rate, float) and rate == 1.0
+        if not usual:
+            mode = validation.one_of("mode", mode, MODES)
             rate = validation.real("rate", rate, high=1.0)
-            if validation.one_of("mode", mode, MODES) == "set":
+            if mode == "set" and rate != 1.0:
                 raise ConfigurationError(f"rate: expected 1.0 with mode='set', got {rate:g}")
             settings = {"mode": mode, "rate": rate}
         self._set("update", index, td_error, generation, mask, settings)

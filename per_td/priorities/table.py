@@ -147,7 +147,7 @@ class PriorityTable:
         self._sides: dict[str, SideTrees] = {}
         self.draw_counts: DrawCounts | None = None
         """Counts of draws; None: they are not kept."""
-        if track_draws:
+        if validation.flag("track_draws", track_draws):
             self.draw_counts = DrawCounts(self.trees.layout, device, memory)
         self._uniform_mix = 0.0
         self._choose(chosen)
