@@ -30,7 +30,7 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 def as_clip(value: Any) -> tuple[float | None, float | None] | None:
-    """Check and return bounds of priorities.
+    """Check and return bounds of priorities, which a file holds as a dictionary.
 
     Raises:
         ConfigurationError: it is neither None nor a pair of bounds in order, each a number of at
@@ -38,6 +38,8 @@ def as_clip(value: Any) -> tuple[float | None, float | None] | None:
     """
     if value is None:
         return None
+    if isinstance(value, dict) and set(value) == {"low", "high"}:
+        value = value["low"], value["high"]
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise ConfigurationError(f"priority_clip: expected (low, high) or None, got {value!r}")
     low, high = (
