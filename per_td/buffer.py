@@ -138,10 +138,11 @@ class PrioritizedReplayBuffer(Copied):
         shared: put all that changes into shared memory, for spawned processes that write and learn
             side by side; see `docs/reliability.md`. It needs an `example`, Linux, the device "cpu"
             and proportional priorities. Hand the buffer to a process as an argument when you start
-            it. Of each process's own are `batch_size`, `beta_increment`, `draw`, `method` and
-            `generator`, which is not sent along: a started process draws from torch's own, and
-            should seed that. A process killed in the middle of a call does not hold up the others:
-            the next call repairs what it left. A transition is written when `extend` returns; one
+            it. Of each process's own are `batch_size`, `beta_increment`, `draw`, `method`,
+            `uniform_mix`, `latest`, `priority_clip` and `generator`, which is not sent along: a
+            started process draws from torch's own, and should seed that. Draws by "uniform" or with
+            a `uniform_mix` need one in the constructor; those by "inverse" are refused. A process killed in
+            the middle of a call does not hold up the others: the next call repairs what it left. A transition is written when `extend` returns; one
             whose writer died before is never drawn.
         threads: let several threads call the buffer at the same time: one lock is held in every
             call. A `shared` buffer can do that anyway. torch.compile cannot trace a lock.
