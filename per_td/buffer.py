@@ -155,10 +155,11 @@ class PrioritizedReplayBuffer(Copied):
         shared: put all that changes into shared memory, for spawned processes that write and learn
             side by side; see `docs/reliability.md`. It needs an `example`, Linux, the device "cpu"
             and proportional priorities. Hand the buffer to a process as an argument when you start
-            it. Of each process's own are `batch_size`, `beta_increment`, `draw`, `method` and
-            `generator`, which is not sent along: a started process draws from torch's own, and
-            should seed that. A process killed in the middle of a call does not hold up the others:
-            the next call repairs what it left. A transition is written when `extend` returns; one
+            it. Of each process's own are `batch_size`, `beta_increment`, `draw`, `method`,
+            `uniform_mix`, `latest`, `priority_clip` and `generator`, which is not sent along: a
+            started process draws from torch's own, and should seed that. Draws by "uniform" or with
+            a `uniform_mix` need one in the constructor; those by "inverse" are refused. A process killed in
+            the middle of a call does not hold up the others: the next call repairs what it left. A transition is written when `extend` returns; one
             whose writer died before is never drawn.
         threads: let several threads call the buffer at the same time: one lock is held in every
             call. A `shared` buffer can do that anyway. torch.compile cannot trace a lock.
@@ -283,7 +284,7 @@ class PrioritizedReplayBuffer(Copied):
             layout,
             memory,
             groups=num_buffers,
-            reserved=("draw_count",) if track_draws else (),
+            reserved=() if self._priorities.draw_counts is None else ("draw_count",),
         )
         if shared:
             self._priorities.seal()
@@ -534,7 +535,7 @@ class PrioritizedReplayBuffer(Copied):
             EmptyBufferError: the buffer is empty, all priorities are 0, or without replacement
                 fewer than B transitions can be drawn.
         """
-        usual = by == "priority" and newest is None
+        usual = newest is None and isinstance(by, str) and by == "priority"
         if self._ahead is not None and usual and batch_size in (None, self._batch):
             batch = self._ahead.next()
             if batch_size is None or batch.shape[-1] == batch_size:  # or it has been set meanwhile
@@ -730,7 +731,8 @@ class PrioritizedReplayBuffer(Copied):
                 `stats`.
             ConfigurationError: there is no such mode, or a rate for "set".
         """
-        how = _USUAL if mode == "set" and rate == 1.0 else as_mode(mode, rate)
+        usual = isinstance(mode, str) and mode == "set" and isinstance(rate, float) and rate == 1.0
+        how = _USUAL if usual else as_mode(mode, rate)
         self._set(index, td_error, generation, mask, how)
         if self._schedule is not None:
             self._count_update()

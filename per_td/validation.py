@@ -185,6 +185,13 @@ def real_or_each(
     return torch.tensor(checked, dtype=torch.float64, device="cpu")
 
 
+def flag(name: str, value: object) -> bool:
+    """Return `value` if it is True or False, or raise ConfigurationError."""
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name}: expected True or False, got {value!r}")
+    return value
+
+
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
     """Return the one of `choices` that equals `value`, or raise ConfigurationError."""
     if not isinstance(value, str) or value not in choices:

@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorDict
 
 from per_td import (
+    CheckpointError,
     ConfigurationError,
     IndexRangeError,
     PrioritizedReplayBuffer,
@@ -318,3 +319,36 @@ def test_gradients_do_not_matter(choice):
     buffer.update_priority([2, 3], value.unsqueeze(-1), mode="max", rate=0.5)
     assert not buffer.priority.requires_grad
     buffer.check_valid()
+
+
+@pytest.mark.parametrize("clip", BOUNDS, ids=str)
+@pytest.mark.parametrize("groups", [None, S])
+def test_bounds_are_saved_and_loaded(groups, clip, tmp_path):
+    buffer = make(groups, priority_clip=clip)
+    buffer.save(tmp_path / "buffer.pt")
+    loaded = PrioritizedReplayBuffer.load(tmp_path / "buffer.pt")
+    assert loaded.priority_clip == clip
+    torch.save(buffer.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    made = make(groups)
+    made.load_state_dict(state)
+    assert made.priority_clip is None  # the buffer's own stay
+    for wrong in ({"low": 2.0, "high": 1.0}, {"low": 1.0}, "x", {"low": "x", "high": None}):
+        damaged = state | {"settings": state["settings"] | {"priority_clip": wrong}}
+        with pytest.raises(CheckpointError, match="priority_clip: expected"):
+            made.load_state_dict(damaged)
+
+
+def test_all_knobs_are_saved_and_loaded(tmp_path):
+    buffer = make(uniform_mix=0.25, latest=3, track_draws=True, priority_clip=(0.5, 2.0))
+    buffer.sample(8)
+    buffer.save(tmp_path / "buffer.pt")
+    loaded = PrioritizedReplayBuffer.load(tmp_path / "buffer.pt")
+    assert loaded.state_dict()["settings"] == buffer.state_dict()["settings"]
+    assert (loaded.uniform_mix, loaded.latest, loaded.track_draws) == (0.25, 3, True)
+    settings = buffer.state_dict()["settings"]
+    for name in ("uniform_mix", "latest"):
+        wrong = settings | {"uniform_mix": 0.0, "latest": 0, "draw": "without_replacement"}
+        wrong |= {name: settings[name]}
+        with pytest.raises(CheckpointError, match=f"settings: {name}: expected"):
+            loaded.load_state_dict(buffer.state_dict() | {"settings": wrong})

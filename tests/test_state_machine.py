@@ -55,6 +55,8 @@ CONFIGURATION = st.fixed_dictionaries(
         "weight_normalization": CAN_BE(["batch", "buffer", "none"]),
         "new_priority": CAN_BE(["buffer_max", "ever_max"]),
         "layout": CAN_BE(["columns", "records", "auto"]),
+        "priority_clip": CAN_BE([None, (0.5, None), (None, 2.0), (0.1, 3.0)]),
+        "track_draws": st.booleans(),
     }
 )
 
@@ -109,6 +111,7 @@ class BufferMachine(Kernels):
                 new_priority=given["new_priority"],
                 rank="prioritization" in given,
                 sort_interval=given.get("sort_interval"),
+                clip=given["priority_clip"],
             )
             for _ in range(self.count or 1)
         ]
@@ -210,8 +213,7 @@ class BufferMachine(Kernels):
         weight = batch["priority_weight"]
         assert weight.dtype == torch.float32
         np.testing.assert_allclose(weight.numpy(), expected, rtol=2e-5, atol=1e-37)
-        for i in index:
-            ring.replayed[i] = True
+        self.count_draws(ring, batch)
         if self.given["draw"] == "without_replacement":
             assert len(set(index)) == len(index)
             assert all(ring.mass[i] > 0 for i in index)
@@ -220,10 +222,69 @@ class BufferMachine(Kernels):
             stratified = self.given["draw"] == "stratified"
             check_drawn(np.array(index), mass, point, stratified=stratified)
 
-    def check_update(self, index, td_error, generation, mask=None):
+    def count_draws(self, ring, batch):
+        index = batch["index"].tolist()
+        for i in index:
+            ring.replayed[i] = True
+            ring.draws[i] += 1
+        if self.given["track_draws"]:
+            assert batch["draw_count"].tolist() == [ring.draws[i] for i in index]
+
+    @rule(
+        n=st.integers(1, 12),
+        by=CAN_BE(["priority", "uniform", "inverse"]),
+        newest=CAN_BE([None, 1, 3, 60, 1000]),
+        mix=CAN_BE([0.0, 0.3, 1.0]),
+    )
+    def sample_otherwise(self, n, by, newest, mix):
+        if self.given["draw"] == "without_replacement":
+            newest, mix = None, 0.0
+        p = [ring.probabilities_by(by, newest, mix) for ring in self.rings]
+        enough = n if self.given["draw"] == "without_replacement" else 1
+        self.buffer.uniform_mix = mix
+        if any((own > 0).sum() < enough for own in p):
+            with pytest.raises(EmptyBufferError):
+                self.buffer.sample(n, by, newest)
+            self.buffer.uniform_mix = 0.0
+            return
+        batch = self.buffer.sample(n, by, newest)
+        self.buffer.uniform_mix = 0.0
+        for s, (ring, own) in enumerate(zip(self.rings, p, strict=True)):
+            drawn = batch[s] if self.count else batch
+            index = drawn["index"].tolist()
+            assert (own[index] > 0).all()
+            assert drawn["action"].tolist() == [ring.item[i] for i in index]
+            log = -self.beta * np.log(own[own > 0] * min(newest or len(ring), len(ring)))
+            every = np.full(len(own), -np.inf)
+            every[own > 0] = log
+            normalization = self.given["weight_normalization"]
+            least = {"batch": every[index].max(), "buffer": every.max(), "none": 0.0}
+            expected = np.exp(every[index] - least[normalization])
+            expected[expected > 3.4e38] = np.inf
+            got = drawn["priority_weight"].numpy()
+            np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-37)
+            self.count_draws(ring, drawn)
+
+    @rule(n=st.integers(1, 300))
+    def sweep(self, n):
+        batches = list(self.buffer.sweep(n))
+        assert bool(batches) == any(map(len, self.rings))
+        for s, ring in enumerate(self.rings if batches else []):
+            swept = torch.cat([batch[s] if self.count else batch for batch in batches])
+            swept = swept[swept["filled"]] if self.count else swept
+            assert swept["index"].tolist() == list(range(len(ring)))
+            assert swept["action"].tolist() == ring.item[: len(ring)]
+            assert swept["generation"].tolist() == ring.generation[: len(ring)]
+
+    def check_update(self, index, td_error, generation, mask=None, how=("set", 1.0)):
+        """Update; `how` is a mode and a rate, or None to set priorities as they are."""
         dtype = torch.int64
         given = {} if mask is None else {"mask": torch.tensor(mask)}
-        self.buffer.update_priority(
+        call = self.buffer.set_priority
+        if how is not None:
+            call = self.buffer.update_priority
+            given |= {"mode": how[0], "rate": how[1]}
+        call(
             self.shaped(index, dtype),
             self.shaped(td_error, torch.float32),
             None if generation is None else self.shaped(generation, dtype),
@@ -232,7 +293,11 @@ class BufferMachine(Kernels):
         for s, ring in enumerate(self.rings):
             kept = [j for j in range(len(index[s])) if mask is None or mask[s][j]]
             then = None if generation is None else [generation[s][j] for j in kept]
-            ring.update([index[s][j] for j in kept], [td_error[s][j] for j in kept], then)
+            own = [index[s][j] for j in kept], [td_error[s][j] for j in kept], then
+            if how is None:
+                ring.assign(*own)
+            else:
+                ring.update(*own, *how)
 
     @rule(data=st.data(), batch=batches, named=st.booleans())
     def update_a_batch(self, data, batch, named):
@@ -245,13 +310,21 @@ class BufferMachine(Kernels):
         self.check_update(index, td_error, generation if named else None)
 
     @precondition(lambda self: all(map(len, self.rings)))
-    @rule(data=st.data(), n=st.integers(0, 12), stale=st.booleans(), masked=st.booleans())
-    def update_any(self, data, n, stale, masked):
+    @rule(
+        data=st.data(),
+        n=st.integers(0, 12),
+        stale=st.booleans(),
+        masked=st.booleans(),
+        how=CAN_BE([("set", 1.0), None, ("max", 0.0), ("max", 0.7), ("mean", 0.25), ("mean", 1.0)]),
+    )
+    def update_any(self, data, n, stale, masked, how):
         """With repetitions, stale ones among others, and rubbish where it is masked."""
         random = np.random.default_rng(data.draw(st.integers(0, 999)))
         some = data.draw(st.lists(TD_ERROR, min_size=3, max_size=5, unique_by=abs), "TD errors")
         index = [random.integers(len(ring), size=n).tolist() for ring in self.rings]
         td_error = [random.choice(np.float32(some), n).tolist() for _ in self.rings]
+        if how is None:
+            td_error = [[abs(error) for error in own] for own in td_error]
         generation = [
             [ring.generation[i] + int(random.integers(-1, 2)) for i in own]
             for ring, own in zip(self.rings, index, strict=True)
@@ -263,7 +336,7 @@ class BufferMachine(Kernels):
                 for j in range(n):
                     if not mask[s][j]:
                         index[s][j], td_error[s][j] = (-3, 10**6)[j % 2], math.nan
-        self.check_update(index, td_error, generation if stale else None, mask)
+        self.check_update(index, td_error, generation if stale else None, mask, how)
 
     @rule(n=st.integers(1, 4), wrong=CAN_BE(["index", "nan", "inf", "keys", "priority"]))
     def refuse(self, n, wrong):
@@ -385,6 +458,9 @@ class BufferMachine(Kernels):
         if self.buffer.weight_normalization == "buffer" and ring.drawable():
             least = self.buffer.smallest_mass.view(-1)[s].item()
             assert least == pytest.approx(ring.mass[ring.mass > 0].min(), rel=1e-6)
+        if self.given["track_draws"]:
+            counts = self.buffer.draw_count.view(len(self.rings), -1)[s, :n]
+            assert counts.tolist() == ring.draws[:n]
         if not self.count:
             assert self.buffer.replayed.tolist() == ring.replayed[:n]
         if n:

@@ -103,7 +103,7 @@ def state_of(parts: Parts, settings: dict[str, Any], *, copy: bool) -> dict[str,
     filled = ring.filled()
     transitions = {key: leaf.clone() for key, leaf in filled.items()} if copy else filled
     own = table.distribution.state(table.trees, len(ring))
-    counts = table.draw_count
+    counts, clip = table.draw_count, table.priority_clip
     return {
         "format": FORMAT,
         "version": checkpoint.VERSION,
@@ -111,6 +111,7 @@ def state_of(parts: Parts, settings: dict[str, Any], *, copy: bool) -> dict[str,
             "capacity": ring.capacity,
             **settings,
             **table.arguments,
+            "priority_clip": None if clip is None else {"low": clip[0], "high": clip[1]},
             "num_buffers": ring.num_buffers,
         },
         "beta": (beta if table.betas else beta.view(-1)[0]).clone(),

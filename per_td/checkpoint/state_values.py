@@ -86,8 +86,7 @@ def _settings(settings: Any) -> Mapping[str, Any]:
         as_clip(settings.get("priority_clip"))
         latest = validation.integer("latest", settings.get("latest", 0), 0)
         Selection.of("priority", None, latest, chosen["draw"])
-        if not isinstance(tracked := settings.get("track_draws", False), bool):
-            raise ConfigurationError(f"track_draws: expected a bool, got {type(tracked).__name__}")
+        validation.flag("track_draws", settings.get("track_draws", False))
         schedule = as_schedule(settings.get("beta_schedule"))
         if schedule is not None and settings["beta_increment"]:
             raise ConfigurationError("beta_schedule: expected None with a beta_increment, got one")

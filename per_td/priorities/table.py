@@ -31,7 +31,7 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 def as_clip(value: Any) -> tuple[float | None, float | None] | None:
-    """Check and return bounds of priorities.
+    """Check and return bounds of priorities, which a file holds as a dictionary.
 
     Raises:
         ConfigurationError: it is neither None nor a pair of bounds in order, each a number of at
@@ -39,6 +39,8 @@ def as_clip(value: Any) -> tuple[float | None, float | None] | None:
     """
     if value is None:
         return None
+    if isinstance(value, dict) and set(value) == {"low", "high"}:
+        value = value["low"], value["high"]
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise ConfigurationError(f"priority_clip: expected (low, high) or None, got {value!r}")
     low, high = (
@@ -56,10 +58,8 @@ def as_mode(mode: str, rate: float) -> dict[str, Any]:
     Raises:
         ConfigurationError: there is no such mode, a rate is not in [0, 1], or it has no use.
     """
-    if mode == "set" and rate == 1.0:
-        return {}
-    rate = validation.real("rate", rate, high=1.0)
-    if validation.one_of("mode", mode, MODES) == "set":
+    mode, rate = validation.one_of("mode", mode, MODES), validation.real("rate", rate, high=1.0)
+    if mode == "set" and rate != 1.0:
         raise ConfigurationError(f"rate: expected 1.0 with mode='set', got {rate:g}")
     return {"mode": mode, "rate": rate}
 
@@ -163,7 +163,7 @@ class PriorityTable:
         self._sides: dict[str, SideTrees] = {}
         self.draw_counts: DrawCounts | None = None
         """Counts of draws; None: they are not kept."""
-        if track_draws:
+        if validation.flag("track_draws", track_draws):
             self.draw_counts = DrawCounts(self.trees.layout, device, memory)
         self._uniform_mix = 0.0
         self._choose(chosen)

@@ -21,6 +21,7 @@ from per_td.concurrency import mutex
 from per_td.concurrency.shared_lock import Note
 from per_td.errors import ConfigurationError, EmptyBufferError, PriorityError
 from per_td.memory import Memory
+from per_td.priorities.followers import SideTrees
 from per_td.priorities.table import PriorityTable
 from per_td.storage.ring import RingStorage
 from per_td.tree import Trees
@@ -370,6 +371,73 @@ def test_after_a_learner_killed_in_an_update_the_sums_are_right(normalization):
     assert buffer.stats()["repairs"] == 1
     if normalization == "buffer":
         assert buffer.smallest_mass == buffer.mass.min()
+
+
+KILLED_BESIDE = {
+    "before the sides follow": (SideTrees, "follow", die),
+    "after the sides have followed": (SideTrees, "follow", dies_after(SideTrees.follow)),
+    "before the priorities": (PriorityTable, "_assign", die),
+    "with half of them": (PriorityTable, "_assign", die_after_leaves),
+}
+CHANGE_BESIDE = {
+    "set_priority": lambda buffer, *batch: buffer.set_priority(*batch),
+    "update": lambda buffer, *batch: buffer.update_priority(*batch),
+    "max": lambda buffer, *batch: buffer.update_priority(*batch, mode="max", rate=0.5),
+}
+
+
+@pytest.mark.parametrize("call", CHANGE_BESIDE)
+@pytest.mark.parametrize("point", KILLED_BESIDE)
+def test_after_a_learner_killed_beside_a_mixture_all_ways_to_draw_are_right(point, call):
+    buffer = processes.shared(300, uniform_mix=0.5, track_draws=True, priority_clip=(0.5, None))
+    buffer.extend(processes.transitions(range(300)))
+    batch = buffer.sample(64)
+    given = batch["index"], batch["id"].float(), batch["generation"]
+    die_in(KILLED_BESIDE[point], lambda: CHANGE_BESIDE[call](buffer, *given))
+    assert torn(buffer.sample(64, by="uniform", newest=100)) == 0
+    buffer.check_valid()
+    assert buffer.stats()["repairs"] == 1
+    assert buffer.draw_count.sum() == 128
+
+
+@pytest.mark.parametrize("point", KILLED_IN_EXTEND)
+def test_what_a_killed_writer_did_not_acknowledge_is_drawn_by_no_rule(point):
+    buffer = processes.shared(20, uniform_mix=1.0, latest=3)
+    buffer.extend(processes.transitions(range(27)))
+    new = processes.transitions(range(1000, 1006))
+    die_in(KILLED_IN_EXTEND[point], lambda: buffer.extend(new, initial(new["id"])))
+    for how in ({}, {"by": "uniform"}, {"newest": 19}):
+        batch = buffer.sample(500, **how)
+        assert set(batch["id"].tolist()) <= set(range(13, 27))
+        assert torn(batch) == 0
+    buffer.check_valid()
+
+
+def test_a_mixture_is_shared_and_what_the_others_would_not_know_of_is_refused():
+    buffer = processes.shared(20, uniform_mix=0.5)
+    buffer.extend(processes.transitions(range(10)))
+    other = handed_over(buffer)
+    assert other.uniform_mix == 0.5
+    other.extend(processes.transitions(range(10, 20)))
+    other.set_priority([3], [0.0], [0])
+    for each in (buffer, other):
+        each.check_valid()
+        index = each.sample(2000, by="uniform")["index"]
+        assert sorted(set(index.tolist())) == [i for i in range(20) if i != 3]
+        with pytest.raises(ConfigurationError, match="got 'inverse': other processes would not"):
+            each.sample(4, by="inverse")
+        each.check_valid()
+    plain = processes.shared(20)
+    plain.extend(processes.transitions(range(10)))
+    with pytest.raises(ConfigurationError, match="got 'uniform': other processes would not"):
+        plain.sample(4, by="uniform")
+    with pytest.raises(ConfigurationError, match="got 'uniform': other processes would not"):
+        plain.uniform_mix = 0.5
+    assert plain.uniform_mix == 0
+    plain.latest = 2
+    assert plain.sample(4, newest=5)["index"][-2:].tolist() == [8, 9]
+    buffer.uniform_mix = 0.0  # each process's own
+    assert other.uniform_mix == 0.5
 
 
 def test_after_a_death_in_increase_beta_or_setting_alpha_the_settings_hold():

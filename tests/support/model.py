@@ -32,10 +32,12 @@ class Ring:
         new_priority="buffer_max",
         rank=False,
         sort_interval=None,
+        clip=None,
     ):
         self.capacity, self.alpha, self.eps = capacity, alpha, eps
         self.new_priority, self.rank, self.sort_interval = new_priority, rank, sort_interval
-        self.item = [None] * capacity
+        self.low, self.high = clip or (None, None)
+        self.item, self.draws = [None] * capacity, [0] * capacity
         self.priority = np.zeros(capacity, np.float32)
         self.mass = np.zeros(capacity)
         self.generation = [-1] * capacity
@@ -64,7 +66,7 @@ class Ring:
         slots = []
         for item in items:
             slots.append(slot := self.take())
-            self.item[slot], self.replayed[slot] = item, False
+            self.item[slot], self.replayed[slot], self.draws[slot] = item, False, 0
         return slots
 
     def take(self) -> int:
@@ -74,14 +76,34 @@ class Ring:
         self.written += 1
         return slot
 
-    def update(self, index, td_error, generation=None) -> None:
+    def of_error(self, td_error) -> np.float32:
+        priority = abs(np.float32(td_error)) + np.float32(self.eps)
+        priority = priority if self.low is None else max(priority, np.float32(self.low))
+        return priority if self.high is None else min(priority, np.float32(self.high))
+
+    def update(self, index, td_error, generation=None, mode="set", rate=1.0) -> None:
+        old = self.priority.copy()
+        new = [self.of_error(error) for error in td_error]
+        if mode == "max":
+            new = [max(p, np.float32(rate) * old[i]) for p, i in zip(new, index, strict=True)]
+        elif mode == "mean":  # where the half of it is passed, torch reckons from the other end
+            new = [
+                old[i] + np.float32(rate) * (p - old[i])
+                if rate < 0.5
+                else p - (p - old[i]) * (1 - np.float32(rate))
+                for p, i in zip(new, index, strict=True)
+            ]
+        self.assign(index, new, generation)
+
+    def assign(self, index, priority, generation=None) -> None:
+        """Set priorities as they are."""
         live = []
         for j, slot in enumerate(index):
             if generation is not None and generation[j] != self.generation[slot]:
                 self.stale += 1
             else:
                 live.append(slot)
-                self.priority[slot] = abs(np.float32(td_error[j])) + np.float32(self.eps)
+                self.priority[slot] = np.float32(priority[j])
         for slot in live:
             self.set(slot, self.priority[slot])
         self.changed(len(index))
@@ -128,6 +150,19 @@ class Ring:
     def probabilities(self) -> np.ndarray:
         """P(i) of every slot, float64 [capacity]."""
         return self.mass / math.fsum(self.mass)
+
+    def probabilities_by(self, by, newest, mix) -> np.ndarray:
+        """P(i) of draws by another rule, [capacity]; see `PrioritizedReplayBuffer.sample`."""
+        recent = range(max(0, self.written - min(newest or len(self), len(self))), self.written)
+        inside = np.zeros(self.capacity, bool)
+        inside[[k % self.capacity for k in recent]] = True
+        inside &= self.mass > 0
+        one, mass = inside.astype(float), np.where(inside, self.mass, 1.0)
+        own = {"priority": mass, "uniform": one, "inverse": np.maximum(1 / mass, TINY)}[by]
+        own = np.where(inside, own, 0.0)
+        with np.errstate(invalid="ignore"):  # nothing can be drawn
+            p = own / own.sum()
+            return (1 - mix) * p + mix * one / one.sum() if by == "priority" and mix else p
 
     def oldest_first(self) -> list[tuple]:
         """Items with their priorities."""
