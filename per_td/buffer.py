@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, Self, SupportsIndex
@@ -26,9 +26,11 @@ from per_td.errors import (
     PriorityError,
     SchemaError,
 )
+from per_td.kernels.reference import Runs
 from per_td.memory import STORAGES, Memory
 from per_td.priorities.sampling import sample_rows
 from per_td.priorities.table import PriorityTable
+from per_td.storage.frame_ring import make_ring
 from per_td.storage.leaves import Leaves, entries_of
 from per_td.storage.ring import RingStorage, as_mask
 
@@ -68,6 +70,7 @@ def _void_write(ring: RingStorage, table: PriorityTable, beta: Tensor, note: Not
         table.void(note.runs)
     beta.clamp_(max=1.0)
     table.rebuild()
+    table.retire(ring)
 
 
 class PrioritizedReplayBuffer(Copied):
@@ -134,6 +137,16 @@ class PrioritizedReplayBuffer(Copied):
             those of the moment of the draw, up to so many updates ago. The draws take the numbers
             of the generator in their order, but which priorities they meet is a matter of time:
             runs do not repeat exactly. `sample` raises what goes wrong in the thread. 0: none.
+        frames: keep each frame of stacked observations once: the number of frames in a stack by
+            key, as {"pixels": 4}. Data has whole stacks [n, 4, ...] at the key and at
+            ("next", key), and so have batches, equal to the bit. A frame is looked for among those
+            of the last 32 writes of the same environment. Where frames run out before slots do, as
+            after many short episodes, the oldest transitions retire: they keep their slots, and
+            are never drawn again. Not together with `num_buffers`. See docs/frames.md.
+        num_envs: with `frames`, the number of environments whose transitions come in turn; None
+            is 1.
+        num_frames: with `frames`, how many are kept of each key; None: 1.06 times the capacity, and
+            a stack for each environment.
 
     Raises:
         ConfigurationError: an argument is not one of those accepted.
@@ -184,6 +197,9 @@ class PrioritizedReplayBuffer(Copied):
         shared: bool = False,
         threads: bool = False,
         prefetch: int = 0,
+        frames: Mapping[Any, Any] | None = None,
+        num_envs: int | None = None,
+        num_frames: int | None = None,
     ) -> None:
         capacity = validation.positive_int("capacity", capacity)
         if num_buffers is not None:
@@ -224,7 +240,16 @@ class PrioritizedReplayBuffer(Copied):
             groups=num_buffers,
             memory=memory.beside,
         )
-        self._storage = RingStorage(capacity, self.device, layout, memory, groups=num_buffers)
+        self._storage = make_ring(
+            capacity,
+            self.device,
+            layout,
+            memory,
+            groups=num_buffers,
+            frames=frames,
+            num_envs=num_envs,
+            num_frames=num_frames,
+        )
         if shared:
             repair = partial(_void_write, self._storage, self._priorities, self._beta)
             self._guard = Guard(num_buffers or 1, repair)
@@ -305,7 +330,9 @@ class PrioritizedReplayBuffer(Copied):
 
     # --- writing ----------------------------------------------------------------------------------
 
-    def extend(self, transitions: Any, priority: Any = None, mask: Any = None) -> Tensor:
+    def extend(
+        self, transitions: Any, priority: Any = None, mask: Any = None, env: Any = None
+    ) -> Tensor:
         """Write transitions.
 
         Args:
@@ -315,6 +342,8 @@ class PrioritizedReplayBuffer(Copied):
             priority: raw priorities for them, finite and not negative, in the shape of the batch; 0
                 is never drawn. None gives them that of `new_priority`.
             mask: with `num_buffers`, bool [S, n]: where it is False, nothing is written.
+            env: with `frames`, the environment of each, integers [n]; None: all of them in turn, so
+                that n is a multiple of `num_envs`.
 
         Returns:
             Their slots, int64 [n] or [S, n]; -1 where nothing was written.
@@ -326,21 +355,26 @@ class PrioritizedReplayBuffer(Copied):
                 needed, and there is not enough; the buffer takes others then.
             PriorityError: `priority` has a wrong shape or dtype, or a value is NaN, infinite or
                 negative (on CUDA such a value is replaced by that of `new_priority`, and counted).
+            IndexRangeError: `env` is wrong.
         """
         with self._lock:
             leaves, n = self._storage.check(transitions)
+            leaves = self._storage.with_env(leaves, n, env)
             return self._extend(leaves, n, priority, mask)
 
-    def add(self, transition: Any, priority: Any = None, mask: Any = None) -> Tensor:
+    def add(
+        self, transition: Any, priority: Any = None, mask: Any = None, env: Any = None
+    ) -> Tensor:
         """Write one transition: a TensorDict of batch size [] or [S], or a dict; see `extend`.
 
-        `priority` and `mask` have the shape of the batch.
+        `priority` and `mask` have the shape of the batch; `env` is a number.
 
         Returns:
             Its slot, int64 [] or [S].
         """
         with self._lock:
             leaves, _ = self._storage.check(transition, batched=False)
+            leaves = self._storage.with_env(leaves, 1, env)
             if self._storage.lead:
                 if priority is not None:
                     given = validation.as_tensor("priority", priority, PriorityError)
@@ -349,10 +383,13 @@ class PrioritizedReplayBuffer(Copied):
                     mask = validation.as_tensor("mask", mask, SchemaError).unsqueeze(-1)
             return self._extend(leaves, 1, priority, mask).squeeze_(-1)
 
-    def extend_leaves(self, leaves: Leaves, priority: Any = None, mask: Any = None) -> Tensor:
+    def extend_leaves(
+        self, leaves: Leaves, priority: Any = None, mask: Any = None, env: Any = None
+    ) -> Tensor:
         """`extend` without a TensorDict: tensors by key, a tuple of names; see there."""
         with self._lock:
             leaves, n = self._storage.check_leaves(leaves)
+            leaves = self._storage.with_env(leaves, n, env)
             return self._extend(leaves, n, priority, mask)
 
     def _extend(self, leaves: Leaves, n: int, priority: Any, mask: Any) -> Tensor:
@@ -395,6 +432,17 @@ class PrioritizedReplayBuffer(Copied):
     ) -> None:
         """Write checked transitions and their priorities; to do it again changes nothing."""
         runs = self._storage.write(leaves, n, mask)
+        self._write_priorities(n, index, priority, mask, runs)
+        self._priorities.retire(self._storage)
+
+    def _write_priorities(
+        self,
+        n: int,
+        index: Tensor,
+        priority: Tensor | None,
+        mask: Tensor | None,
+        runs: "Runs | None",
+    ) -> None:
         if priority is None and runs is not None:
             self._priorities.write_runs(runs)
             return
@@ -589,6 +637,7 @@ class PrioritizedReplayBuffer(Copied):
                 raise PriorityError(
                     "generation: expected that of the batch, which a shared buffer needs, got None"
                 )
+            generation = ring.of_living(index, generation)
             if mask is not None:
                 mask = self._as_mask(mask, index.shape)
             if self._busy:
@@ -660,6 +709,14 @@ class PrioritizedReplayBuffer(Copied):
         "num_buffers", lambda self: self._storage.num_buffers
     )
     """Number of buffers side by side; None: one, without a dimension for it."""
+
+    frames: Any = validation.fixed("frames", lambda self: self._storage.arguments.get("frames"))
+    """Number of frames in a stack by key, where each frame is kept once; None: whole stacks."""
+
+    num_envs: int | None = validation.fixed(
+        "num_envs", lambda self: self._storage.arguments.get("num_envs")
+    )
+    """Number of environments whose frames are kept; None without `frames`."""
 
     layout: str = validation.fixed("layout", lambda self: self._storage.layout)
     """Layout of the transitions in memory; "auto" until the first of them is seen."""
@@ -857,7 +914,8 @@ class PrioritizedReplayBuffer(Copied):
         Returns:
             "written": transitions ever written; "stale_updates": updates dropped because the slot
             had been overwritten; "refused_priorities": invalid ones (on CUDA and under
-            torch.compile: elsewhere they raise). A shared buffer also has
+            torch.compile: elsewhere they raise). With `frames`, "retired": transitions whose frames
+            had to make room; updates of these are stale. A shared buffer also has
             "repairs": how often a process was found to have died in the middle of a call.
         """
         repairs = {} if self._guard is None else {"repairs": self._guard.repairs}
@@ -865,6 +923,7 @@ class PrioritizedReplayBuffer(Copied):
             "written": self.write_count,
             "stale_updates": int(self._stale),
             "refused_priorities": int(self._priorities.refused),
+            **self._storage.counts(),
             **repairs,
         }
 

@@ -11,7 +11,8 @@ from per_td.checkpoint import file as checkpoint
 from per_td.checkpoint.state_values import check_values
 from per_td.errors import AllocationError, CheckpointError, DiskAllocationError
 from per_td.priorities.table import PriorityTable
-from per_td.storage.leaves import flattened, nested
+from per_td.storage.frame_ring import stand_ins
+from per_td.storage.leaves import nested
 from per_td.storage.moves import Move
 from per_td.storage.ring import RingStorage
 from per_td.storage.structure import Structure
@@ -30,7 +31,16 @@ _KEYS = {
     "transitions",
     "generator",
 }
-_LATER_KEYS = {"ranks", "replayed", "mass", "epoch", "written_before", "structure", "n_step"}
+_LATER_KEYS = {
+    "ranks",
+    "replayed",
+    "mass",
+    "epoch",
+    "written_before",
+    "structure",
+    "n_step",
+    "frames",
+}
 """Keys that earlier states may lack."""
 
 
@@ -89,8 +99,8 @@ def state_of(parts: Parts, settings: dict[str, Any], *, copy: bool) -> dict[str,
         copy: copy the transitions; else they are those in the buffer's memory.
     """
     ring, table, beta, stale, generator = parts
-    filled = ring.filled()
-    transitions = {key: leaf.clone() for key, leaf in filled.items()} if copy else filled
+    stored, frames = ring.stored(), ring.frames_state(copy=copy)
+    transitions = {key: leaf.clone() for key, leaf in stored.items()} if copy else stored
     own = table.distribution.state(table.trees, len(ring))
     return {
         "format": FORMAT,
@@ -100,6 +110,7 @@ def state_of(parts: Parts, settings: dict[str, Any], *, copy: bool) -> dict[str,
             **settings,
             **table.arguments,
             "num_buffers": ring.num_buffers,
+            **ring.arguments,
         },
         "beta": beta.clone(),
         "write_count": ring.ring_count(),
@@ -115,12 +126,13 @@ def state_of(parts: Parts, settings: dict[str, Any], *, copy: bool) -> dict[str,
         "transitions": nested(transitions.items()),
         "structure": ring.structure.state(),
         "generator": None if generator is None else generator.get_state(),
+        **({} if frames is None else {"frames": frames}),
     }
 
 
 def example_of(state: dict[str, Any]) -> TensorDict | None:
     """A transition like those of a checked state, []; None if it knows no keys."""
-    leaves = flattened(state["transitions"])
+    leaves = stand_ins(state)
     lead = 1 if state["settings"].get("num_buffers") is None else 2
     one = ((key, leaf.new_zeros(leaf.shape[lead:])) for key, leaf in leaves.items())
     size, home = torch.Size([]), torch.device("cpu")
@@ -158,14 +170,12 @@ def restore(parts: Parts, state: Any) -> None:
     settings = check(state)["settings"]
     ring, table, beta, stale, generator = parts
     moves = _moves(ring, state)
-    leaves = flattened(state["transitions"])
-    if leaves:
-        ring.check_state(leaves)
+    ring.check_state(state)
     before = None if generator is None else generator.get_state()
     if generator is not None and state["generator"] is not None:
         _continue(generator, state["generator"])
     try:
-        ring.restore(leaves, moves, _structure_of(state))
+        ring.restore(state, moves, _structure_of(state))
     except (AllocationError, DiskAllocationError):  # the last that may be refused
         if generator is not None and before is not None:
             generator.set_state(before)
@@ -181,6 +191,7 @@ def restore(parts: Parts, state: Any) -> None:
     beta.copy_(state["beta"])
     stale.copy_(state["stale_updates"])
     _restore_priorities(parts, state, moves)
+    table.retire(ring)
     table.refused.copy_(state["refused_priorities"])
 
 

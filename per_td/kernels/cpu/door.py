@@ -18,11 +18,12 @@ from per_td.errors import PerTdError
 from per_td.kernels import flags as option
 from per_td.kernels import reference
 from per_td.kernels.cpu import draw as draws
+from per_td.kernels.cpu import frames as frame_kernels
 from per_td.kernels.cpu import rows as row_kernels
 from per_td.kernels.cpu import update
 from per_td.kernels.cpu.compiling import Kernel
-from per_td.kernels.cpu.records import ROWS, TREES
-from per_td.kernels.parts import Distribution, Rows, Trees
+from per_td.kernels.cpu.records import FRAMES, ROWS, TREES
+from per_td.kernels.parts import Distribution, Frames, Rows, Trees
 from per_td.kernels.reference import Runs, for_new, mark_replayed, weigh
 from per_td.validation import plain_rows
 
@@ -38,6 +39,7 @@ __all__ = [
     "mark_replayed",
     "refill",
     "set_masses",
+    "store_frames",
     "weigh",
     "write_rows",
 ]
@@ -455,3 +457,54 @@ def write_rows(
     if not row_kernels.write(record.address, *where, wanted, stamp, at, options):
         reference.write_rows(rows, new, n, runs, mask=mask, stamps=stamps, index=index)
     increment_version(record.versions)  # autograd does not see these writes
+
+
+def _frames_record(frames: Frames) -> int:
+    """Address of the frames' record, which is made anew when their memory has moved."""
+    parts = {
+        "lanes": frames.lanes,
+        "factors": frames.factors,
+        "recent": frames.recent,
+        "counters": frames.counters,
+        "page": frames.page,
+    }
+    bases = list(map(Tensor.data_ptr, parts.values()))
+    if frames.record is None or frames.record[0] != bases:
+        rows, words, length = frames.envs + 1, len(frames.factors), frames.recent.shape[-1]
+        sizes = ((frames.size + 1) * words, words, 3 * rows * length, 4 * rows, 2)
+        record = np.zeros(1, FRAMES)
+        for (name, part), size in zip(parts.items(), sizes, strict=True):
+            record[name] = _address(part, torch.int64, size)
+        for name in ("size", "depth", "envs", "look_back"):
+            record[name] = getattr(frames, name)
+        record["words"], record["length"] = words, length
+        frames.record = bases, record.ctypes.data, record
+    address: int = frames.record[1]
+    return address
+
+
+def store_frames(
+    frames: Frames, stacks: Sequence[Tensor], env: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """See `reference.store_frames`."""
+    if frames.lanes.dtype is not torch.int64 or len(stacks) != 2:  # frames of 8 n bytes alone
+        return reference.store_frames(frames, stacks, env)
+    record, n, depth = _frames_record(frames), len(env), frames.depth
+    numbers = n * depth * len(frames.factors)
+    sources, kept = array("q"), []  # keeps copies until the kernel has read them
+    for stack in stacks:
+        lanes = plain_rows(stack.detach(), _CPU).view(-1)
+        if lanes.data_ptr() % 8:
+            lanes = lanes.clone()
+        kept.append(lanes.view(torch.int64))
+        sources.append(_address(kept[-1], torch.int64, numbers))
+    env = env.contiguous()
+    found = [torch.empty((n, depth), dtype=torch.int32, device=_CPU) for _ in stacks]
+    oldest = torch.empty(n, dtype=torch.int64, device=_CPU)
+    to = array("q", [_address(places, torch.int32, n * depth) for places in found])
+    at, low = _address(env, torch.int64, n), _address(oldest, torch.int64, n)
+    where = sources.buffer_info()[0], at, n, to.buffer_info()[0], low
+    if not frame_kernels.store(record, *where):
+        raise PerTdError(f"env: expected numbers below {frames.envs}, got others")
+    increment_version(frames.lanes)
+    return found, oldest
