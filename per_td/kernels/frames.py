@@ -27,7 +27,7 @@ def factors(words: int, device: torch.device) -> Tensor:
 
 def _hashes(lanes: Tensor, by: Tensor) -> Tensor:
     """Hash rows [C, words] of integers, int64 [C]."""
-    words = lanes.long()
+    words = lanes.long() * by  # spreads the low bits upwards, of which floats have few
     return ((words ^ (words >> 32)) * by).sum(-1)
 
 

@@ -154,14 +154,16 @@ class FrameRing(RingStorage):
     def write(self, leaves: Leaves, n: int, mask: Tensor | None = None) -> "Runs | None":
         """See `RingStorage.write`; to do it again finds the frames that it has stored."""
         self.allocate(leaves)
-        left = max(0, n - self.capacity)  # of too many, the last remain
-        slot, env = self.next_slots(n)[left:], leaves[_ENV][left:]
-        stored = dict(leaves)
+        env, left = leaves[_ENV], max(0, n - self.capacity)
+        start = ((self._one or 0) + left) % self.capacity
+        if left:  # of too many, the last remain
+            env = env[left:]
+        stored = leaves.copy()  # what is interrupted is done again
         for store in self._stores:
-            stacks = [
-                leaves[key].reshape(n, *self._schema.fields[key].shape)[left:] for key in store.keys
-            ]
-            found = store.write(stacks, env, slot)
+            stacks = [leaves[key] for key in store.keys]
+            if left:
+                stacks = [stack[left:] for stack in stacks]
+            found = store.write(stacks, env, start)
             for key, places in zip(store.keys, found, strict=True):
                 stored[key] = torch.nn.functional.pad(places, (0, 0, left, 0)) if left else places
         return super().write(stored, n, mask)

@@ -189,7 +189,8 @@ class FrameStore:
     def release(self) -> None:
         """Give the memory back."""
         self.block = self.field = None
-        self._take_up()
+        for name in ("lanes", "factors", "rows"):
+            self.__dict__.pop(name, None)
 
     def forget(self) -> None:
         """Forget all frames."""
@@ -209,13 +210,13 @@ class FrameStore:
         large = large and stacks * self.depth * self.field.bytes > layouts.SHARED_FROM  # type: ignore[union-attr]
         return reference if large and torch.get_num_threads() > 1 else self._operations
 
-    def write(self, stacks: list[Tensor], env: Tensor, slot: Tensor) -> list[Tensor]:
-        """Store the frames of transitions that will lie in `slot`.
+    def write(self, stacks: list[Tensor], env: Tensor, start: int) -> list[Tensor]:
+        """Store the frames of transitions that will lie in the slots from `start` on.
 
         Args:
             stacks: the first and the second of each transition, [n, k, ...] each.
             env: environment of each, int64 [n], on any device.
-            slot: their slots, no two alike, int64 [n], on the device.
+            start: first of their slots, at most as many as there are, around the end.
 
         Returns:
             References for both stacks, int32 [n, k] each.
@@ -224,8 +225,18 @@ class FrameStore:
         operations = reference if torch.compiler.is_compiling() else self._operations
         env = validation.to_device(env, self.home)
         found: list[Tensor]
+        low: Any
         found, low = operations.store_frames(self, stacks, env)
-        self.low.index_copy_(0, slot, validation.to_device(low, self.device))
+        n, slots = len(low), len(self.low)
+        head = min(n, slots - start)
+        own: Any = self.low
+        if own.is_cpu and not torch.compiler.is_compiling():  # numpy takes a third of the time
+            own, low = own.numpy(), low.numpy()
+        else:
+            low = validation.to_device(low, self.device)
+        own[start : start + head] = low[:head]
+        if head < n:
+            own[: n - head] = low[head:]
         return found
 
     def read(self, references: Tensor) -> Tensor:

@@ -459,28 +459,41 @@ def write_rows(
     increment_version(record.versions)  # autograd does not see these writes
 
 
-def _frames_record(frames: Frames) -> int:
-    """Address of the frames' record, which is made anew when their memory has moved."""
-    parts = {
-        "lanes": frames.lanes,
-        "factors": frames.factors,
-        "recent": frames.recent,
-        "counters": frames.counters,
-        "page": frames.page,
-    }
-    bases = list(map(Tensor.data_ptr, parts.values()))
-    if frames.record is None or frames.record[0] != bases:
+class _FramesRecord:
+    """The record of frames at the addresses `bases`.
+
+    Attributes:
+        address: address of the record.
+        likes: templates of the places and numbers last found.
+    """
+
+    def __init__(self, frames: Frames, bases: list[int]) -> None:
         rows, words, length = frames.envs + 1, len(frames.factors), frames.recent.shape[-1]
-        sizes = ((frames.size + 1) * words, words, 3 * rows * length, 4 * rows, 2)
+        sizes = {
+            "lanes": (frames.size + 1) * words,
+            "factors": words,
+            "recent": 3 * rows * length,
+            "counters": 4 * rows,
+            "page": 2,
+        }
         record = np.zeros(1, FRAMES)
-        for (name, part), size in zip(parts.items(), sizes, strict=True):
-            record[name] = _address(part, torch.int64, size)
+        for name, size in sizes.items():
+            record[name] = _address(getattr(frames, name), torch.int64, size)
         for name in ("size", "depth", "envs", "look_back"):
             record[name] = getattr(frames, name)
         record["words"], record["length"] = words, length
-        frames.record = bases, record.ctypes.data, record
-    address: int = frames.record[1]
-    return address
+        self.bases, self.address, self._memory = bases, record.ctypes.data, record
+        self.likes = [torch.empty(0, device=_CPU)] * 2
+
+
+def _frames_record(frames: Frames) -> _FramesRecord:
+    """Find the record of frames, which is made anew when their memory has moved."""
+    parts = frames.lanes, frames.factors, frames.recent, frames.counters, frames.page
+    bases, record = list(map(Tensor.data_ptr, parts)), frames.record
+    if record is None or record.bases != bases:
+        record = frames.record = _FramesRecord(frames, bases)
+    found: _FramesRecord = record
+    return found
 
 
 def store_frames(
@@ -489,22 +502,29 @@ def store_frames(
     """See `reference.store_frames`."""
     if frames.lanes.dtype is not torch.int64 or len(stacks) != 2:  # frames of 8 n bytes alone
         return reference.store_frames(frames, stacks, env)
-    record, n, depth = _frames_record(frames), len(env), frames.depth
-    numbers = n * depth * len(frames.factors)
+    record, n, depth = _frames_record(frames), env.numel(), frames.depth
+    length = n * depth * frames.lanes.shape[1] * 8
     sources, kept = array("q"), []  # keeps copies until the kernel has read them
     for stack in stacks:
-        lanes = plain_rows(stack.detach(), _CPU).view(-1)
-        if lanes.data_ptr() % 8:
-            lanes = lanes.clone()
-        kept.append(lanes.view(torch.int64))
-        sources.append(_address(kept[-1], torch.int64, numbers))
-    env = env.contiguous()
-    found = [torch.empty((n, depth), dtype=torch.int32, device=_CPU) for _ in stacks]
-    oldest = torch.empty(n, dtype=torch.int64, device=_CPU)
-    to = array("q", [_address(places, torch.int32, n * depth) for places in found])
-    at, low = _address(env, torch.int64, n), _address(oldest, torch.int64, n)
-    where = sources.buffer_info()[0], at, n, to.buffer_info()[0], low
-    if not frame_kernels.store(record, *where):
+        rows = plain_rows(stack, _CPU)
+        if rows.nbytes != length:
+            raise PerTdError(f"expected stacks of {length} bytes, got {rows.nbytes}")
+        address = rows.data_ptr()
+        if address % 8:
+            rows = rows.clone()
+            address = rows.data_ptr()
+        kept.append(rows)
+        sources.append(address)
+    if record.likes[0].shape[0] != n:
+        record.likes = [
+            torch.empty((n, depth), dtype=torch.int32, device=_CPU),
+            torch.empty(n, dtype=torch.int64, device=_CPU),
+        ]
+    places, low = record.likes
+    found, oldest = [torch.empty_like(places), torch.empty_like(places)], torch.empty_like(low)
+    to = array("q", map(Tensor.data_ptr, found))
+    where = sources.buffer_info()[0], _address(env.contiguous(), torch.int64, n), n
+    if not frame_kernels.store(record.address, *where, to.buffer_info()[0], oldest.data_ptr()):
         raise PerTdError(f"env: expected numbers below {frames.envs}, got others")
     increment_version(frames.lanes)
     return found, oldest

@@ -20,9 +20,10 @@ def _equal(one: int, other: int, words: int) -> bool:
     """True if `words` numbers of 8 bytes at two addresses are equal."""
     x, y = integers(one, words), integers(other, words)
     for begin in range(0, words, _BLOCK):
-        differs = 0
-        for i in range(begin, min(begin + _BLOCK, words)):  # LLVM makes vectors of it
-            differs |= x[i] ^ y[i]
+        some, others = x[begin : begin + _BLOCK], y[begin : begin + _BLOCK]
+        differs = np.int64(0)
+        for i in range(some.shape[0]):  # LLVM makes vectors of it, without an exit in between
+            differs |= some[i] ^ others[i]
         if differs != 0:
             return False
     return True
@@ -33,7 +34,8 @@ def _hash(place: int, factors: Any) -> Any:
     words = integers(place, factors.shape[0])
     found = np.int64(0)
     for i in range(factors.shape[0]):
-        found += (words[i] ^ (words[i] >> 32)) * factors[i]
+        mixed = words[i] * factors[i]
+        found += (mixed ^ (mixed >> 32)) * factors[i]
     return found
 
 
@@ -85,14 +87,15 @@ def store(record: int, source: int, env: int, n: int, to: int, oldest: int) -> b
             spot = counters[(2 + s) * rows + e]
             for j in range(depth):
                 new = sources[s] + 8 * (i * depth + j) * words
-                spot = (spot + 1) % length
+                spot = spot + 1 if spot + 1 < length else 0
                 number = numbers[base + spot]
                 known = _is_there(frames, page, number, times[base + spot], time)
                 known = known and _equal(_place(frames, number), new, words)
                 if not known:
                     own = _hash(new, factors)
-                    for back in range(length):  # the newest first
-                        spot = (counters[e] - 1 - back) % length
+                    spot = counters[e] % length
+                    for _ in range(length):  # the newest first
+                        spot = spot - 1 if spot > 0 else length - 1
                         number = numbers[base + spot]
                         if hashes[base + spot] != own:
                             continue
