@@ -49,15 +49,15 @@ def store_frames(
         PerTdError: an environment does not exist, or stacks do not fit (by compiled kernels).
     """
     device, n = frames.lanes.device, len(env)
+    if not n:
+        empty = torch.empty((0, frames.depth), dtype=torch.int32, device=device)
+        return [empty for _ in stacks], torch.empty(0, dtype=torch.int64, device=device)
     lanes = [
         validation.plain_rows(stack.detach(), device)
         .view(n, frames.depth, -1)
         .view(frames.lanes.dtype)
         for stack in stacks
     ]
-    if not n:
-        empty = torch.empty((0, frames.depth), dtype=torch.int32, device=device)
-        return [empty for _ in stacks], torch.empty(0, dtype=torch.int64, device=device)
     env = env.clamp(0, frames.envs - 1)  # on CUDA nobody looks; a wrong one costs memory, no more
     parts = [
         _store(

@@ -483,7 +483,7 @@ class _FramesRecord:
             record[name] = getattr(frames, name)
         record["words"], record["length"] = words, length
         self.bases, self.address, self._memory = bases, record.ctypes.data, record
-        self.likes = [torch.empty(0, device=_CPU)] * 2
+        self.likes: list[Tensor] = []
 
 
 def _frames_record(frames: Frames) -> _FramesRecord:
@@ -515,7 +515,7 @@ def store_frames(
             address = rows.data_ptr()
         kept.append(rows)
         sources.append(address)
-    if record.likes[0].shape[0] != n:
+    if not record.likes or len(record.likes[1]) != n:
         record.likes = [
             torch.empty((n, depth), dtype=torch.int32, device=_CPU),
             torch.empty(n, dtype=torch.int64, device=_CPU),
