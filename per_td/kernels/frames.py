@@ -22,7 +22,7 @@ def factors(words: int, device: torch.device) -> Tensor:
     source = torch.Generator("cpu").manual_seed(FACTORS_SEED)
     span = (-(2**62), 2**62)
     drawn = torch.randint(*span, (words,), generator=source, dtype=torch.int64, device="cpu")
-    return (2 * drawn + 1).to(device)
+    return validation.to_device(2 * drawn + 1, device)
 
 
 def _hashes(lanes: Tensor, by: Tensor) -> Tensor:
@@ -52,12 +52,7 @@ def store_frames(
     if not n:
         empty = torch.empty((0, frames.depth), dtype=torch.int32, device=device)
         return [empty for _ in stacks], torch.empty(0, dtype=torch.int64, device=device)
-    lanes = [
-        validation.plain_rows(stack.detach(), device)
-        .view(n, frames.depth, -1)
-        .view(frames.lanes.dtype)
-        for stack in stacks
-    ]
+    lanes = [_lanes(frames, validation.plain_rows(stack.detach(), device), n) for stack in stacks]
     env = env.clamp(0, frames.envs - 1)  # on CUDA nobody looks; a wrong one costs memory, no more
     parts = [
         _store(
@@ -68,6 +63,13 @@ def store_frames(
     number = torch.cat(parts)
     place = (number % frames.size).int()
     return list(torch.split(place, frames.depth, 1)), number.amin(1)
+
+
+def _lanes(frames: Frames, rows: Tensor, n: int) -> Tensor:
+    """View stacks as integers, [n, k, words]."""
+    if rows.storage_offset() * rows.itemsize % frames.lanes.itemsize:
+        rows = rows.clone()
+    return rows.view(n, frames.depth, -1).view(frames.lanes.dtype)
 
 
 def _store(frames: Frames, lanes: Tensor, env: Tensor) -> Tensor:
