@@ -41,13 +41,14 @@ class FramesMachine(Kernels):
         storage=CAN_BE(["memory", "memory", "memmap"]),
         layout=CAN_BE(["auto", "columns", "records"]),
         seed=st.integers(0, 999),
+        waits=st.booleans(),
         choice=CAN_BE(kernels.CHOICES),
     )
-    def begin(self, capacity, envs, depth, frame, some, key, storage, layout, seed, choice):
+    def begin(self, capacity, envs, depth, frame, some, key, storage, layout, seed, waits, choice):
         self.choose(choice)
         self.key, self.envs = key, envs
         # plain torch looks at many transitions at once, and may retire others
-        self.exact = choice != "off" and frame in FRAMES[:2]
+        self.exact = choice != "off" and frame in FRAMES[:2] and not waits
         size = None if some is None else max(2 * depth, some * capacity)
         self.frames = PrioritizedReplayBuffer(
             capacity,
@@ -58,6 +59,8 @@ class FramesMachine(Kernels):
             layout=layout,
         )
         self.plain = PrioritizedReplayBuffer(capacity)
+        self.waits = waits  # as on CUDA
+        self.frames._storage._stores[0].waits = waits
         size = size or max(2 * depth, -(-106 * capacity // 100) + depth * envs)
         self.oracle = FrameOracle(size, envs, capacity)
         self.games = [Game(depth, *frame, seed + e) for e in range(envs)]
@@ -198,6 +201,7 @@ class FramesMachine(Kernels):
                     self.frames = PrioritizedReplayBuffer.load(path)
                 else:
                     self.frames.restore(path)
+        self.frames._storage._stores[0].waits = self.waits
         self.oracle.load()
 
     @rule()

@@ -12,11 +12,9 @@ from per_td.errors import ConfigurationError, SchemaError
 from per_td.kernels import reference
 from per_td.kernels.frames import factors
 from per_td.memory import Memory, allocating
-from per_td.storage import layouts
 from per_td.storage.layouts import Field
 from per_td.storage.leaves import Key, flattened, named
 from per_td.storage.moves import Move
-from per_td.storage.rows import Rows
 
 LOOK_BACK = 32
 """Writes of an environment for which its frames are looked for: more than n + k for n-step."""
@@ -93,13 +91,15 @@ class FrameStore:
     Attributes:
         low: number of the oldest frame of each slot, int64 [capacity], on the device; `GONE` where
             nothing can be drawn.
-        since: on CUDA, most frames that may have been stored since slots last retired.
+        waits: True if the host would wait for the cursor.
+        since: then, most frames that may have been stored since slots last retired.
 
     See `per_td.kernels.parts.Frames` for others.
     """
 
     record: Any
     lanes: Tensor
+    frames: Tensor
 
     @torch.inference_mode(False)
     def __init__(
@@ -115,6 +115,7 @@ class FrameStore:
         self.key, self.depth, self.size, self.envs = key, depth, size, envs
         self.keys: tuple[Key, Key] = (key, ("next", *key))
         self.device, self.home, self.kind = device, memory.home(device), memory
+        self.waits = self.home.type != "cpu"
         self.look_back, self.step, self.since = LOOK_BACK, size // _PART, 0
         rows, length = envs + 1, LOOK_BACK + 2 * depth
         self.recent = memory.beside((3, rows, length), torch.int64, self.home)
@@ -136,11 +137,10 @@ class FrameStore:
             self.lanes = whole.view(torch.int64) if words * 8 == whole.shape[1] else whole
             self.factors = factors(self.lanes.shape[1], self.home)
             frames = self.block.view(self.field.dtype)
-            frames = frames.view(self.size + 1, *self.field.shape)[: self.size]
-            self.rows = Rows([frames], self.size)
+            self.frames = frames.view(self.size + 1, *self.field.shape)[: self.size]
 
     def __getstate__(self) -> dict[str, Any]:
-        made = ("_operations", "record", "lanes", "factors", "rows")
+        made = ("_operations", "record", "lanes", "factors", "frames")
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     @torch.inference_mode(False)
@@ -189,7 +189,7 @@ class FrameStore:
     def release(self) -> None:
         """Give the memory back."""
         self.block = self.field = None
-        for name in ("lanes", "factors", "rows"):
+        for name in ("lanes", "factors", "frames"):
             self.__dict__.pop(name, None)
 
     def forget(self) -> None:
@@ -201,14 +201,6 @@ class FrameStore:
         self.since = self.step - self.size  # the ring has room for so many
 
     # --- frames -----------------------------------------------------------------------------------
-
-    def _operations_for(self, stacks: int) -> Any:
-        """The operations for so many stacks, or plain torch where its threads share the work."""
-        if torch.compiler.is_compiling():
-            return reference
-        large = self.field is not None
-        large = large and stacks * self.depth * self.field.bytes > layouts.SHARED_FROM  # type: ignore[union-attr]
-        return reference if large and torch.get_num_threads() > 1 else self._operations
 
     def write(self, stacks: list[Tensor], env: Tensor, start: int) -> list[Tensor]:
         """Store the frames of transitions that will lie in the slots from `start` on.
@@ -241,9 +233,8 @@ class FrameStore:
 
     def read(self, references: Tensor) -> Tensor:
         """Copies of the stacks of references int32 [..., k], [..., k, ...], on the device."""
-        index = references.flatten().to(self.home, torch.int64)
-        operations = self._operations_for(len(index) // self.depth)
-        (rows,), _ = operations.gather(self.rows, index, written=None)
+        index = references.flatten().to(self.home)
+        rows = reference.select(self.frames, index)
         found: Tensor = rows.view(*references.shape, *rows.shape[1:])
         if self.home == self.device:
             return found
@@ -259,7 +250,7 @@ class FrameStore:
         Frames go in parts of the ring, so that slots retire now and then, not at each write. Where
         the host would wait for the cursor, it counts the most that may have been stored.
         """
-        if self.home.type != "cpu":
+        if self.waits:
             if self.since <= self.step:
                 return None
             return torch.maximum(self.page[1], self.page[0] - self.size + self.step)
@@ -284,9 +275,7 @@ class FrameStore:
         require, (cursor, floor) = validation.require_valid, self.page.tolist()
         name, low = named(self.key), self.low
         require(min(floor, cursor) >= 0, f"the counts of frames of {name} are at least 0")
-        require(
-            cursor - self.size <= floor or self.home.type != "cpu", f"frames of {name} are gone"
-        )
+        require(cursor - self.size <= floor, f"only frames of {name} that are gone are overwritten")
         require((low[filled:] == GONE).all(), f"no frames of {name} belong to empty slots")
         living = low[low != GONE]
         right = (living >= max(floor, cursor - self.size)) & (living < cursor)
@@ -298,7 +287,7 @@ class FrameStore:
     def state(self, filled: int, *, copy: bool) -> dict[str, Any]:
         """The frames that there are, and what the first `filled` slots need; the host waits."""
         stored = self.page[0].clone()
-        frames = self.rows.columns[0][: min(int(stored), self.size)]
+        frames = self.frames[: min(int(stored), self.size)]
         return {
             "frames": frames.clone() if copy else frames,
             "stored": stored,
@@ -322,7 +311,7 @@ class FrameStore:
         """
         self.forget()
         size, stored = state["size"], int(state["stored"])
-        low, frames, own = state["low"].cpu(), state["frames"], self.rows.columns[0]
+        low, frames, own = state["low"].cpu(), state["frames"], self.frames
         place = torch.cat([some.cpu() for some in references], 1).long()
         number = stored - 1 - (stored - 1 - place) % size
         living = torch.zeros_like(low, dtype=torch.bool)
