@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -27,11 +27,13 @@ from per_td.errors import (
     PriorityError,
     SchemaError,
 )
+from per_td.kernels.reference import Runs
 from per_td.memory import STORAGES, Memory
 from per_td.priorities.sampling import sample_rows
 from per_td.priorities.schedules import LinearSchedule, as_schedule
 from per_td.priorities.selection import Selection
 from per_td.priorities.table import PriorityTable, as_mode
+from per_td.storage.frame_ring import make_ring
 from per_td.storage.leaves import Leaves, entries_of
 from per_td.storage.ring import RingStorage, as_mask
 
@@ -87,6 +89,7 @@ def _void_write(ring: RingStorage, table: PriorityTable, beta: Tensor, note: Not
     if not table.betas:
         beta.fill_(float(beta.view(-1)[0]))
     table.rebuild()
+    table.retire(ring)
 
 
 class PrioritizedReplayBuffer(Copied):
@@ -158,9 +161,10 @@ class PrioritizedReplayBuffer(Copied):
             it. Of each process's own are `batch_size`, `beta_increment`, `draw`, `method`,
             `uniform_mix`, `latest`, `priority_clip` and `generator`, which is not sent along: a
             started process draws from torch's own, and should seed that. Draws by "uniform" or with
-            a `uniform_mix` need one in the constructor; those by "inverse" are refused. A process killed in
-            the middle of a call does not hold up the others: the next call repairs what it left. A transition is written when `extend` returns; one
-            whose writer died before is never drawn.
+            a `uniform_mix` need one in the constructor; those by "inverse" are refused. A process
+            killed in the middle of a call does not hold up the others: the next call repairs what
+            it left. A transition is written when `extend` returns; one whose writer died before is
+            never drawn.
         threads: let several threads call the buffer at the same time: one lock is held in every
             call. A `shared` buffer can do that anyway. torch.compile cannot trace a lock.
         prefetch: how many batches of `batch_size` a thread in the background draws ahead; implies
@@ -168,6 +172,16 @@ class PrioritizedReplayBuffer(Copied):
             those of the moment of the draw, up to so many updates ago. The draws take the numbers
             of the generator in their order, but which priorities they meet is a matter of time:
             runs do not repeat exactly. `sample` raises what goes wrong in the thread. 0: none.
+        frames: keep each frame of stacked observations once: the number of frames in a stack by
+            key, as {"pixels": 4}. Data has whole stacks [n, 4, ...] at the key and at
+            ("next", key), and so have batches, equal to the bit. A frame is looked for among those
+            of the last 32 writes of the same environment. Where frames run out before slots do, as
+            after many short episodes, the oldest transitions retire: they keep their slots, and
+            are never drawn again. Not together with `num_buffers`. See docs/frames.md.
+        num_envs: with `frames`, the number of environments whose transitions come in turn; None
+            is 1.
+        num_frames: with `frames`, how many are kept of each key; None: 1.06 times the capacity, and
+            a stack for each environment.
 
     Raises:
         ConfigurationError: an argument is not one of those accepted.
@@ -225,6 +239,9 @@ class PrioritizedReplayBuffer(Copied):
         shared: bool = False,
         threads: bool = False,
         prefetch: int = 0,
+        frames: Mapping[Any, Any] | None = None,
+        num_envs: int | None = None,
+        num_frames: int | None = None,
     ) -> None:
         capacity = validation.positive_int("capacity", capacity)
         if num_buffers is not None:
@@ -278,13 +295,16 @@ class PrioritizedReplayBuffer(Copied):
         )
         self._set_beta(beta)
         self.latest = latest
-        self._storage = RingStorage(
+        self._storage = make_ring(
             capacity,
             self.device,
             layout,
             memory,
             groups=num_buffers,
             reserved=() if self._priorities.draw_counts is None else ("draw_count",),
+            frames=frames,
+            num_envs=num_envs,
+            num_frames=num_frames,
         )
         if shared:
             self._priorities.seal()
@@ -367,7 +387,9 @@ class PrioritizedReplayBuffer(Copied):
 
     # --- writing ----------------------------------------------------------------------------------
 
-    def extend(self, transitions: Any, priority: Any = None, mask: Any = None) -> Tensor:
+    def extend(
+        self, transitions: Any, priority: Any = None, mask: Any = None, env: Any = None
+    ) -> Tensor:
         """Write transitions.
 
         Args:
@@ -377,6 +399,8 @@ class PrioritizedReplayBuffer(Copied):
             priority: raw priorities for them, finite and not negative, in the shape of the batch; 0
                 is never drawn. None gives them that of `new_priority`.
             mask: with `num_buffers`, bool [S, n]: where it is False, nothing is written.
+            env: with `frames`, the environment of each, integers [n]; None: all of them in turn, so
+                that n is a multiple of `num_envs`.
 
         Returns:
             Their slots, int64 [n] or [S, n]; -1 where nothing was written.
@@ -388,21 +412,26 @@ class PrioritizedReplayBuffer(Copied):
                 needed, and there is not enough; the buffer takes others then.
             PriorityError: `priority` has a wrong shape or dtype, or a value is NaN, infinite or
                 negative (on CUDA such a value is replaced by that of `new_priority`, and counted).
+            IndexRangeError: `env` is wrong.
         """
         with self._lock:
             leaves, n = self._storage.check(transitions)
+            leaves = self._storage.with_env(leaves, n, env)
             return self._extend(leaves, n, priority, mask)
 
-    def add(self, transition: Any, priority: Any = None, mask: Any = None) -> Tensor:
+    def add(
+        self, transition: Any, priority: Any = None, mask: Any = None, env: Any = None
+    ) -> Tensor:
         """Write one transition: a TensorDict of batch size [] or [S], or a dict; see `extend`.
 
-        `priority` and `mask` have the shape of the batch.
+        `priority` and `mask` have the shape of the batch; `env` is a number.
 
         Returns:
             Its slot, int64 [] or [S].
         """
         with self._lock:
             leaves, _ = self._storage.check(transition, batched=False)
+            leaves = self._storage.with_env(leaves, 1, env)
             if self._storage.lead:
                 if priority is not None:
                     given = validation.as_tensor("priority", priority, PriorityError)
@@ -411,10 +440,13 @@ class PrioritizedReplayBuffer(Copied):
                     mask = validation.as_tensor("mask", mask, SchemaError).unsqueeze(-1)
             return self._extend(leaves, 1, priority, mask).squeeze_(-1)
 
-    def extend_leaves(self, leaves: Leaves, priority: Any = None, mask: Any = None) -> Tensor:
+    def extend_leaves(
+        self, leaves: Leaves, priority: Any = None, mask: Any = None, env: Any = None
+    ) -> Tensor:
         """`extend` without a TensorDict: tensors by key, a tuple of names; see there."""
         with self._lock:
             leaves, n = self._storage.check_leaves(leaves)
+            leaves = self._storage.with_env(leaves, n, env)
             return self._extend(leaves, n, priority, mask)
 
     def _extend(self, leaves: Leaves, n: int, priority: Any, mask: Any) -> Tensor:
@@ -457,6 +489,17 @@ class PrioritizedReplayBuffer(Copied):
     ) -> None:
         """Write checked transitions and their priorities; to do it again changes nothing."""
         runs = self._storage.write(leaves, n, mask)
+        self._write_priorities(n, index, priority, mask, runs)
+        self._priorities.retire(self._storage)
+
+    def _write_priorities(
+        self,
+        n: int,
+        index: Tensor,
+        priority: Tensor | None,
+        mask: Tensor | None,
+        runs: "Runs | None",
+    ) -> None:
         if priority is None and runs is not None:
             self._priorities.write_runs(runs)
             return
@@ -773,6 +816,7 @@ class PrioritizedReplayBuffer(Copied):
                 raise PriorityError(
                     "generation: expected that of the batch, which a shared buffer needs, got None"
                 )
+            generation = ring.of_living(index, generation)
             if mask is not None:
                 mask = self._as_mask(mask, index.shape)
             if self._busy:
@@ -861,6 +905,14 @@ class PrioritizedReplayBuffer(Copied):
         "num_buffers", lambda self: self._storage.num_buffers
     )
     """Number of buffers side by side; None: one, without a dimension for it."""
+
+    frames: Any = validation.fixed("frames", lambda self: self._storage.arguments.get("frames"))
+    """Number of frames in a stack by key, where each frame is kept once; None: whole stacks."""
+
+    num_envs: int | None = validation.fixed(
+        "num_envs", lambda self: self._storage.arguments.get("num_envs")
+    )
+    """Number of environments whose frames are kept; None without `frames`."""
 
     layout: str = validation.fixed("layout", lambda self: self._storage.layout)
     """Layout of the transitions in memory; "auto" until the first of them is seen."""
@@ -1141,7 +1193,8 @@ class PrioritizedReplayBuffer(Copied):
         Returns:
             "written": transitions ever written; "stale_updates": updates dropped because the slot
             had been overwritten; "refused_priorities": invalid ones (on CUDA and under
-            torch.compile: elsewhere they raise). A shared buffer also has
+            torch.compile: elsewhere they raise). With `frames`, "retired": transitions whose frames
+            had to make room; updates of these are stale. A shared buffer also has
             "repairs": how often a process was found to have died in the middle of a call.
         """
         repairs = {} if self._guard is None else {"repairs": self._guard.repairs}
@@ -1149,6 +1202,7 @@ class PrioritizedReplayBuffer(Copied):
             "written": self.write_count,
             "stale_updates": int(self._stale),
             "refused_priorities": int(self._priorities.refused),
+            **self._storage.counts(),
             **repairs,
         }
 

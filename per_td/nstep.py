@@ -200,6 +200,12 @@ class NStepWriter:
                 f"num_envs: expected {buffers}, one for each buffer, got {num_envs}"
             )
         self._many = buffers is not None
+        self._framed = getattr(buffer, "frames", None) is not None
+        if self._framed and self._num_envs > buffer.num_envs:
+            raise ConfigurationError(
+                f"num_envs: expected at most {buffer.num_envs}, whose frames the buffer keeps, got"
+                f" {num_envs}"
+            )
         self._pending: _Pending | None = None
         self._cached: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -416,6 +422,8 @@ class NStepWriter:
         priority = (pending.priority[row].view(size),) if pending.prioritized else ()
         if self._many:
             return self._buffer.extend(td, *priority, mask=finished)
+        if self._framed:
+            return self._buffer.extend(td, *priority, env=at[b])
         return self._buffer.extend(td, *priority)
 
     def _ended(self, leaves: Leaves) -> Tensor:

@@ -11,7 +11,8 @@ from per_td.checkpoint import file as checkpoint
 from per_td.checkpoint.state_values import check_values
 from per_td.errors import AllocationError, CheckpointError, DiskAllocationError
 from per_td.priorities.table import PriorityTable
-from per_td.storage.leaves import flattened, nested
+from per_td.storage.frame_ring import stand_ins
+from per_td.storage.leaves import nested
 from per_td.storage.moves import Move
 from per_td.storage.ring import RingStorage
 from per_td.storage.structure import Structure
@@ -40,6 +41,7 @@ _LATER_KEYS = {
     "n_step",
     "updates",
     "draw_count",
+    "frames",
 }
 """Keys that earlier states may lack."""
 
@@ -100,8 +102,8 @@ def state_of(parts: Parts, settings: dict[str, Any], *, copy: bool) -> dict[str,
         copy: copy the transitions; else they are those in the buffer's memory.
     """
     ring, table, beta, stale, updates, generator = parts
-    filled = ring.filled()
-    transitions = {key: leaf.clone() for key, leaf in filled.items()} if copy else filled
+    stored, frames = ring.stored(), ring.frames_state(copy=copy)
+    transitions = {key: leaf.clone() for key, leaf in stored.items()} if copy else stored
     own = table.distribution.state(table.trees, len(ring))
     counts, clip = table.draw_count, table.priority_clip
     return {
@@ -113,6 +115,7 @@ def state_of(parts: Parts, settings: dict[str, Any], *, copy: bool) -> dict[str,
             **table.arguments,
             "priority_clip": None if clip is None else {"low": clip[0], "high": clip[1]},
             "num_buffers": ring.num_buffers,
+            **ring.arguments,
         },
         "beta": (beta if table.betas else beta.view(-1)[0]).clone(),
         "write_count": ring.ring_count(),
@@ -130,12 +133,13 @@ def state_of(parts: Parts, settings: dict[str, Any], *, copy: bool) -> dict[str,
         "transitions": nested(transitions.items()),
         "structure": ring.structure.state(),
         "generator": None if generator is None else generator.get_state(),
+        **({} if frames is None else {"frames": frames}),
     }
 
 
 def example_of(state: dict[str, Any]) -> TensorDict | None:
     """A transition like those of a checked state, []; None if it knows no keys."""
-    leaves = flattened(state["transitions"])
+    leaves = stand_ins(state)
     lead = 1 if state["settings"].get("num_buffers") is None else 2
     one = ((key, leaf.new_zeros(leaf.shape[lead:])) for key, leaf in leaves.items())
     size, home = torch.Size([]), torch.device("cpu")
@@ -173,14 +177,12 @@ def restore(parts: Parts, state: Any) -> None:
     settings = check(state)["settings"]
     ring, table, beta, stale, updates, generator = parts
     moves = _moves(ring, state)
-    leaves = flattened(state["transitions"])
-    if leaves:
-        ring.check_state(leaves)
+    ring.check_state(state)
     before = None if generator is None else generator.get_state()
     if generator is not None and state["generator"] is not None:
         _continue(generator, state["generator"])
     try:
-        ring.restore(leaves, moves, _structure_of(state))
+        ring.restore(state, moves, _structure_of(state))
     except (AllocationError, DiskAllocationError):  # the last that may be refused
         if generator is not None and before is not None:
             generator.set_state(before)
@@ -200,6 +202,7 @@ def restore(parts: Parts, state: Any) -> None:
     stale.copy_(state["stale_updates"])
     updates.copy_(torch.as_tensor(state.get("updates", 0)))
     _restore_priorities(parts, state, moves)
+    table.retire(ring)
     table.refused.copy_(state["refused_priorities"])
 
 

@@ -13,6 +13,7 @@ from per_td.priorities.distributions import PRIORITIZATIONS
 from per_td.priorities.schedules import as_schedule
 from per_td.priorities.selection import Selection
 from per_td.priorities.table import CHOICES, as_clip, check_choices
+from per_td.storage.frames import depths_of
 from per_td.storage.leaves import flattened, named
 from per_td.storage.structure import Structure
 
@@ -49,6 +50,8 @@ def check_values(state: Mapping[str, Any]) -> None:
     if "replayed" in state:
         kept = (filled,) if many is None else None  # unused with many buffers
         _tensor("replayed", state["replayed"], kept, (torch.bool,))
+    if state.get("frames") is not None:
+        _frames(state["frames"], settings, flattened(state["transitions"]), filled)
     if state.get("ranks") is not None:
         _ranks(state["ranks"], filled)
     if state["generator"] is not None:
@@ -63,6 +66,7 @@ def _settings(settings: Any) -> Mapping[str, Any]:
     wanted = ("capacity", "alpha", "eps", "beta_increment")
     others = {"batch_size", "num_buffers", "prioritization", "sort_interval"}
     others |= {"priority_clip", "uniform_mix", "latest", "track_draws", "beta_schedule"}
+    others |= {"frames", "num_envs", "num_frames"}
     if not isinstance(settings, Mapping) or any(key not in settings for key in wanted):
         raise _wrong("settings", f"a dict with {', '.join(wanted)}", type(settings).__name__)
     try:
@@ -71,7 +75,9 @@ def _settings(settings: Any) -> Mapping[str, Any]:
             validation.positive_int("num_buffers", settings["num_buffers"])
         if "prioritization" in settings:
             validation.one_of("prioritization", settings["prioritization"], PRIORITIZATIONS)
-        for name in ("batch_size", "sort_interval"):
+        if "frames" in settings:
+            depths_of(settings["frames"])
+        for name in ("batch_size", "sort_interval", "num_envs", "num_frames"):
             if settings.get(name) is not None:
                 validation.positive_int(name, settings[name])
         chosen = {name: settings.get(name, choices[0]) for name, choices in CHOICES.items()}
@@ -157,3 +163,31 @@ def _ranks(ranks: Any, filled: int) -> None:
     _real("ranks, mass", ranks["mass"], (filled,))
     _real("ranks, snapshot", ranks["snapshot"], (filled,))
     _count("ranks, changes", ranks["changes"], ())
+
+
+def _frames(frames: Any, settings: Any, leaves: Mapping[Any, Tensor], filled: int) -> None:
+    """Refuse frames that are not those of the transitions."""
+    if not isinstance(frames, Mapping) or not {"retired", "stores"} <= frames.keys():
+        raise _wrong("frames", "a dict with retired, stores", type(frames).__name__)
+    if "frames" not in settings or settings.get("num_buffers") is not None:
+        raise _wrong("frames", "none, as in the settings", "some")
+    _count("frames, retired", frames["retired"], ())
+    depths, stores = depths_of(settings["frames"]), frames["stores"]
+    names = [str(k) for k in range(len(depths))] if leaves else []
+    if not isinstance(stores, Mapping) or [*stores] != names:
+        raise _wrong("frames, stores", f"a dict with {names}", stores)
+    for (key, depth), entry in zip(depths.items(), stores.values(), strict=False):
+        name, wanted = f"frames of {named(key)}", ("frames", "stored", "size", "low")
+        if not isinstance(entry, Mapping) or any(part not in entry for part in wanted):
+            raise _wrong(name, f"a dict with {', '.join(wanted)}", type(entry).__name__)
+        size = int(_count(f"{name}, size", entry["size"], ()))
+        kept = min(int(_count(f"{name}, stored", entry["stored"], ())), size)
+        _count(f"{name}, low", entry["low"], (filled,))
+        held = entry["frames"]
+        if not isinstance(held, Tensor) or held.ndim < 1 or len(held) != kept:
+            raise _wrong(name, f"a tensor of {kept} frames", type(held).__name__)
+        validation.require_plain(name, held, CheckpointError)
+        for each in (key, ("next", *key)):
+            places = _tensor(named(each), leaves.get(each), (filled, depth), (torch.int32,))
+            if not ((places >= 0) & (places < kept)).all():
+                raise _wrong(named(each), f"references to {kept} frames", "others")

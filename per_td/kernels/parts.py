@@ -48,3 +48,31 @@ class Rows(Protocol):
     columns: Sequence[Tensor]
     starts: Tensor
     record: Any
+
+
+class Frames(Protocol):
+    """A ring of frames and what is known of the recent ones; see `per_td.storage.frames`.
+
+    Attributes:
+        lanes: frames as integers, int64 or uint8 [size + 1, words]; the last row is a spare one.
+        factors: factors of the hash, int64 [words].
+        size: number of frames.
+        depth: frames of a stack, k.
+        envs: number of environments E.
+        look_back: a frame is known for so many writes of its environment.
+        recent: hashes, numbers, and writes that stored them, int64 [3, E + 1, M].
+        counters: frames stored, writes, and for the kernels the place among the recent frames of
+            the first frame of each last stack, int64 [4, E + 1].
+        page: number of frames ever stored, and the first that is not gone, int64 [2].
+    """
+
+    lanes: Tensor
+    factors: Tensor
+    size: int
+    depth: int
+    envs: int
+    look_back: int
+    recent: Tensor
+    counters: Tensor
+    page: Tensor
+    record: Any

@@ -629,6 +629,14 @@ class PriorityTable:
             if len(self.trees.replayed):
                 self.trees.replayed[index] = False
 
+    def retire(self, ring: Any) -> None:
+        """Set the priorities of the `ring.dead()` slots to 0, in O(N) if there are any."""
+        dead = ring.dead()
+        if dead is not None:
+            self.raw.masked_fill_(dead, 0.0)
+            self._refill()
+            ring.bury(dead)
+
     def rebuild(self) -> None:
         """Recompute masses, ranks, sums and extremes from the raw priorities, in O(N)."""
         kept = self.trees.keeps_minima

@@ -1,7 +1,7 @@
 """RingStorage: S rings of transitions in preallocated memory; the newest overwrite the oldest."""
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -11,13 +11,13 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from per_td import kernels, validation
-from per_td.errors import SchemaError
+from per_td.errors import CheckpointError, ConfigurationError, SchemaError
 from per_td.kernels import reference
 from per_td.kernels.reference import Runs
 from per_td.memory import Memory, allocating
 from per_td.storage import layouts
 from per_td.storage.layouts import Field
-from per_td.storage.leaves import Leaves, named
+from per_td.storage.leaves import Leaves, flattened, named
 from per_td.storage.moves import Move
 from per_td.storage.schema import Schema
 from per_td.storage.structure import Structure
@@ -203,7 +203,7 @@ class RingStorage:
         require(self.epoch >= 0, "the offset of generations is at least 0")
         require(self.written_before >= 0, "the count before the last move is at least 0")
         for key, column in self._leaves.items():
-            field = self._schema.fields[key]
+            field = self._stored(self._schema.fields[key])
             right = column.shape == (self._rows, *field.shape) and column.dtype == field.dtype
             require(right, f"{named(key)} has memory for {self._rows} rows")
 
@@ -230,6 +230,23 @@ class RingStorage:
             self._schema.structure = Structure()
         return self._schema.check_leaves(leaves, self.lead)
 
+    def with_env(self, leaves: Leaves, n: int, env: Any) -> Leaves:
+        """Add the environments of `n` transitions to checked leaves, where frames need them.
+
+        Args:
+            leaves: from `check`.
+            n: number of transitions.
+            env: environment of each, integers [n], or None.
+
+        Raises:
+            ConfigurationError: nothing here needs it.
+        """
+        if env is not None:
+            raise ConfigurationError(
+                f"env: expected None, got {type(env).__name__}: it goes with frames={{...}}"
+            )
+        return leaves
+
     def allocate(self, leaves: Leaves) -> None:
         """Allocate memory for transitions like those in `leaves` [n, ...], unless done before.
 
@@ -240,10 +257,15 @@ class RingStorage:
         if not self._leaves:
             self._fix(leaves)
 
+    def _allocate_stored(self, leaves: Leaves) -> None:
+        """`allocate` for leaves as they are `stored`."""
+        self.allocate(leaves)
+
     @torch.inference_mode(False)
     def _fix(self, leaves: Leaves) -> None:
         """Fix what a transition consists of, once there is memory for it."""
-        fields = [Field(key, leaf.shape[1:], leaf.dtype) for key, leaf in leaves.items()]
+        told = [Field(key, leaf.shape[1:], leaf.dtype) for key, leaf in leaves.items()]
+        fields = [self._stored(field) for field in told]
         size = sum(field.bytes for field in fields)
         layout = layouts.resolve_layout(
             self.layout, fields, compiled=self.compiled, mapped=self.kind.storage == "memmap"
@@ -252,12 +274,16 @@ class RingStorage:
         with allocating(what, self._rows * size, self.kind.advice):
             length = layouts.bytes_of(layout, fields, self._rows)
             block = self.kind.zeros((length,), torch.uint8, self.home)
-        self._schema.fix(fields)
+        self._schema.fix(told)
         self.layout, self._bytes, self._block = layout, size, block
         self._take_up()
 
+    def _stored(self, field: Field) -> Field:
+        """The field in memory of a field of a transition."""
+        return field
+
     def _views(self, block: Tensor) -> Leaves:
-        fields = list(self._schema.fields.values())
+        fields = [self._stored(field) for field in self._schema.fields.values()]
         views = layouts.views_of(self.layout, fields, block, self._rows)
         return dict(zip(self._schema.fields, views, strict=True))
 
@@ -334,6 +360,20 @@ class RingStorage:
             reference.indexable(column)[row] = reference.indexable(new_rows)
         self.set_count(after.squeeze(-1))
 
+    def dead(self) -> Tensor | None:
+        """Slots whose data is gone, or about to be, bool [capacity]; None: none.
+
+        They stay so until `bury` is told that nothing can be drawn from them.
+        """
+        return None
+
+    def bury(self, dead: Tensor) -> None:
+        """Retire the slots `dead`, and count them."""
+
+    def of_living(self, index: Tensor, generation: Tensor | None) -> Tensor | None:
+        """Make the generations of updates stale, int64 [B], where a slot of `index` is retired."""
+        return generation
+
     def take_back(self) -> None:
         """Set the write counts to those before the write that has `begun`, if one has."""
         if self.begun is not None:
@@ -376,6 +416,10 @@ class RingStorage:
         return slice(None) if self.lead else slice(len(self))
 
     def filled(self) -> Leaves:
+        """The filled slots by key, views [len, ...]; of many, [S, longest, ...]."""
+        return self.stored()
+
+    def stored(self) -> Leaves:
         """The filled part of every column, views [len, ...]; of many, [S, longest, ...]."""
         longest = len(self) if self.groups == 1 else int(self.lengths.max())
         each = {key: self._each(column) for key, column in self._leaves.items()}
@@ -418,25 +462,52 @@ class RingStorage:
 
     # --- states -----------------------------------------------------------------------------------
 
-    def check_state(self, leaves: Leaves) -> None:
-        """Raise SchemaError if `restore` will not take the leaves."""
-        self.check_leaves(leaves)
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Settings of the buffer that this ring alone has."""
+        return {}
+
+    def counts(self) -> dict[str, int]:
+        """Counters that this ring alone has."""
+        return {}
+
+    def frames_state(self, *, copy: bool) -> dict[str, Any] | None:
+        """State of the frames that the `stored` leaves refer to; None: they do not."""
+        return None
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse the transitions of a state that `restore` will not take.
+
+        Raises:
+            SchemaError: they are not like those in here.
+            CheckpointError: they refer to frames.
+        """
+        if state.get("frames") is not None:
+            raise CheckpointError(
+                "expected a state of whole transitions, got one of a buffer with"
+                f" frames={state['settings'].get('frames')}"
+            )
+        if leaves := flattened(state["transitions"]):
+            self.check_leaves(leaves)
 
     @property
     def structure(self) -> Structure:
         """The nested nodes of a transition, as the first data had them."""
         return self._schema.structure
 
-    def restore(self, leaves: Leaves, moves: list[Move], structure: Structure) -> None:
-        """Take over what `filled` gave, which may be nothing, as the move of each ring tells.
+    def restore(self, state: Mapping[str, Any], moves: list[Move], structure: Structure) -> None:
+        """Take over the transitions of a state, maybe none, as the move of each ring tells.
 
-        The leaves are such as `check_state` lets through. A ring that has data keeps its structure.
+        The state is such as `check_state` lets through. A ring that has data keeps its structure.
         """
+        self._restore_leaves(flattened(state["transitions"]), moves, structure)
+
+    def _restore_leaves(self, leaves: Leaves, moves: list[Move], structure: Structure) -> None:
         if leaves and not self._leaves:
             self._schema.structure = structure
         if leaves:
             each = {key: leaf if self.lead else leaf.unsqueeze(0) for key, leaf in leaves.items()}
-            self.allocate({key: leaf.flatten(0, 1) for key, leaf in each.items()})
+            self._allocate_stored({key: leaf.flatten(0, 1) for key, leaf in each.items()})
             step = max(1, _PIECE // max(1, self._bytes))
             for s, move in enumerate(moves):
                 at = s * self.capacity

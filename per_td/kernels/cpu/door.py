@@ -18,11 +18,12 @@ from per_td.errors import PerTdError
 from per_td.kernels import flags as option
 from per_td.kernels import reference
 from per_td.kernels.cpu import draw as draws
+from per_td.kernels.cpu import frames as frame_kernels
 from per_td.kernels.cpu import rows as row_kernels
 from per_td.kernels.cpu import update
 from per_td.kernels.cpu.compiling import Kernel
-from per_td.kernels.cpu.records import ROWS, TREES
-from per_td.kernels.parts import Distribution, Rows, Trees
+from per_td.kernels.cpu.records import FRAMES, ROWS, TREES
+from per_td.kernels.parts import Distribution, Frames, Rows, Trees
 from per_td.kernels.reference import Runs, for_new, mark_replayed, weigh
 from per_td.validation import plain_rows
 
@@ -38,6 +39,7 @@ __all__ = [
     "mark_replayed",
     "refill",
     "set_masses",
+    "store_frames",
     "weigh",
     "write_rows",
 ]
@@ -463,3 +465,74 @@ def write_rows(
     if not row_kernels.write(record.address, *where, wanted, stamp, at, options):
         reference.write_rows(rows, new, n, runs, mask=mask, stamps=stamps, index=index)
     increment_version(record.versions)  # autograd does not see these writes
+
+
+class _FramesRecord:
+    """The record of frames at the addresses `bases`.
+
+    Attributes:
+        address: address of the record.
+        likes: templates of the places and numbers last found.
+    """
+
+    def __init__(self, frames: Frames, bases: list[int]) -> None:
+        rows, words, length = frames.envs + 1, len(frames.factors), frames.recent.shape[-1]
+        sizes = {
+            "lanes": (frames.size + 1) * words,
+            "factors": words,
+            "recent": 3 * rows * length,
+            "counters": 4 * rows,
+            "page": 2,
+        }
+        record = np.zeros(1, FRAMES)
+        for name, size in sizes.items():
+            record[name] = _address(getattr(frames, name), torch.int64, size)
+        for name in ("size", "depth", "envs", "look_back"):
+            record[name] = getattr(frames, name)
+        record["words"], record["length"] = words, length
+        self.bases, self.address, self._memory = bases, record.ctypes.data, record
+        self.likes: list[Tensor] = []
+
+
+def _frames_record(frames: Frames) -> _FramesRecord:
+    """Find the record of frames, which is made anew when their memory has moved."""
+    parts = frames.lanes, frames.factors, frames.recent, frames.counters, frames.page
+    bases, record = list(map(Tensor.data_ptr, parts)), frames.record
+    if record is None or record.bases != bases:
+        record = frames.record = _FramesRecord(frames, bases)
+    found: _FramesRecord = record
+    return found
+
+
+def store_frames(
+    frames: Frames, stacks: Sequence[Tensor], env: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """See `reference.store_frames`."""
+    if frames.lanes.dtype is not torch.int64 or len(stacks) != 2:  # frames of 8 n bytes alone
+        return reference.store_frames(frames, stacks, env)
+    record, n, depth = _frames_record(frames), env.numel(), frames.depth
+    length = n * depth * frames.lanes.shape[1] * 8
+    sources, kept = array("q"), []  # keeps copies until the kernel has read them
+    for stack in stacks:
+        rows = plain_rows(stack, _CPU)
+        if rows.nbytes != length:
+            raise PerTdError(f"expected stacks of {length} bytes, got {rows.nbytes}")
+        address = rows.data_ptr()
+        if address % 8:
+            rows = rows.clone()
+            address = rows.data_ptr()
+        kept.append(rows)
+        sources.append(address)
+    if not record.likes or len(record.likes[1]) != n:
+        record.likes = [
+            torch.empty((n, depth), dtype=torch.int32, device=_CPU),
+            torch.empty(n, dtype=torch.int64, device=_CPU),
+        ]
+    places, low = record.likes
+    found, oldest = [torch.empty_like(places), torch.empty_like(places)], torch.empty_like(low)
+    to = array("q", map(Tensor.data_ptr, found))
+    where = sources.buffer_info()[0], _address(env.contiguous(), torch.int64, n), n
+    if not frame_kernels.store(record.address, *where, to.buffer_info()[0], oldest.data_ptr()):
+        raise PerTdError(f"env: expected numbers below {frames.envs}, got others")
+    increment_version(frames.lanes)
+    return found, oldest

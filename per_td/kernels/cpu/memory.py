@@ -33,7 +33,8 @@ def _view(dtype: Any) -> Any:
     return view
 
 
-floats, doubles, integers, flags = map(_view, (np.float32, np.float64, np.int64, np.bool_))
+floats, doubles, flags = map(_view, (np.float32, np.float64, np.bool_))
+integers, shorts = map(_view, (np.int64, np.int32))
 
 
 @part(inline="always")

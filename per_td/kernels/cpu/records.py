@@ -30,6 +30,11 @@ ROWS = _numbers(
     # each group, one group after the other
     "fields count groups capacity"
 )
+FRAMES = _numbers(
+    # addresses: frames int64 [size + 1, words], factors [words], recent [3, envs + 1, length],
+    # counters [4, envs + 1] and page [2]; see `per_td.kernels.parts.Frames`
+    "lanes factors recent counters page size words depth envs length look_back"
+)
 
 
 @part(inline="always")
@@ -42,6 +47,12 @@ def trees_at(record: int) -> Any:
 def rows_at(record: int) -> Any:
     """Read the `ROWS` record at an address."""
     return carray(pointer(record), 1, ROWS)[0]
+
+
+@part(inline="always")
+def frames_at(record: int) -> Any:
+    """Read the `FRAMES` record at an address."""
+    return carray(pointer(record), 1, FRAMES)[0]
 
 
 @part(inline="always")

@@ -21,6 +21,7 @@ from per_td.kernels.reference import (
     gather,
     mark_replayed,
     refill,
+    store_frames,
     write_rows,
 )
 
@@ -35,6 +36,7 @@ __all__ = [
     "mark_replayed",
     "refill",
     "set_masses",
+    "store_frames",
     "weigh",
     "write_rows",
 ]
