@@ -1149,13 +1149,13 @@ class PrioritizedReplayBuffer(Copied):
         """The filled slots [len], or all slots [S, capacity], in the buffer's memory.
 
         A TensorDict to read, locked: it takes no other keys. None before any data. Those of buffer
-        s are filled up to `lengths[s]`.
+        s are filled up to `lengths[s]`. With `frames`, all stacks are copied.
         """
         data = self._storage.data
         return None if data is None else data[self._storage.shown].lock_()
 
     def filled_leaves(self) -> Leaves:
-        """The filled slots by key, [len, ...], in the buffer's memory."""
+        """The filled slots by key, [len, ...], in the buffer's memory; `frames` are copied."""
         return self._storage.filled()
 
     @torch.no_grad()

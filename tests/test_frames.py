@@ -27,7 +27,7 @@ from per_td.storage.layouts import Field
 from tests.support.frames import KINDS, Game, transitions_of
 from tests.support.processes import forked, kill
 from tests.test_frames_state_machine import same_bits
-from tests.test_interrupts import every_line
+from tests.test_interrupts import InterruptAfter, every_line
 
 DEPTH = 4
 
@@ -225,7 +225,36 @@ def test_an_interrupted_extend_has_written_all_or_nothing(rated, choice):
         buffer.extend(numbered(30, 1))
         assert_right(buffer.sample(50))
 
-    every_line(prepared, lambda buffer: buffer.extend(new, priority), check, 2)
+    every_line(prepared, lambda buffer: buffer.extend(new, priority), check, 5)
+
+
+class InterruptInside(InterruptAfter):
+    """The same, in the parts that hold frames and priorities."""
+
+    def __call__(self, frame, event, arg):
+        inside = any(
+            part in frame.f_code.co_filename for part in ("storage", "priorities", "kernels")
+        )
+        return super().__call__(frame, event, arg) if inside else None
+
+
+def test_an_interrupted_extend_of_a_shared_buffer_leaves_nothing_torn(choice, monkeypatch):
+    monkeypatch.setattr("tests.test_interrupts.InterruptAfter", InterruptInside)
+    new = numbered(12, 6)
+
+    def prepared():
+        buffer = make(20, num_frames=13, shared=True, example=new[0])
+        buffer.extend(numbered(0, 12))
+        return buffer
+
+    def check(buffer):
+        assert_right(buffer.sample(50))
+        buffer.check_valid()
+        assert_right(buffer.transitions[buffer.priority > 0])
+        buffer.extend(numbered(30, 3))
+        assert_right(buffer.transitions[buffer.priority > 0])
+
+    every_line(prepared, lambda buffer: buffer.extend(new), check, 7)
 
 
 # --- what is refused ------------------------------------------------------------------------------
