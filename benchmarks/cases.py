@@ -13,11 +13,10 @@ FASTTD3 = 10_240 * 4_096  # steps kept of each of its environments
 
 
 def _extend_goals(n: str) -> tuple[Goal, ...]:
-    of, theirs = Ref("per_td", "extend"), Ref("TorchRL uniform", "extend")
-    copy = Ref("copy into columns", "extend")
+    of, copy = Ref("per_td", "extend"), Ref("copy into columns", "extend")
     return (
-        Goal(f"`extend` of {n} / that of TorchRL's uniform buffer", of, 0.1, theirs),
-        Goal(f"`extend` of {n} / copying the bytes", of, 2.0, copy),
+        Goal(f"`extend` of {n} / cpprb's", of, 1.0, Ref("cpprb", "extend")),
+        Goal(f"`extend` of {n} / copying the bytes", of, 1.5, copy),
     )
 
 
@@ -33,7 +32,8 @@ CASES: tuple[Case, ...] = (
         seconds=25,
         goals=(
             Goal("sample + update / TorchRL's uniform sample", OURS, 1 / 3, UNIFORM),
-            *(Goal(f"sample + update / {peer}'s", OURS, 1.0, Ref(peer)) for peer in PEERS),
+            Goal("sample + update / TorchRL prioritized's", OURS, 0.11, Ref(PEERS[0])),
+            *(Goal(f"sample + update / {peer}'s", OURS, 1.0, Ref(peer)) for peer in PEERS[1:]),
         ),
         plot="contestant",
     ),
@@ -162,6 +162,13 @@ CASES: tuple[Case, ...] = (
         capacities=CROSSOVER,
         draws=("without_replacement",),
         seconds=20,
+        goals=(
+            Goal(
+                "us for 256 different slots of 10^6",
+                Ref("tree", "sample", capacity=10**6),
+                200.0,
+            ),
+        ),
         plot="capacity",
     ),
     Case(

@@ -180,10 +180,10 @@ def train(args: Args) -> dict[str, float]:
         buffer.restore(folder / "buffer.pt")
         writer.load_state_dict(state["writer"])
         step = state["step"]
-    returns, finished = torch.zeros(args.num_envs), deque([0.0], maxlen=20)
+    returns, finished = torch.zeros(args.num_envs), deque(maxlen=20)
     pixels = torch.from_numpy(games.reset(seed=args.seed + step)[0])
     losses: list[Tensor] = []
-    with tqdm(total=args.frames, initial=4 * step, unit=" frames", unit_scale=True) as bar:
+    with tqdm(total=args.frames, initial=4 * step, unit=" frames", mininterval=1) as bar:
         while 4 * step < args.frames:
             epsilon = max(args.explore_end, 1 - step / args.explore_steps)
             action = agent.act(pixels, epsilon)
@@ -217,12 +217,13 @@ def train(args: Args) -> dict[str, float]:
                 spent += time.perf_counter() - start
                 losses.append(loss)
             if step % args.log_every < args.num_envs:
-                line = {"return": sum(finished) / len(finished), "epsilon": epsilon}
+                mean = sum(finished) / len(finished) if finished else float("nan")
+                line = {"return": mean, "epsilon": epsilon}
                 line["loss"] = float(torch.stack(losses).mean())
                 line["buffer_seconds"], losses = spent, []
                 line |= {name: float(value) for name, value in buffer.diagnostics().items()}
                 log.write(step, line)
-                bar.set_postfix({"return": f"{line['return']:.1f}", "loss": f"{line['loss']:.3g}"})
+                bar.set_postfix({"return": mean, "loss": line["loss"]})
             if step % args.save_every < args.num_envs:
                 state = {"agent": agent.state_dict(), "writer": writer.state_dict(), "step": step}
                 torch.save(state, folder / "agent.pt")

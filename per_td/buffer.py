@@ -952,6 +952,10 @@ class PrioritizedReplayBuffer(Copied):
     @latest.setter
     def latest(self, value: int) -> None:
         value = validation.integer("latest", value, 0)
+        if value > self._priorities.capacity:
+            raise ConfigurationError(
+                f"latest: expected at most the capacity {self._priorities.capacity}, got {value}"
+            )
         Selection.of("priority", None, value, self.draw)
         self._latest = value
         self._select()
@@ -1076,6 +1080,11 @@ class PrioritizedReplayBuffer(Copied):
     def lengths(self) -> Tensor:
         """Number of filled slots, int64 [], or [S] with `num_buffers`."""
         return self._storage.lengths
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory, or of files, that transitions and priorities take."""
+        return self._storage.nbytes + self._priorities.nbytes
 
     @property
     def write_count(self) -> int:

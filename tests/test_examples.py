@@ -97,3 +97,30 @@ def test_apex_runs_with_its_actors():
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert "gradient steps: 40.0" in done.stdout
     assert "transitions per second" in done.stdout
+
+
+@pytest.mark.slow
+def test_rainbow_atari_learns_a_little_and_goes_on_from_its_checkpoint(tmp_path):
+    rainbow = example("rainbow_atari")
+    short = {"learning_starts": 1_000, "log_every": 1_000, "save_every": 1_000, "capacity": 4_000}
+    args = rainbow.Args(frames=20_000, out=str(tmp_path), **short)
+    line = rainbow.train(args)
+    assert line["size"] == 4_000
+    assert 0 < line["loss"] < 1
+    assert -21 <= line["return"] <= 21 or line["return"] != line["return"]  # no game has ended
+    assert line["stale_updates"] == 0
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 6
+    args.frames, args.resume = 22_000, True
+    rainbow.train(args)
+
+
+def test_rainbow_ataris_buffer_keeps_each_frame_once():
+    rainbow = example("rainbow_atari")
+    buffer = rainbow.make_buffer(rainbow.Args(frames=8_000, capacity=1_000, num_envs=2))
+    stack = torch.randint(255, (2, 5, 84, 84), dtype=torch.uint8)
+    data = {"observation": stack[:, :4], "next": {"observation": stack[:, 1:]}}
+    buffer.extend(rainbow.TensorDict(data | {"discount": torch.ones(2)}, [2]))
+    assert buffer.nbytes < 1.2 * 1_000 * 84 * 84
+    batch = buffer.sample(8)
+    assert torch.equal(batch["observation"], stack[batch["index"], :4])
+    assert torch.equal(batch["next", "observation"], stack[batch["index"], 1:])

@@ -404,6 +404,12 @@ class PriorityTable:
     def _ever_max(self) -> bool:
         return self.new_priority == "ever_max"
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory for the priorities and what follows them."""
+        counts = 0 if self.draw_count is None else self.draw_count.nbytes
+        return self.trees.nbytes + counts + sum(s.trees.nbytes for s in self._sides.values())
+
     # --- writing ----------------------------------------------------------------------------------
 
     def check_initial(self, priority: Any, index: Tensor, mask: Tensor | None = None) -> Tensor:

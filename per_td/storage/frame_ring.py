@@ -66,6 +66,13 @@ class FrameRing(RingStorage):
         self._turns = torch.empty(0, dtype=torch.int64, device=kind.home(device))
         super().__init__(capacity, device, layout, memory, reserved=reserved)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory for transitions and frames; those of transitions 0 before any data."""
+        blocks = [store.block for store in self._stores if store.block is not None]
+        kept = (*blocks, *(store.low for store in self._stores))
+        return super().nbytes + sum(memory.nbytes for memory in kept)
+
     # --- checks and memory ------------------------------------------------------------------------
 
     def check(self, transitions: Any, *, batched: bool = True) -> tuple[Leaves, int]:

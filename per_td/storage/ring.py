@@ -168,6 +168,11 @@ class RingStorage:
         else:
             self._page[:] = written
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory for the transitions; 0 before any data."""
+        return 0 if self._block is None else self._block.nbytes
+
     def generation(self, index: Tensor) -> Tensor:
         """Generations of the slots `index`, counted since the last change of capacity.
 

@@ -107,6 +107,11 @@ class Trees:
         return reference if torch.compiler.is_compiling() else self._operations
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of memory."""
+        return sum(memory.nbytes for memory in self.block.memory.values())
+
+    @property
     def compiled(self) -> bool:
         """True if kernels run, not plain torch."""
         return self._operations is not reference
