@@ -104,6 +104,20 @@ def push(buffer: TransitionReplayBuffer, **changed) -> None:
 
 TABLES = (one, ranked, seeded)
 TWO, INDEX = torch.ones(2, 2), [[0, 1], [0, 1]]
+
+
+def stacks(n):
+    """Transitions with stacks of two frames."""
+    pixels = torch.arange(n * 16, dtype=torch.uint8).view(n, 2, 8)
+    return {"pixels": pixels, "next": {"pixels": pixels + 8}, "k": torch.arange(n)}
+
+
+def framed():
+    buffer = PrioritizedReplayBuffer(5, 2, frames={"pixels": 2}, num_envs=2)
+    buffer.extend(stacks(4))
+    return buffer
+
+
 ENTRIES = {
     "alpha": (TABLES, lambda b, v: setattr(b, "alpha", v)),
     "beta": (TABLES, lambda b, v: setattr(b, "beta", v)),
@@ -165,6 +179,19 @@ ENTRIES = {
         (many,),
         lambda b, v: b.update_priority(INDEX, TWO, None, v),
     ),
+    "frames: extend": ((framed,), lambda b, v: b.extend(v)),
+    "frames: extend, a stack": ((framed,), lambda b, v: b.extend(stacks(2) | {"pixels": v})),
+    "frames: extend, a next stack": (
+        (framed, lambda: PrioritizedReplayBuffer(5, frames={"pixels": 2})),
+        lambda b, v: b.extend(stacks(2) | {"next": {"pixels": v}}),
+    ),
+    "frames: extend, env": ((framed,), lambda b, v: b.extend(stacks(2), env=v)),
+    "frames: add, env": (
+        (framed,),
+        lambda b, v: b.add(
+            {"pixels": PIXELS, "next": {"pixels": PIXELS}, "k": torch.tensor(1)}, env=v
+        ),
+    ),
     "SumTree.update, index": ((tree,), lambda t, v: t.update(v, [1.0, 2.0])),
     "SumTree.update, value": ((tree,), lambda t, v: t.update([0, 1], v)),
     "SumTree.sample": ((tree, forest), lambda t, v: t.sample(v)),
@@ -180,6 +207,7 @@ ENTRIES = {
     "update_priorities, indices": ((course,), lambda b, v: b.update_priorities(v, [1.0, 2.0])),
     "update_priorities, td_errors": ((course,), lambda b, v: b.update_priorities([0, 1], v)),
 }
+PIXELS = stacks(1)["pixels"][0]
 SIZES = ("sample", "sweep", "SumTree.sample", "course: sample")
 
 
@@ -221,7 +249,8 @@ def test_an_entry_takes_a_value_or_names_what_is_wrong_and_changes_nothing(
 CONSTRUCTORS = {
     PrioritizedReplayBuffer: "capacity batch_size alpha beta eps beta_increment draw method"
     " weight_normalization new_priority prioritization sort_interval device generator layout"
-    " example num_buffers priority_clip uniform_mix latest track_draws beta_schedule",
+    " example num_buffers priority_clip uniform_mix latest track_draws beta_schedule"
+    " frames num_envs num_frames",
     SumTree: "capacity device num_trees",
     TransitionReplayBuffer: "capacity alpha beta beta_increment epsilon draw method prioritization"
     " device generator n_step gamma",
@@ -234,7 +263,10 @@ CONSTRUCTORS = {
 )
 def test_a_constructor_takes_an_argument_or_names_what_is_wrong(made, argument):
     others = {"prioritization": "rank"} if argument == "sort_interval" else {}
-    skipped = HUGE_YET_POSSIBLE if argument in ("capacity", "num_buffers", "num_trees") else ()
+    if argument in ("num_envs", "num_frames"):
+        others = {"frames": {"pixels": 2}}
+    sizes = ("capacity", "num_buffers", "num_trees", "num_envs")
+    skipped = HUGE_YET_POSSIBLE if argument in sizes else ()
     all_of_it(
         argument,
         (tree,),
@@ -246,6 +278,7 @@ def test_a_constructor_takes_an_argument_or_names_what_is_wrong(made, argument):
 PARTS = [*one().state_dict(), *(("settings", key) for key in one().state_dict()["settings"])]
 
 
+FRAMES = ("frames", "num_envs", "num_frames")
 OWN = {
     one: PARTS,
     ranked: ["ranks", ("settings", "prioritization"), ("settings", "sort_interval")],
@@ -263,13 +296,17 @@ OWN = {
         *("priority", "write_count", "transitions", "beta"),
         *(("settings", "num_buffers"), ("settings", "alpha")),
     ],
+    framed: ["frames", "transitions", *(("settings", name) for name in FRAMES)],
 }
 """All parts of the state of `one`, and of the others what differs from it."""
 
 
 @pytest.mark.parametrize(
     ("make", "part"),
-    slow_but([(make, part) for make in OWN for part in OWN[make]], product(OWN, PARTS)),
+    slow_but(
+        [(make, part) for make in OWN for part in OWN[make]],
+        [*product(OWN, PARTS), *((framed, part) for part in OWN[framed])],
+    ),
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_a_state_with_a_wrong_part_is_refused_whole(part, make):
