@@ -254,7 +254,7 @@ class BufferMachine(Kernels):
             index = drawn["index"].tolist()
             assert (own[index] > 0).all()
             assert drawn["action"].tolist() == [ring.item[i] for i in index]
-            log = -self.beta * np.log(own[own > 0] * min(newest or len(ring), len(ring)))
+            log = -self.beta[s] * np.log(own[own > 0] * min(newest or len(ring), len(ring)))
             every = np.full(len(own), -np.inf)
             every[own > 0] = log
             normalization = self.given["weight_normalization"]

@@ -61,7 +61,7 @@ def as_mode(mode: str, rate: float) -> dict[str, Any]:
     mode, rate = validation.one_of("mode", mode, MODES), validation.real("rate", rate, high=1.0)
     if mode == "set" and rate != 1.0:
         raise ConfigurationError(f"rate: expected 1.0 with mode='set', got {rate:g}")
-    return {"mode": mode, "rate": rate}
+    return {} if mode == "set" else {"mode": mode, "rate": rate}
 
 
 def check_choices(capacity: int, settings: dict[str, Any]) -> dict[str, str]:

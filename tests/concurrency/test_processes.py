@@ -376,8 +376,8 @@ def test_after_a_learner_killed_in_an_update_the_sums_are_right(normalization):
 KILLED_BESIDE = {
     "before the sides follow": (SideTrees, "follow", die),
     "after the sides have followed": (SideTrees, "follow", dies_after(SideTrees.follow)),
-    "before the priorities": (PriorityTable, "_assign", die),
-    "with half of them": (PriorityTable, "_assign", die_after_leaves),
+    "before the priorities": (PriorityTable, "update", die),
+    "with half of them": (PriorityTable, "update", die_after_leaves),
 }
 CHANGE_BESIDE = {
     "set_priority": lambda buffer, *batch: buffer.set_priority(*batch),

@@ -18,6 +18,7 @@ HASHED = (
     "compiling.py",
     "door.py",
     "draw.py",
+    "frames.py",
     "memory.py",
     "power.py",
     "records.py",
