@@ -175,7 +175,7 @@ KNOBS = [
 ]
 
 
-@pytest.mark.parametrize("normalization", ["batch", "buffer", "none"])
+@pytest.mark.parametrize("normalization", slow_but(["buffer"], ["batch", "buffer", "none"]))
 @pytest.mark.parametrize("how", [{}, {"by": "uniform"}, {"by": "inverse", "newest": 9}], ids=str)
 @pytest.mark.parametrize("knobs", KNOBS, ids=str)
 def test_other_ways_to_draw_are_one_graph_and_weigh_as_without(

@@ -22,6 +22,7 @@ from tests.support.processes import shared, transitions
 
 BOUNDS = (None, (0.5, None), (None, 2.0), (0.5, 2.0), (0.0, 0.0), (1.0, 1.0))
 MODES = [("set", 1.0), *itertools.product(("max", "mean"), (0.0, 0.3, 0.7, 1.0))]
+SOME_MODES = slow_but([("set", 1.0), ("max", 0.3), ("mean", 0.7)], MODES)
 INDEX = [3, 1, 4, 1, 5, 9, 1, 6]
 ERROR = [0.5, -3.0, 0.0, 2.5, -1e-9, 1e4, -0.1, 1.0]
 
@@ -61,9 +62,9 @@ def expected(old, index, error, *, eps, clip, mode, rate):
     return new
 
 
-@pytest.mark.parametrize(("mode", "rate"), MODES)
+@pytest.mark.parametrize(("mode", "rate"), SOME_MODES)
 @pytest.mark.parametrize("clip", BOUNDS, ids=str)
-@pytest.mark.parametrize("groups", slow_but([None, S], [None, 1, S]))
+@pytest.mark.parametrize("groups", slow_but([S], [None, 1, S]))
 @pytest.mark.parametrize("prioritization", ["proportional", "rank"])
 def test_every_mode_within_every_bounds_sets_what_its_formula_says(
     prioritization, groups, clip, mode, rate, device, choice
@@ -249,10 +250,10 @@ def test_bounds_without_eps_and_an_alpha_of_0_4_are_lap(choice):
     torch.testing.assert_close(buffer.mass.double(), lap, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("mode", "rate"), MODES)
+@pytest.mark.parametrize(("mode", "rate"), SOME_MODES)
 @pytest.mark.parametrize("clip", [None, (0.5, None)])
-@pytest.mark.parametrize("eps", [0.0, 1e-6, 1e38])
-@pytest.mark.parametrize("error", [0.0, 1e-45, -1e-40, 2.4e38, -2.4e38])
+@pytest.mark.parametrize("eps", slow_but([1e38], [0.0, 1e-6, 1e38]))
+@pytest.mark.parametrize("error", slow_but([1e-45, -2.4e38], [0.0, 1e-45, -1e-40, 2.4e38, -2.4e38]))
 def test_extremes_stay_finite_in_every_mode(error, eps, clip, mode, rate, device, choice):
     buffer = PrioritizedReplayBuffer(4, eps=eps, priority_clip=clip, device=device)
     given = torch.tensor([3.4e38, 1e-45, 1.0], device=device)
@@ -284,7 +285,7 @@ def test_a_mode_looks_at_the_squared_errors_that_a_table_may_get(choice):
     assert table.raw.tolist() == [0.5, 2.5, 3.0, 1.5]
 
 
-@pytest.mark.parametrize(("mode", "rate"), MODES)
+@pytest.mark.parametrize(("mode", "rate"), SOME_MODES)
 def test_an_error_that_float32_cannot_hold_with_eps_is_refused_in_every_mode(mode, rate, choice):
     buffer = make(eps=3e38)
     before = buffer.priority.clone()

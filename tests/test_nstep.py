@@ -32,6 +32,7 @@ from per_td import (
 )
 from tests.support.fuzz import frozen, hostile
 from tests.support.n_steps import Plain, Written, collected, seeded, steps
+from tests.support.parameters import slow_but
 
 FOLDER = Path(__file__).parent.parent / "docs"
 PAGE = (FOLDER / "vector_loop.md").read_text()
@@ -59,7 +60,7 @@ def assert_same(rows: TensorDict, expected: list[dict], rel: float = 1e-6) -> No
 # --- against others' implementations ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("exact", slow_but([True], [True, False]))
 def test_a_thousand_trajectories_are_as_torchrls_multi_step_has_them(exact):
     generator = seeded(exact)
     for _ in range(125):  # of 8 trajectories each
@@ -81,7 +82,7 @@ def test_a_thousand_trajectories_are_as_torchrls_multi_step_has_them(exact):
         torch.testing.assert_close(ours["discount"], discount, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("exact", slow_but([True], [True, False]))
 def test_a_thousand_trajectories_are_as_torchrls_multi_step_transform_writes_them(exact):
     generator = seeded(10 + exact)
     for _ in range(125):
@@ -122,7 +123,7 @@ def by_stable_baselines(trajectory: TensorDict, n: int, gamma: float):
     return buffer._get_samples(np.arange(length))
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("exact", slow_but([True], [True, False]))
 def test_a_thousand_trajectories_are_as_stable_baselines3_has_them(exact):
     generator = seeded(20 + exact)
     for _ in range(125):

@@ -644,7 +644,7 @@ KNOBS = [
 
 
 @pytest.mark.parametrize("num_buffers", [None, S])
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("normalization", slow_but(["buffer"], NORMALIZATIONS))
 @pytest.mark.parametrize("draw", DRAWS)
 def test_no_other_way_to_draw_waits_and_nor_do_the_changes_that_it_follows(
     draw, normalization, num_buffers, pretended

@@ -17,6 +17,7 @@ from per_td.errors import (
     PriorityError,
     SchemaError,
 )
+from tests.support.parameters import slow_but
 
 ray = pytest.importorskip("ray")
 BATCH = 20_000
@@ -393,7 +394,7 @@ def run(sharded, numbered, around):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", slow_but([torch.float64], [torch.float64, torch.bfloat16]))
 def test_the_default_dtype_and_inference_mode_change_nothing(dtype, sharded, numbered):
     @contextmanager
     def changed():

@@ -6,22 +6,14 @@ python -m benchmarks.studies.minatar --report --page docs/minatar_study.md
 """
 
 import argparse
-import json
 import multiprocessing
-import os
-import re
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from benchmarks.machine import machine, versions
 from benchmarks.pages import RESULTS
 from benchmarks.studies.minatar import report
+from benchmarks.studies.minatar.jobs import work
 from benchmarks.studies.minatar.settings import ARMS, GAMES, QUICK, Settings
-from benchmarks.studies.minatar.training import train
 
 OUT, QUICK_OUT = RESULTS / "minatar_study", Path("runs/minatar_study")
 
@@ -41,36 +33,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.out = args.out or (QUICK_OUT if args.quick else OUT)
     return args
-
-
-def file_of(out: Path, game: str, arm: str) -> Path:
-    """The file of the runs of an agent on a game."""
-    return out / f"{game}.{re.sub(r'[^a-z0-9]+', '-', arm.lower()).strip('-')}.npz"
-
-
-def work(game: str, arm: str, settings: Settings, seeds: int, seed: int, out: Path) -> str:
-    """Run an agent on a game, unless its file is there; a line about it."""
-    file = file_of(out, game, arm)
-    if file.exists():
-        return f"{file.name}: there already"
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    outcome = train(settings, ARMS[arm], game, runs=seeds, seed=seed, name=arm)
-    about = {"settings": asdict(settings), "arm": asdict(ARMS[arm]), "runs": seeds, "seed": seed}
-    about |= {"seconds": round(outcome.seconds, 1), "machine": machine(), "versions": versions()}
-    out.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    with partial.open("wb") as stream:
-        np.savez_compressed(
-            stream,
-            ends=outcome.ends,
-            returns=outcome.returns,
-            about=np.array(json.dumps(about)),
-            **{f"diagnostics/{key}": value for key, value in outcome.diagnostics.items()},
-        )
-    os.replace(partial, file)
-    speed = settings.frames * seeds / outcome.seconds
-    return f"{file.name}: {outcome.seconds:.0f} s, {speed:.0f} frames/s"
 
 
 def main(argv: list[str] | None = None) -> None:

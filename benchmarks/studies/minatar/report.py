@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.pages import COLOURS, fill, picture, table
+from benchmarks.studies.minatar.jobs import file_of
 from benchmarks.studies.minatar.settings import ARMS, GAMES
 from benchmarks.studies.statistics_of_runs import bootstrap, improvement_interval
 
@@ -51,8 +52,6 @@ class Runs:
 
 def read(out: Path) -> dict[str, dict[str, Runs]]:
     """Game -> agent -> its runs, of the files that exist."""
-    from benchmarks.studies.minatar.__main__ import file_of
-
     found = {
         game: {arm: Runs(file) for arm in ARMS if (file := file_of(out, game, arm)).exists()}
         for game in GAMES
