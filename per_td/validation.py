@@ -187,9 +187,9 @@ def real_or_each(
 
 def flag(name: str, value: object) -> bool:
     """Return `value` if it is True or False, or raise ConfigurationError."""
-    if not isinstance(value, bool):
+    if not isinstance(value, bool | np.bool_):
         raise ConfigurationError(f"{name}: expected True or False, got {value!r}")
-    return value
+    return bool(value)
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:

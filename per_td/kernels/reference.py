@@ -519,7 +519,8 @@ def first_distinct(
         k = slot.shape[1]
         ordered, order = slot.sort(dim=-1, stable=True)
         again = torch.nn.functional.pad(ordered.diff() == 0, (1, 0))
-        if found is not None or not (again.sum(-1) > k - n).any():
+        few = (again.sum(-1) > k - n) | (mass <= 0).any(-1)  # a mass of 0: there is nothing to draw
+        if found is not None or not few.any():
             place = (order + k * again).sort(-1)[0][:, :n] % k  # repeats come last
             return slot.gather(1, place), mass.gather(1, place), found
         more, masses, found = _by_arrival(trees, n, generator)

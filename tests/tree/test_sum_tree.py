@@ -444,3 +444,13 @@ def test_only_a_generator_draws(trees):
         ConfigurationError, match=r"generator: expected a torch\.Generator, got int"
     ):
         tree.sample(3, 7)
+
+
+@pytest.mark.parametrize("capacity", [1, 20])
+@pytest.mark.parametrize("num_trees", [None, 3])
+def test_one_draw_without_replacement_from_masses_of_0_raises(num_trees, capacity, choice):
+    tree = SumTree(capacity, "cpu", num_trees=num_trees)
+    if num_trees:  # the others have something
+        tree.update(torch.zeros(3, 1, dtype=torch.int64), torch.tensor([[1.0], [0.0], [2.0]]))
+    with pytest.raises(EmptyBufferError):
+        tree.sample(1, draw="without_replacement")
