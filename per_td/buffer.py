@@ -40,10 +40,6 @@ from per_td.storage.ring import RingStorage, as_mask
 __all__ = ["Draw", "PrioritizedReplayBuffer"]
 
 
-_USUAL: dict[str, Any] = {}
-"""How updates usually change priorities."""
-
-
 class Draw(NamedTuple):
     """Transitions drawn, with their masses; see `PrioritizedReplayBuffer.draw_leaves`.
 
@@ -774,11 +770,8 @@ class PrioritizedReplayBuffer(Copied):
                 `stats`.
             ConfigurationError: there is no such mode, or a rate for "set".
         """
-        usual = isinstance(mode, str) and mode == "set" and isinstance(rate, float) and rate == 1.0
-        how = _USUAL if usual else as_mode(mode, rate)
-        self._set(index, td_error, generation, mask, how)
-        if self._schedule is not None:
-            self._count_update()
+        self._set(index, td_error, generation, mask, as_mode(mode, rate))
+        self._count_update()
 
     def set_priority(
         self, index: Any, priority: Any, generation: Any = None, mask: Any = None
@@ -856,7 +849,7 @@ class PrioritizedReplayBuffer(Copied):
             self._stale += validation.integer("updates", updates, 0)
 
     def _count_update(self) -> None:
-        """Set the beta of the schedule after one more update."""
+        """Set the beta of the schedule, if there is one, after one more update."""
         if self._schedule is not None:
             with self._lock:
                 self._updates += 1

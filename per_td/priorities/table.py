@@ -52,12 +52,14 @@ def as_clip(value: Any) -> tuple[float | None, float | None] | None:
     return None if low is None and high is None else (low, high)
 
 
-def as_mode(mode: str, rate: float) -> dict[str, Any]:
+def as_mode(mode: str = "set", rate: float = 1.0) -> dict[str, Any]:
     """Check how updates change priorities; return the arguments for `PriorityTable.update`.
 
     Raises:
         ConfigurationError: there is no such mode, a rate is not in [0, 1], or it has no use.
     """
+    if isinstance(mode, str) and mode == "set" and isinstance(rate, float) and rate == 1.0:
+        return {}  # as nearly always
     mode, rate = validation.one_of("mode", mode, MODES), validation.real("rate", rate, high=1.0)
     if mode == "set" and rate != 1.0:
         raise ConfigurationError(f"rate: expected 1.0 with mode='set', got {rate:g}")

@@ -29,7 +29,7 @@ from per_td.torchrl.writer import last_row, slots_of
 
 _FORMAT = "per_td.torchrl.PrioritizedSampler"
 _SLOTS = "the slots of the storage"
-_USUAL, _SET = Selection(), {"mode": "set", "rate": 1.0}
+_USUAL = Selection()
 _NEVER = -2
 """A generation that no slot has: a slot that was never written has -1."""
 
@@ -579,10 +579,8 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             PriorityError: NaN, infinite, or neither one value nor one per index; nothing is
                 written then.
         """
-        settings = {"squared": self._td_error_unit == "squared"}
-        if how:
-            settings |= as_mode(**{**_SET, **how})
-        self._change(index, priority, storage, **settings)
+        squared = self._td_error_unit == "squared"
+        self._change(index, priority, storage, squared=squared, **as_mode(**how))
 
     def set_priority(
         self,
