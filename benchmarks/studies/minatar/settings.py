@@ -18,7 +18,6 @@ class Settings:
     capacity: int = 100_000
     batch_size: int = 32
     gamma: float = 0.99
-    n_step: int = 1
     learning_starts: int = 1_000
     update_every: int = 4  # frames
     copy_every: int = 1_000  # frames, from the network to its target
@@ -46,8 +45,9 @@ ARMS = {
     "proportional": Arm(replay=_PER),
     "proportional, beta 0": Arm(replay=_PER | {"beta": 0.0}),
     "LAP": Arm(replay=_LAP),
-    "uniform, lr / 2.5": Arm(lr=1e-4, replay=_UNIFORM),
+    "uniform, lr x 4": Arm(lr=1e-3, replay=_UNIFORM),
     "uniform mix 0.1": Arm(replay=_PER | {"uniform_mix": 0.1}),
+    "proportional, lr x 4": Arm(lr=1e-3, replay=_PER),
     "n-step 3, uniform": Arm(replay=_UNIFORM, n_step=3),
     "n-step 3, proportional": Arm(replay=_PER, n_step=3),
 }
