@@ -109,6 +109,7 @@ def make_buffer(
         settings.batch_size,
         num_buffers=runs,
         generator=generator,
+        track_draws=True,  # for the share that was never replayed
         **arm.replay,
     )
 
