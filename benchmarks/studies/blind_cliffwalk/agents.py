@@ -200,9 +200,13 @@ def prioritized(
     *,
     batch: int = 1,
     initial: float | None = None,
+    watch: Callable[[int, PrioritizedReplayBuffer], None] | None = None,
     **settings: Any,
 ) -> Count:
-    """Draws, weights and priorities of per_td's buffer; `initial` None leaves those to it too."""
+    """Draws, weights and priorities of per_td's buffer; `initial` None leaves those to it too.
+
+    `watch` is called after each update, with the number of updates and the buffer.
+    """
     pairs = torch.from_numpy(problem.memory)
     generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
     buffer = PrioritizedReplayBuffer(
@@ -220,6 +224,8 @@ def prioritized(
         if not error < 1e6:  # it has diverged
             return None
         buffer.update_priority(index, delta)
+        if watch is not None:
+            watch(step + 1, buffer)
     return None
 
 

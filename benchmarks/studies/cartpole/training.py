@@ -2,6 +2,7 @@
 
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,7 @@ def make_buffer(
         new_priority=replay.new_priority,
         num_buffers=runs,
         generator=generator,
+        track_draws=True,  # for the diagnostics' share that was never replayed
     )
 
 
@@ -169,7 +171,15 @@ class Lockstep:
 
 
 @torch.no_grad()
-def train(settings: Settings, replay: Replay, *, runs: int, seed: int, name: str = "") -> Outcome:
+def train(
+    settings: Settings,
+    replay: Replay,
+    *,
+    runs: int,
+    seed: int,
+    name: str = "",
+    watch: Callable[[int, PrioritizedReplayBuffer], None] | None = None,
+) -> Outcome:
     """Train S independent runs.
 
     Args:
@@ -178,6 +188,7 @@ def train(settings: Settings, replay: Replay, *, runs: int, seed: int, name: str
         runs: number of runs S.
         seed: with `name`, it seeds everything: agents of different names share no random number.
         name: of the agent.
+        watch: called after each step with the number of steps and the buffer.
 
     Returns:
         The episodes and the evaluations of all runs.
@@ -191,6 +202,8 @@ def train(settings: Settings, replay: Replay, *, runs: int, seed: int, name: str
         step += 1
         if len(lockstep.buffer) >= settings.learning_starts and step % settings.update_every == 0:
             lockstep.learn()
+        if watch is not None:
+            watch(step, lockstep.buffer)
         if step % settings.evaluate_every == 0:
             seconds += time.perf_counter() - start
             greedy.append(lockstep.evaluate(step))
