@@ -107,6 +107,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
     _cache: privates.ColumnCache
     _seen_writes: int  # with sync=False: the priorities know of so many writes
     _seen_emptied: int  # and of so many times that all was forgotten
+    _counts_draws: bool = False  # as TorchRL's `sample` does
     _supplied: Tensor | None = None  # priorities of elements that TorchRL's methods are writing
 
     def __init__(
@@ -201,6 +202,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             transport=transport,
             transport_options=transport_options,
         )
+        self._counts_draws = privates.counts_draws(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _OF_SAMPLER:
@@ -242,6 +244,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             previous = ReplayBuffer.set_sampler(self, sampler)
             sampler._rng = self._rng
             self._initialize_prioritized_sampler()
+        self._notify_replay_state_change()
         return previous
 
     def set_storage(
@@ -270,6 +273,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                 self._writer.exceed(privates.newest_generation(previous))
             self._sampler._empty()
             self._initialize_prioritized_sampler()
+        self._notify_replay_state_change()
         return previous
 
     def set_writer(self, writer: Writer) -> Writer:
@@ -392,7 +396,10 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             priority = self._priorities_of(data, n) if supply else None
             cache, marks = self._cache, self._sync
             with self._write_lock:
-                return privates.write(self, cache, columns, rows, n, priority, marks=marks)
+                written = privates.write(self, cache, columns, rows, n, priority, marks=marks)
+        if privates.NOTIFIES:
+            self._notify_replay_state_change()
+        return written
 
     def _write_by_torchrl(
         self, write: Callable[..., Any], data: Any, priority: Tensor | None
@@ -409,9 +416,20 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             if is_tensor_collection(data):
                 data = data.clone(recurse=False)  # TorchRL puts the slots into it
             try:
-                return write(self, data)
+                written = write(self, data)
             finally:
                 self._supplied = None
+        self._notify_replay_state_change()
+        return written
+
+    def _notify_replay_state_change(self) -> None:
+        """Wake the threads that wait until they can sample; TorchRL calls this after each change.
+
+        They take the buffer's locks while they hold the lock of their condition. A thread that
+        holds the buffer's locks may therefore not ask for that one: it calls this again afterwards.
+        """
+        if privates.NOTIFIES and not privates.is_held(self._replay_lock):
+            super()._notify_replay_state_change()
 
     def mark_update(self, index: Any) -> None:
         """Give newly written slots the priority of new elements."""
@@ -436,6 +454,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         *,
         by: str = "priority",
         newest: int | None = None,
+        **waiting: Any,
     ) -> Any:
         """Draw elements in proportion to priority^alpha.
 
@@ -445,32 +464,43 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             include_info: deprecated, as in TorchRL.
             by, newest: see `per_td.PrioritizedReplayBuffer.sample`; such a batch is never one that
                 was drawn ahead. The defaults are those of the sampler.
+            waiting: further arguments of TorchRL's `sample`, handed on to it: `wait`, `timeout` and
+                `cancel_event` from TorchRL 0.15 on. Not together with `by` or `newest`.
 
         Returns:
             TensorDict [B]: the elements, and beside them "index" and "index_generation", int64,
             and "priority_weight", float32; "draw_count" int32 with `track_draws`.
 
         Raises:
-            ConfigurationError: `batch_size` is not an integer of at least 1 (a ValueError).
+            ConfigurationError: `batch_size` is not an integer of at least 1, or `waiting` comes
+                together with `by` or `newest` (a ValueError).
             EmptyBufferError: nothing is stored, or nothing can be drawn (a RuntimeError).
+            TypeError: this TorchRL's `sample` does not take an argument in `waiting`.
         """
         size = self._batch_size if batch_size is None else batch_size
         if size is not None:
             size = validation.positive_int("batch_size", size)
             batch_size = None if batch_size is None else size
         agreed = self._batch_size in (None, size) or self._warned_batch_size_conflict
-        usual = agreed and include_info is None and not self._service_shutdown
+        usual = agreed and include_info is None and not self._service_shutdown and not waiting
         if by != "priority" or newest is not None:
+            if waiting:
+                raise ConfigurationError(
+                    f"{', '.join(waiting)}: expected none of these together with by or newest, got"
+                    f" by={by!r}, newest={newest}; wait before, with wait_until_sampleable"
+                )
             size = validation.positive_int("batch_size", size)
             with self._replay_lock, self.prioritized_sampler._selecting(by, newest):
                 drawn = self._sample(size)
-            return drawn if return_info else drawn[0]
-        if size is not None and usual and self._sample_dependency is None:
+        elif size is not None and usual and self._sample_dependency is None:
             drawn = self._next(size) if self._prefetch else self._sample(size)
+        else:
+            drawn = TensorDictReplayBuffer.sample(self, batch_size, True, include_info, **waiting)
+            if include_info is False:
+                privates.without(*drawn)
             return drawn if return_info else drawn[0]
-        drawn = TensorDictReplayBuffer.sample(self, batch_size, True, include_info)
-        if include_info is False:
-            privates.without(*drawn)
+        if self._counts_draws:
+            privates.count_draw(self, drawn[1]["index"])
         return drawn if return_info else drawn[0]
 
     def _next(self, batch_size: int) -> tuple[Any, dict[str, Any]]:
@@ -680,8 +710,12 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         with self._futures_lock:
             self._clear_prefetch_queue_locked()
             with self._replay_lock, self._write_lock:
-                ReplayBuffer.empty(self, empty_write_count=empty_write_count)
+                # as `ReplayBuffer.empty`, which takes the locks itself in some versions
+                self._writer._empty(empty_write_count=empty_write_count)
+                self._sampler._empty()
+                self._storage._empty()
                 self._note_writes()
+        self._notify_replay_state_change()
 
     def stats(self) -> dict[str, int | float | bool]:
         """TorchRL's counters, and how many priorities were stale or refused."""
@@ -737,6 +771,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             super().load_state_dict(state_dict | {"_prefetch_state": ahead})
             fit_cursor(self._writer, self._storage)
             self._note_writes()
+        self._notify_replay_state_change()
 
     def dumps(self, path: str | Path) -> None:
         """Write storage, sampler, writer and transforms into the folder `path`."""
@@ -758,6 +793,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             super().loads(path)
             fit_cursor(self._writer, self._storage)
             self._note_writes()
+        self._notify_replay_state_change()
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:

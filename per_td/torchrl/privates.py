@@ -30,6 +30,32 @@ from per_td.torchrl.columns import Columns
 from per_td.torchrl.sampler import PrioritizedSampler
 from per_td.torchrl.writer import GenerationWriter
 
+NOTIFIES = hasattr(ReplayBuffer, "_notify_replay_state_change")
+"""True if threads can wait for TorchRL's buffers: each change has to wake them."""
+
+
+def counts_draws(buffer: ReplayBuffer) -> bool:
+    """True if a buffer has TorchRL's counters of the calls of `sample`."""
+    parts = ("_increment_counter", "_sample_call_count_value", "_sampled_item_count_value")
+    return all(hasattr(buffer, part) for part in parts)
+
+
+def count_draw(buffer: ReplayBuffer, index: Any) -> None:
+    """Count a call of `sample` as TorchRL does; `index` is that of the batch's elements."""
+    if isinstance(index, tuple):
+        n = index[0].numel()
+    elif buffer._storage.ndim > 1 and index.ndim > 1 and index.shape[-1] == buffer._storage.ndim:
+        n = index[..., 0].numel()
+    else:
+        n = index.numel()
+    buffer._increment_counter("_sample_call_count_value", 1)
+    buffer._increment_counter("_sampled_item_count_value", n)
+
+
+def is_held(lock: Any) -> bool:
+    """True if this thread holds an RLock; `threading.Condition` asks in the same way."""
+    return bool(lock._is_owned())
+
 
 def stored(storage: Storage) -> int:
     """Number of elements; the number, which processes share, is read without its lock."""

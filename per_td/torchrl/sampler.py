@@ -421,6 +421,9 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
     _marks_replayed = True
     """True if the table knows which slots have been drawn."""
 
+    requires_shared_state = True
+    """Draws need the priorities: TorchRL does not copy this sampler into loaders' processes."""
+
     @torch.no_grad()
     def diagnostics(self, storage: Storage | None = None) -> dict[str, Tensor]:
         """Measure prioritization for a logger; see `per_td.PrioritizedReplayBuffer.diagnostics`.

@@ -1,6 +1,7 @@
 """GenerationWriter: TorchRL's round-robin writer; all processes share its generations."""
 
 import json
+from ctypes import sizeof
 from pathlib import Path
 from typing import Any
 
@@ -235,10 +236,16 @@ class GenerationWriter(TensorDictRoundRobinWriter):
                 number = validation.integer(name, value, 0)
             except ConfigurationError as error:
                 raise CheckpointError(f"writer: {error}") from error
-            if number >= 2**31 and not self._compilable:
-                raise CheckpointError(f"writer: {name}: expected less than 2**31, got {number}")
+            bits = self._bits(name)
+            if bits is not None and number >= 2**bits:
+                raise CheckpointError(f"writer: {name}: expected less than 2**{bits}, got {number}")
         if state_dict.get("_generation") is not None:
             _plain(state_dict["_generation"], CheckpointError)
+
+    def _bits(self, name: str) -> int | None:
+        """Bits of a count that processes share, without that of the sign; None for any number."""
+        shared = getattr(self, f"{name}_value")
+        return None if self._compilable else 8 * sizeof(shared.get_obj()) - 1
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state.

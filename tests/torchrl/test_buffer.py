@@ -411,3 +411,21 @@ def test_representations_name_the_parts():
     buffer = make()
     buffer.extend(data(5))
     assert "PrioritizedSampler(alpha=0.7" in repr(buffer)
+
+
+@pytest.mark.skipif(
+    "wait" in inspect.signature(TorchRLUniform.sample).parameters,
+    reason="this TorchRL's buffers can wait",
+)
+@pytest.mark.parametrize("argument", ["wait", "timeout", "cancel_event"])
+def test_a_torchrl_that_cannot_wait_refuses_its_arguments(argument):
+    buffer = make()
+    buffer.extend(data(4))
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{argument}'"):
+        buffer.sample(**{argument: True})
+
+
+@pytest.mark.parametrize("name", ["frames", "num_envs", "num_frames"])
+def test_arguments_of_other_buffers_are_refused_by_name(name):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        make(**{name: 4})
