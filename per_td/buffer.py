@@ -128,7 +128,7 @@ class PrioritizedReplayBuffer(Copied):
         storage: which memory transitions live in; priorities are always in that of the device.
             "memory": that of the device; "memmap": files, for more than fits in memory; "pinned":
             pinned memory of the host, for more than fits in that of a CUDA device. See
-            docs/reliability.md.
+            docs/memory.md.
         folder: where the files of "memmap" are, on which disk; None: where the system has
             temporary files. They have no names, and are gone with the buffer.
         example: a TensorDict like one transition (batch size []), to allocate memory at once;
@@ -152,7 +152,7 @@ class PrioritizedReplayBuffer(Copied):
             are set for each; slots, priorities, draws and what the weights are divided by are each
             buffer's own. None: one buffer. Not together with ranks.
         shared: put all that changes into shared memory, for spawned processes that write and learn
-            side by side; see `docs/reliability.md`. It needs an `example`, Linux, the device "cpu"
+            side by side; see `docs/processes.md`. It needs an `example`, Linux, the device "cpu"
             and proportional priorities. Hand the buffer to a process as an argument when you start
             it. Of each process's own are `batch_size`, `beta_increment`, `draw`, `method`,
             `uniform_mix`, `latest`, `priority_clip` and `generator`, which is not sent along: a
