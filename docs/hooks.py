@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 _FENCED = re.compile(r"^(```+|~~~+).*?^\1\s*$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"(?<=\]\()(?!\w+:)([^()#\s]+)")
-_PAGE = re.compile(r"\bdocs/([\w/]+\.md)")
+_PAGE = re.compile(r"(?P<tick>`?)\bdocs/(?P<page>[\w/]+\.md)(?P=tick)")
 _SHARED = re.compile(r"^ {4}((?:\w+,\s+)+\w+)(:.*(?:\n {5,}.*)*)", re.MULTILINE)
 
 
@@ -125,8 +125,9 @@ def _text(argument: Any) -> str | None:
 
 def _titled(page: re.Match[str]) -> str:
     """A link, from a page in docs/api, to a page that a docstring names by its path."""
-    title = re.search(r"^# (.*)$", (ROOT / page[0]).read_text(), re.MULTILINE)
-    return f"[{page[0] if title is None else title[1]}](../{page[1]})"
+    path = ROOT / "docs" / page["page"]
+    title = re.search(r"^# (.*)$", path.read_text(), re.MULTILINE) if path.exists() else None
+    return f"[{page['page'] if title is None else title[1]}](../{page['page']})"
 
 
 def _parted(entry: re.Match[str]) -> str:
