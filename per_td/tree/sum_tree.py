@@ -17,7 +17,7 @@ class SumTree(Copied):
 
     It is a tree of fan-out 16 with float32 leaves and float64 sums. Every sum is recomputed from
     its children, so no error accumulates. A slot of mass 0 is never drawn. The tree takes 4.5 bytes
-    per slot. `len(tree)` is the capacity.
+    per slot. `len(tree)` is the capacity, and `tree[index]` are masses, float32, as torch indexes.
 
     Args:
         capacity: number of slots, at least 1.
