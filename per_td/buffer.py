@@ -41,14 +41,14 @@ __all__ = ["Draw", "PrioritizedReplayBuffer"]
 
 
 class Draw(NamedTuple):
-    """Transitions drawn, with their masses; see `PrioritizedReplayBuffer.draw_leaves`.
+    """Drawn transitions with their masses; see `PrioritizedReplayBuffer.draw_leaves`.
 
     Attributes:
-        slot: where they are, int64 [B].
-        leaves: copies of them by key, [B, ...].
-        generation: to be handed back with an update, int64 [B].
-        mass: their masses, float32 [B].
-        draw_count: how often each was drawn, int32 [B]; None without `track_draws`.
+        slot: slots of the transitions, int64 [B].
+        leaves: copies of the transitions by key, [B, ...].
+        generation: generations, for the later update, int64 [B].
+        mass: masses, float32 [B].
+        draw_count: number of draws of each transition, int32 [B]; None without `track_draws`.
     """
 
     slot: Tensor
@@ -91,96 +91,107 @@ def _void_write(ring: RingStorage, table: PriorityTable, beta: Tensor, note: Not
 class PrioritizedReplayBuffer(Copied):
     """Replay buffer that draws transitions in proportion to priority^alpha.
 
-    Prioritized experience replay as in Schaul et al. 2015 (arXiv 1511.05952), proportional
-    variant: P(i) = p_i^alpha / sum_k p_k^alpha with p = |TD error| + eps, corrected by
-    importance-sampling weights w_i = (N P(i))^-beta.
+    Prioritized experience replay as in Schaul et al. 2015 (arXiv 1511.05952). Transition i has the
+    priority p_i = |TD error| + eps (section 3.3) and the mass p_i^alpha. It is drawn with the
+    probability P(i) = p_i^alpha / sum_k p_k^alpha (equation 1). Its importance-sampling weight
+    w_i = (N P(i))^-beta corrects the bias, where N is the number of transitions (section 3.4).
+
+    `len(buffer)` is the number of transitions; with `num_buffers`, the smallest number in any
+    buffer. The first transitions set the keys, nesting, shapes and dtypes of all later ones.
+
+    You can set these attributes at any time: `alpha`, `beta`, `eps`, `batch_size`,
+    `beta_increment`, `draw`, `method`, `weight_normalization`, `new_priority`, `priority_clip`,
+    `uniform_mix`, `latest` and `generator`. They are checked as in the constructor. Setting another
+    argument of the constructor raises `ConfigurationError`.
 
     Args:
-        capacity: number of slots; beyond it, the oldest transition makes room for the newest.
-        batch_size: default for `sample`.
-        alpha: exponent of the priorities, at least 0; 0 draws uniformly. May be set at any time.
-            None takes the paper's: 0.6, or 0.7 with "rank". With `num_buffers`, it may be a tensor
-            or a list of one for each buffer.
-        beta: exponent of the weights, in [0, 1]; 1 corrects all of the bias. May be set at any
-            time, and with `num_buffers` for each buffer, as alpha.
-        eps: added to |TD error|, so that no transition is lost for ever. With 0, a transition whose
-            TD error is 0 is never drawn again. May be set at any time, for the updates from then.
-        beta_increment: added to beta by each `increase_beta`, at least 0.
-        draw: "independent": with replacement; "stratified": one from each of B equal parts of the
-            total mass; "without_replacement": B different transitions.
-        method: "tree": an exact sum tree, O(log N) per draw; "multinomial": torch.multinomial,
-            O(N) per batch, up to 2^24 slots; "auto": whichever is faster.
-        weight_normalization: weights are divided by the largest of the "batch", by the largest
-            that any transition in the "buffer" would get, or by nothing ("none").
+        capacity: number of slots. When all are filled, the newest transition replaces the oldest.
+        batch_size: default batch size of `sample`.
+        alpha: exponent of the priorities, at least 0; 0 draws uniformly. None is the paper's value:
+            0.6, or 0.7 with `prioritization="rank"`. With `num_buffers`, a tensor or a list may
+            give one value for each buffer. Setting it later costs O(N).
+        beta: exponent of the weights, in [0, 1]; 1 corrects the whole bias. With `num_buffers`, a
+            tensor or a list may give one value for each buffer.
+        eps: added to |TD error|. With 0, a transition whose TD error is 0 is never drawn again. A
+            new value holds for later updates.
+        beta_increment: added to beta by each call of `increase_beta`, at least 0.
+        draw: "independent": with replacement. "stratified": splits the total mass into B equal
+            segments and draws one transition from each. "without_replacement": B different
+            transitions; their weights are still those of independent draws.
+        method: "tree": an exact sum tree, O(log N) per draw. "multinomial": torch.multinomial, O(N)
+            per batch, up to 2^24 slots. "auto": the faster one.
+        weight_normalization: "batch" divides the weights by the largest in the batch, "buffer" by
+            the largest that any transition in the buffer would get. "none" does not divide.
         new_priority: priority of new transitions: the largest in the buffer ("buffer_max"), or the
-            largest it ever held ("ever_max"); 1 where there is none.
+            largest that the buffer ever held ("ever_max"); 1 if there is none.
         prioritization: "proportional", or "rank": P(i) in proportion to rank(i)^-alpha, where the
-            transition of the largest priority has rank 1 (the paper's second variant).
-        sort_interval: for "rank": changes of priorities from one exact order to the next, see
-            `RankMasses`; None takes as many as there are transitions.
-        device: where transitions and priorities live; None is torch's default device.
-        generator: source of all random draws, on the same device; None is torch's own, which
-            `torch.manual_seed` seeds. torch.compile cannot trace another: it then breaks `sample`
-            into several graphs.
-        layout: how transitions lie in memory: "columns", a tensor per key, "records", one after
-            the other in a block, which takes fewer trips to memory per transition, or "auto": the
-            faster one for their size. Batches are the same, new tensors of their own either way.
-        storage: which memory transitions live in; priorities are always in that of the device.
-            "memory": that of the device; "memmap": files, for more than fits in memory; "pinned":
-            pinned memory of the host, for more than fits in that of a CUDA device. See
-            docs/memory.md.
-        folder: where the files of "memmap" are, on which disk; None: where the system has
-            temporary files. They have no names, and are gone with the buffer.
-        example: a TensorDict like one transition (batch size []), to allocate memory at once;
-            without it, the first data does so.
-        priority_clip: (low, high), or None for one of them: updates set the priority
-            clamp(|TD error| + eps, low, high). (1.0, None) with eps=0 and alpha=0.4 is LAP
-            (Fujimoto et al. 2020, arXiv 2007.06049). May be set at any time, for the updates from
-            then.
+            transition with the largest priority has rank 1 (the paper's second variant). See
+            docs/rank_based.md.
+        sort_interval: with "rank", how many priorities change before the ranks are exact again.
+            None: as many as there are transitions.
+        device: device of transitions and priorities. None is torch's default device.
+        generator: source of all random draws, on the same device. None is torch's own, which
+            `torch.manual_seed` seeds. torch.compile cannot trace another generator, and breaks
+            `sample` into several graphs.
+        layout: how transitions lie in memory. "columns": one tensor per key. "records": one block,
+            transition after transition, which needs fewer memory accesses per transition. "auto":
+            the faster one for their size. The batches are equal: new tensors in each case.
+        storage: memory of the transitions; priorities are always on the device. "memory": that of
+            the device. "memmap": files on a disk, for more than fits in memory. "pinned": pinned
+            memory of the host, for more than fits on a CUDA device. See docs/memory.md.
+        folder: folder of the files of "memmap". None: the system's folder for temporary files. The
+            files have no names and disappear with the buffer.
+        example: one transition, a TensorDict of batch size []. The buffer then allocates memory at
+            once, otherwise with the first data.
+        priority_clip: (low, high), of which one may be None. Updates set the priority
+            clamp(|TD error| + eps, low, high). With (1.0, None), eps=0 and alpha=0.4, this is LAP
+            (Fujimoto et al. 2020, arXiv 2007.06049). A new value holds for later updates.
         uniform_mix: share u of the draws that are uniform over all transitions of positive
-            priority: P(i) = (1 - u) p_i^alpha / sum + u / N. May be set at any time.
+            priority: P(i) = (1 - u) p_i^alpha / sum_k p_k^alpha + u / N.
         latest: the k newest transitions are the last k of every batch (combined experience replay,
-            Zhang & Sutton 2017, arXiv 1712.01275); one of priority 0 leaves its place to a draw.
-            May be set at any time.
-        track_draws: count how often each transition was drawn. Batches have the counts, those
-            draws included, as "draw_count" int32 [B].
-        beta_schedule: a `LinearSchedule`; beta follows it, counted in calls of `update_priority`.
-            None: beta changes by `increase_beta`, or when it is set.
-        num_buffers: S makes S buffers of `capacity` slots each in one set of tensors, for S runs in
-            lockstep: every argument and result gets a leading dimension [S], and an index is a slot
-            in its own buffer. Settings and counters are shared, but for alpha and beta where they
-            are set for each; slots, priorities, draws and what the weights are divided by are each
-            buffer's own. None: one buffer. Not together with ranks.
-        shared: put all that changes into shared memory, for spawned processes that write and learn
-            side by side; see `docs/processes.md`. It needs an `example`, Linux, the device "cpu"
-            and proportional priorities. Hand the buffer to a process as an argument when you start
-            it. Of each process's own are `batch_size`, `beta_increment`, `draw`, `method`,
-            `uniform_mix`, `latest`, `priority_clip` and `generator`, which is not sent along: a
-            started process draws from torch's own, and should seed that. Draws by "uniform" or with
-            a `uniform_mix` need one in the constructor; those by "inverse" are refused. A process
-            killed in the middle of a call does not hold up the others: the next call repairs what
-            it left. A transition is written when `extend` returns; one whose writer died before is
-            never drawn.
-        threads: let several threads call the buffer at the same time: one lock is held in every
-            call. A `shared` buffer can do that anyway. torch.compile cannot trace a lock.
-        prefetch: how many batches of `batch_size` a thread in the background draws ahead; implies
-            `threads`. `sample` returns the oldest: its transitions, weights and generations are
-            those of the moment of the draw, up to so many updates ago. The draws take the numbers
-            of the generator in their order, but which priorities they meet is a matter of time:
-            runs do not repeat exactly. `sample` raises what goes wrong in the thread. 0: none.
-        frames: keep each frame of stacked observations once: the number of frames in a stack by
-            key, as {"pixels": 4}. Data has whole stacks [n, 4, ...] at the key and at
-            ("next", key), and so have batches, equal to the bit. A frame is looked for among those
-            of the last 32 writes of the same environment. Where frames run out before slots do, as
-            after many short episodes, the oldest transitions retire: they keep their slots, and
-            are never drawn again. Not together with `num_buffers`. See docs/frames.md.
-        num_envs: with `frames`, the number of environments whose transitions come in turn; None
-            is 1.
-        num_frames: with `frames`, how many are kept of each key; None: 1.06 times the capacity, and
-            a stack for each environment.
+            Zhang & Sutton 2017, arXiv 1712.01275). A draw replaces a newest transition whose
+            priority is 0.
+        track_draws: count how often each transition was drawn. Batches then contain "draw_count",
+            int32 [B], which includes the current draw.
+        beta_schedule: a `LinearSchedule` of beta, counted in calls of `update_priority`. None: beta
+            changes by `increase_beta`, or when you set it.
+        num_buffers: S makes S buffers of `capacity` slots each in one set of tensors, for S runs
+            in lockstep. Every argument and result gets a leading dimension [S], and an index is a
+            slot in its own buffer. Each buffer has its own slots, priorities, draws and divisor of
+            the weights; the other settings and the counters are shared, except alpha and beta if
+            set for each buffer. None: one buffer. Not with "rank" or `frames`. See
+            docs/many_runs.md.
+        shared: keep everything that changes in shared memory, for spawned processes that write and
+            learn side by side. It needs an `example`, Linux, the device "cpu" and proportional
+            priorities. Pass the buffer as an argument when you start a process. Each process has
+            its own `batch_size`, `beta_increment`, `draw`, `method`, `uniform_mix`, `latest`,
+            `priority_clip` and `generator`. The generator is not sent along: seed torch's own in
+            each process. Draws with by="uniform" or with a `uniform_mix` need a `uniform_mix` in
+            the constructor; draws with by="inverse" are refused. If a process is killed during a
+            call, the next call repairs the buffer. A transition is written once `extend` returns;
+            if its writer dies earlier, it is never drawn. See docs/processes.md.
+        threads: allow several threads to call the buffer at the same time: each call holds one
+            lock. A `shared` buffer allows it anyway. torch.compile cannot trace a lock.
+        prefetch: number of batches of `batch_size` that a background thread draws ahead; implies
+            `threads`. `sample` returns the oldest of them. Its transitions, weights and generations
+            are those at the time of the draw, which was up to `prefetch` updates ago. Runs do not
+            repeat exactly, since the timing decides which priorities a draw sees. `sample` raises
+            errors of the thread. 0: none.
+        frames: keep each frame of stacked observations once. Maps a key to the number of frames in
+            a stack, such as {"pixels": 4}. You write whole stacks [n, 4, ...] at the key and at
+            ("next", key), and batches contain the same stacks. The buffer looks for a frame in the
+            last 32 writes of the same environment. If frames run out before slots do, as after many
+            short episodes, the oldest transitions retire: they keep their slots and are never
+            drawn again. Not with `num_buffers`. See docs/frames.md.
+        num_envs: with `frames`, the number of environments that you write in turn. None is 1.
+        num_frames: with `frames`, the number of frames kept for each key. None: 1.06 times the
+            capacity, and one stack for each environment.
 
     Raises:
-        ConfigurationError: an argument is not one of those accepted.
+        ConfigurationError: an argument is not accepted.
+        SchemaError: `example` is not one transition.
+        AllocationError: there is not enough memory.
+        DiskAllocationError: there is not enough space on the disk.
 
     Example:
         >>> buffer = PrioritizedReplayBuffer(1000, batch_size=4)
@@ -193,7 +204,7 @@ class PrioritizedReplayBuffer(Copied):
         >>> buffers = PrioritizedReplayBuffer(1000, batch_size=4, num_buffers=2)
         >>> data = TensorDict({"x": torch.rand(2, 10, 3)}, batch_size=[2, 10])
         >>> index = buffers.extend(data)
-        >>> running = torch.tensor([True, False])  # the second run has come to its end
+        >>> running = torch.tensor([True, False])  # the second run has finished
         >>> buffers.add(data[:, 0], mask=running).tolist()
         [10, -1]
         >>> batch = buffers.sample()
@@ -369,9 +380,9 @@ class PrioritizedReplayBuffer(Copied):
             return super().__deepcopy__(memo)
 
     def close(self) -> None:
-        """End the thread of `prefetch` and drop its batches; `sample` starts another.
+        """End the thread of `prefetch` and drop its batches; the next `sample` starts another.
 
-        The thread also ends when the buffer is garbage.
+        The thread also ends when the buffer is garbage-collected.
         """
         if self._ahead is not None:
             self._ahead.close()
@@ -386,29 +397,33 @@ class PrioritizedReplayBuffer(Copied):
     def extend(
         self, transitions: Any, priority: Any = None, mask: Any = None, env: Any = None
     ) -> Tensor:
-        """Write transitions.
+        """Write n transitions.
 
         Args:
             transitions: TensorDict or tensorclass of batch size [n] or [S, n], or a dict, also
-                nested, of tensors or arrays like that; where n exceeds the capacity, the last ones
-                remain, as if they had been added one by one.
-            priority: raw priorities for them, finite and not negative, in the shape of the batch; 0
-                is never drawn. None gives them that of `new_priority`.
-            mask: with `num_buffers`, bool [S, n]: where it is False, nothing is written.
-            env: with `frames`, the environment of each, integers [n]; None: all of them in turn, so
-                that n is a multiple of `num_envs`.
+                nested, of tensors or arrays of these shapes. If n exceeds the capacity, the last
+                ones remain, as if you had added them one by one.
+            priority: raw priorities, finite and not negative, in the shape of the batch. A
+                transition of priority 0 is never drawn. None: the priority that `new_priority`
+                says.
+            mask: with `num_buffers`, bool [S, n]. Nothing is written where it is False.
+            env: with `frames`, the environment of each transition, integers [n]. None: all
+                environments in turn, so that n is a multiple of `num_envs`.
 
         Returns:
-            Their slots, int64 [n] or [S, n]; -1 where nothing was written.
+            Slots of the transitions, int64 [n] or [S, n]; -1 where nothing was written.
 
         Raises:
-            SchemaError: keys, shapes or dtypes differ from those that came before, something is
-                not a tensor, or the batch size is not [n].
-            AllocationError, DiskAllocationError: the first transitions tell how much memory is
-                needed, and there is not enough; the buffer takes others then.
+            SchemaError: keys, shapes or dtypes differ from those of earlier transitions, an entry
+                is not a tensor, or the batch size is not [n].
+            AllocationError: the first transitions need more memory than there is. The buffer stays
+                as it was, and accepts other transitions.
+            DiskAllocationError: the same, for the space on a disk.
             PriorityError: `priority` has a wrong shape or dtype, or a value is NaN, infinite or
-                negative (on CUDA such a value is replaced by that of `new_priority`, and counted).
+                negative. On CUDA, such a value is replaced by the one of `new_priority` and
+                counted in `stats`.
             IndexRangeError: `env` is wrong.
+            ConfigurationError: `mask` came without `num_buffers`.
         """
         with self._lock:
             leaves, n = self._storage.check(transitions)
@@ -418,12 +433,17 @@ class PrioritizedReplayBuffer(Copied):
     def add(
         self, transition: Any, priority: Any = None, mask: Any = None, env: Any = None
     ) -> Tensor:
-        """Write one transition: a TensorDict of batch size [] or [S], or a dict; see `extend`.
+        """Write one transition.
 
-        `priority` and `mask` have the shape of the batch; `env` is a number.
+        Args:
+            transition: TensorDict of batch size [] or [S], or a dict of tensors.
+            priority: raw priority, [] or [S]; see `extend`.
+            mask: with `num_buffers`, bool [S]; see `extend`.
+            env: with `frames`, the number of the environment.
 
         Returns:
-            Its slot, int64 [] or [S].
+            Slot of the transition, int64 [] or [S]; -1 where nothing was written. Errors are those
+            of `extend`.
         """
         with self._lock:
             leaves, _ = self._storage.check(transition, batched=False)
@@ -439,7 +459,7 @@ class PrioritizedReplayBuffer(Copied):
     def extend_leaves(
         self, leaves: Leaves, priority: Any = None, mask: Any = None, env: Any = None
     ) -> Tensor:
-        """`extend` without a TensorDict: tensors by key, a tuple of names; see there."""
+        """Do the same as `extend` for tensors by key, where a key is a tuple of names."""
         with self._lock:
             leaves, n = self._storage.check_leaves(leaves)
             leaves = self._storage.with_env(leaves, n, env)
@@ -513,10 +533,10 @@ class PrioritizedReplayBuffer(Copied):
         return as_mask(mask, shape, self.device)
 
     def empty(self) -> None:
-        """Forget all transitions; updates of batches drawn before are stale.
+        """Forget all transitions; updates of earlier batches are then stale.
 
         The memory, the keys, shapes and dtypes, the settings and the counters stay. The largest
-        priority ever starts anew.
+        priority of "ever_max" is forgotten.
 
         Raises:
             ConfigurationError: the buffer is shared: other processes would not know which
@@ -549,30 +569,31 @@ class PrioritizedReplayBuffer(Copied):
     def sample(
         self, batch_size: int | None = None, by: str = "priority", newest: int | None = None
     ) -> TensorDict:
-        """Draw a batch; with `prefetch`, return the oldest that was drawn ahead.
+        """Draw a batch; with `prefetch`, return the oldest batch drawn ahead.
 
-        A weight always comes from the probability that was really used, and a transition of
-        priority 0 is never drawn. The first draw of each `by` other than "priority" takes O(N), to
-        make the trees that all changes update from then on; torch.compile breaks that one graph.
+        The weights always follow from the probabilities that were used. A transition of priority 0
+        is never drawn. The first draw with by="uniform" or by="inverse" takes O(N): it makes trees
+        that later changes keep up to date. torch.compile breaks that one graph.
 
         Args:
-            batch_size: number of transitions B; None takes that of the constructor.
-            by: "priority"; "uniform": all that can be drawn are equally probable; "inverse": in
-                proportion to 1 / mass (LA3P, Saglam et al. 2022, arXiv 2209.00532).
-            newest: draw only among so many newest transitions (ERE, Wang & Ross 2019, arXiv
-                1906.04009, section 5); N in the weights is then their number. None: among all.
+            batch_size: number of transitions B. None: that of the constructor.
+            by: "priority": in proportion to the mass. "uniform": all transitions of positive
+                priority are equally probable. "inverse": in proportion to 1 / mass (LA3P, Saglam
+                et al. 2022, arXiv 2209.00532).
+            newest: draw only from this number of newest transitions, which is then N in the weights
+                (ERE, Wang & Ross 2019, arXiv 1906.04009, section 5). None: draw from all.
 
         Returns:
-            TensorDict [B]: copies of the transitions, and beside them "index" int64 [B],
-            "priority_weight" float32 [B] (equation in section 3.4), and "generation" int64 [B],
-            by which a later update recognises that a slot has been overwritten; "draw_count" int32
-            [B] with `track_draws`.
+            TensorDict [B], or [S, B] with `num_buffers`: copies of the transitions, and the entries
+            "index" (slots, int64), "priority_weight" (weights, float32; section 3.4) and
+            "generation" (int64), which tells a later update whether the slot was overwritten.
+            With `track_draws` also "draw_count" (int32).
 
         Raises:
-            ConfigurationError: no batch size was given, here or to the constructor, or one that is
-                no more than `latest`; or an argument is not one of those accepted.
-            EmptyBufferError: the buffer is empty, all priorities are 0, or without replacement
-                fewer than B transitions can be drawn.
+            ConfigurationError: there is no batch size, here or in the constructor, or it is not
+                more than `latest`; or another argument is not accepted.
+            EmptyBufferError: the buffer is empty, or all priorities are 0, or fewer than B
+                transitions can be drawn without replacement.
         """
         usual = newest is None and isinstance(by, str) and by == "priority"
         if self._ahead is not None and usual and batch_size in (None, self._batch):
@@ -592,7 +613,15 @@ class PrioritizedReplayBuffer(Copied):
             return self._storage.batch(rows, beside)
 
     def sample_leaves(self, batch_size: int | None = None) -> tuple[Leaves, Tensor, Tensor]:
-        """`sample` without a TensorDict: tensors [B, ...] by key, index and weight."""
+        """Draw as `sample` does, without a TensorDict.
+
+        Args:
+            batch_size: number of transitions B. None: that of the constructor.
+
+        Returns:
+            Copies of the transitions by key [B, ...], where a key is a tuple of names; slots int64
+            [B]; weights float32 [B]. Errors are those of `sample`.
+        """
         leaves, index, weight, _ = self._sample_leaves(batch_size)
         return leaves, index, weight
 
@@ -605,13 +634,18 @@ class PrioritizedReplayBuffer(Copied):
             return self._storage.by_key(rows), index, weight, generation
 
     def draw_leaves(self, batch_size: int | None = None) -> Draw:
-        """`sample_leaves` for a part of a larger buffer: with masses in place of weights.
+        """Draw for a part of a larger buffer: with masses in place of weights.
 
-        The weights follow from the masses when the total of all parts is known. The same random
-        numbers draw the same slots as in `sample`.
+        The weights follow from the masses once the total mass of all parts is known. The same
+        random numbers draw the same slots as in `sample`.
+
+        Args:
+            batch_size: number of transitions B. None: that of the constructor.
 
         Raises:
-            ConfigurationError: draws do not follow the masses alone.
+            ConfigurationError: `uniform_mix` or `latest` is not 0. Draws then do not follow the
+                masses alone.
+            EmptyBufferError: as `sample`.
         """
         with self._lock:
             if self._selection is not None:
@@ -668,22 +702,22 @@ class PrioritizedReplayBuffer(Copied):
         return rows, index, weight, ring.in_batch(generation) if ring.epoch else generation
 
     def sweep(self, batch_size: int) -> Iterator[TensorDict]:
-        """Go once through the transitions that are stored when it begins, in the order of slots.
+        """Go once through all transitions that are stored now, in the order of their slots.
 
-        Use it to compute all priorities anew. A transition written meanwhile may come in place of
-        the one that it overwrote; the generations tell.
+        Use it to compute all priorities again. If you write during the sweep, a new transition may
+        take the place of the one that it replaced; its generation tells.
 
         Args:
-            batch_size: transitions of each batch, the last of which may be smaller.
+            batch_size: number of transitions in each batch; the last batch may be smaller.
 
         Yields:
-            TensorDict [B] or [S, B]: copies of the transitions, "index" and "generation" int64;
-            with `num_buffers` also "filled" bool [S, B]: False where a buffer has no transition in
-            a slot, for `mask`.
+            TensorDict [B] or [S, B]: copies of the transitions, "index" and "generation", int64.
+            With `num_buffers` also "filled", bool [S, B], False where a buffer has no transition in
+            the slot. Hand it to `update_priority` as `mask`.
 
         Raises:
-            ConfigurationError: the batch size is not a positive number.
-            SchemaError: with `num_buffers`, transitions have a key "filled" of their own.
+            ConfigurationError: the batch size is not a positive integer.
+            SchemaError: with `num_buffers`, the transitions have a key "filled" of their own.
         """
         batch_size = validation.positive_int("batch_size", batch_size)
         with self._lock:
@@ -720,16 +754,17 @@ class PrioritizedReplayBuffer(Copied):
         return validation.positive_int("batch_size", n)
 
     def generation_of(self, index: Any) -> Tensor:
-        """Generations that a batch would bring if these slots were drawn now.
+        """Return the generations that these slots have now.
 
         Args:
-            index: slots, integers [B].
+            index: slots, integers [B] or [S, B].
 
         Returns:
-            int64 [B]; of a slot that was never written, less than that of any batch.
+            int64, in the shape of `index`. For a slot that was never written, the generation is
+            smaller than any in a batch.
 
         Raises:
-            IndexRangeError: an index is not that of a slot (on the CPU).
+            IndexRangeError: there is no such slot (on the CPU).
         """
         index = validation.as_index(index, self.device, lead=self._storage.lead)
         if validation.can_raise(index):
@@ -751,24 +786,26 @@ class PrioritizedReplayBuffer(Copied):
         """Set priorities to |td_error| + eps (section 3.3), within `priority_clip`.
 
         Args:
-            index: slots, integers [B] or [S, B], as `sample` gave them; of equal ones the last
-                holds.
-            td_error: raw TD errors [B] (or [B, 1]); sign and gradient do not matter.
-            generation: that of the batch, [B]: where the slot has been overwritten since, the
-                update is stale, dropped and counted. None drops none; a shared buffer needs it.
-            mask: with `num_buffers`, bool [S, B]: where it is False, the transition is left alone,
-                whatever the index and the TD error, and nothing is counted.
-            mode: "set"; "max": max(new, rate * old), so that priorities decay (PSER, Brittain et
-                al. 2019, arXiv 1905.12726); "mean": old + rate * (new - old), a moving mean.
-            rate: in [0, 1].
+            index: slots, integers [B] or [S, B], as in the batch. If a slot occurs twice, its last
+                update holds.
+            td_error: raw TD errors, in the shape of `index`, or [B, 1]. Sign and gradient do not
+                matter.
+            generation: "generation" of the batch, in the shape of `index`. If a slot was
+                overwritten after the draw, its update is stale: it is dropped and counted in
+                `stats`. None: no update is dropped. A shared buffer needs it.
+            mask: with `num_buffers`, bool [S, B]. Where it is False, nothing is changed, checked or
+                counted.
+            mode: "set": the new priority. "max": max(new, rate * old), so that priorities decay
+                (PSER, Brittain et al. 2019, arXiv 1905.12726). "mean": old + rate * (new - old), a
+                moving mean.
+            rate: factor of "max" and "mean", in [0, 1].
 
         Raises:
-            IndexRangeError: an index does not name a filled slot.
-            PriorityError: a TD error is NaN or infinite, or shape or dtype are wrong. Nothing has
-                been written then. On CUDA, where values cannot be looked at without stopping the
-                host, and under torch.compile, such updates are refused one by one and counted in
-                `stats`.
-            ConfigurationError: there is no such mode, or a rate for "set".
+            IndexRangeError: an index does not name a filled slot. Nothing is written.
+            PriorityError: a TD error is NaN or infinite, or the shape or dtype is wrong. Nothing
+                is written. On CUDA and under torch.compile, single invalid values are refused and
+                counted in `stats` instead: a check of values would make the host wait.
+            ConfigurationError: there is no such mode, or a rate came with "set".
         """
         self._set(index, td_error, generation, mask, as_mode(mode, rate))
         self._count_update()
@@ -776,15 +813,16 @@ class PrioritizedReplayBuffer(Copied):
     def set_priority(
         self, index: Any, priority: Any, generation: Any = None, mask: Any = None
     ) -> None:
-        """Set raw priorities as they are: without eps, not clipped; 0 is never drawn.
+        """Set raw priorities as they are: without eps and not clipped; 0 is never drawn.
 
         Args:
-            priority: finite and not negative, [B].
-            index, generation, mask: see `update_priority`.
+            index: slots, integers [B] or [S, B].
+            priority: finite and not negative, in the shape of `index`.
+            generation, mask: see `update_priority`.
 
         Raises:
-            IndexRangeError, PriorityError: as `update_priority`; a negative priority is refused
-                like NaN.
+            IndexRangeError: as `update_priority`.
+            PriorityError: as `update_priority`; a negative priority is refused like NaN.
         """
         self._set(index, priority, generation, mask, {"mode": "exact"})
 
@@ -831,19 +869,27 @@ class PrioritizedReplayBuffer(Copied):
                 self._stale += stale
 
     def update_tensordict_priority(self, batch: Any) -> None:
-        """`update_priority` with "index", "td_error" and "generation" (if any) of a batch [B].
+        """Call `update_priority` with entries of a batch.
+
+        Args:
+            batch: TensorDict [B] or [S, B] with "index", "td_error" and, if you have it,
+                "generation".
 
         Raises:
             SchemaError: the batch has no "index" or no "td_error".
+            IndexRangeError, PriorityError: as `update_priority`.
         """
         index, td_error = entries_of(batch, "index", "td_error")
         self.update_priority(index, td_error, batch.get("generation", None))
 
     def count_stale(self, updates: int) -> None:
-        """Count updates as stale that were found to be so before they came here.
+        """Add to the count of stale updates in `stats`, for updates that you dropped yourself.
+
+        Args:
+            updates: number of updates, at least 0.
 
         Raises:
-            ConfigurationError: the number is negative, or none.
+            ConfigurationError: it is negative or not an integer.
         """
         with self._lock:
             self._stale += validation.integer("updates", updates, 0)
@@ -856,11 +902,11 @@ class PrioritizedReplayBuffer(Copied):
                 self._beta.copy_(self._schedule.at(self._updates))
 
     def increase_beta(self) -> None:
-        """Add `beta_increment` to beta, up to 1 (section 3.4: beta grows to 1 over training).
+        """Add `beta_increment` to beta, up to 1; beta grows to 1 over training (section 3.4).
 
-        Call it once per episode. In the study on CartPole, 0.001 per episode gave a probability of
-        0.85 to do better than uniform replay. Called at every gradient step, beta was 1 after 600
-        steps, and the probability was 0.29. To count in updates, use a `beta_schedule` instead.
+        Call it once per episode. In the study docs/cartpole_study.md, 0.001 per episode did better
+        than uniform replay with a probability of 0.85. Called at every gradient step, beta was 1
+        after 600 steps, and the probability was 0.29. Use a `beta_schedule` to count in updates.
 
         Raises:
             ConfigurationError: there is a `beta_schedule`.
@@ -892,15 +938,15 @@ class PrioritizedReplayBuffer(Copied):
     sort_interval: int | None = validation.fixed(
         "sort_interval", lambda self: self._priorities.sort_interval
     )
-    """For "rank": changes of priorities from one exact order to the next; None: see there."""
+    """With "rank", how many priorities change before the ranks are exact again."""
 
     num_buffers: int | None = validation.fixed(
         "num_buffers", lambda self: self._storage.num_buffers
     )
-    """Number of buffers side by side; None: one, without a dimension for it."""
+    """Number of buffers side by side; None: one, without a dimension [S]."""
 
     frames: Any = validation.fixed("frames", lambda self: self._storage.arguments.get("frames"))
-    """Number of frames in a stack by key, where each frame is kept once; None: whole stacks."""
+    """Number of frames in a stack, by key; None: transitions hold whole stacks."""
 
     num_envs: int | None = validation.fixed(
         "num_envs", lambda self: self._storage.arguments.get("num_envs")
@@ -917,23 +963,23 @@ class PrioritizedReplayBuffer(Copied):
 
     alpha: Any = _of_table(
         "alpha",
-        "Exponent of the priorities, a number, or where it was set for each of S buffers, float64"
-        " [S], a copy on the buffer's device. Setting it costs O(N).",
+        "Exponent of the priorities: a number, or float64 [S], a copy on the buffer's device, if"
+        " you set one for each buffer. Setting it costs O(N).",
         choice=False,
     )
-    eps: float = _of_table("eps", "Added to |TD error| by the updates from now on.", choice=False)
-    draw: str = _of_table("draw", "Way to draw, as the constructor takes it.")
-    method: str = _of_table("method", "Method that draws, as the constructor takes it.")
+    eps: float = _of_table("eps", "Added to |TD error| by later updates.", choice=False)
+    draw: str = _of_table("draw", "Way to draw; see the constructor.")
+    method: str = _of_table("method", "Method of the draws; see the constructor.")
     weight_normalization: str = _of_table(
-        "weight_normalization", 'Divisor of the weights; setting it costs O(N) for "buffer".'
+        "weight_normalization", 'Divisor of the weights; setting "buffer" costs O(N).'
     )
-    new_priority: str = _of_table("new_priority", "Priority of transitions that nobody gives one.")
+    new_priority: str = _of_table("new_priority", "Priority of new transitions that bring none.")
     priority_clip: tuple[float | None, float | None] | None = _of_table(
-        "priority_clip", "Bounds of the priorities that updates set from now on.", choice=False
+        "priority_clip", "Bounds of the priorities that later updates set.", choice=False
     )
     uniform_mix: float = _of_table(
         "uniform_mix",
-        "Share of the draws that are uniform; drops the batches drawn ahead.",
+        "Share of uniform draws; setting it drops the batches drawn ahead.",
         choice=False,
     )
 
@@ -1031,10 +1077,10 @@ class PrioritizedReplayBuffer(Copied):
 
     @property
     def beta(self) -> Any:
-        """Exponent of the importance-sampling weights, in [0, 1]; may be set at any time.
+        """Exponent of the weights, in [0, 1]; may be set at any time.
 
-        It is a number, or where it was set for each of S buffers, float64 [S], a copy on the
-        buffer's device.
+        It is a number, or float64 [S], a copy on the buffer's device, if you set one for each
+        buffer. A `beta_schedule` sets it alone.
         """
         each = self._priorities.betas
         return self._beta.clone() if each else float(self._beta.view(-1)[0])
@@ -1086,37 +1132,40 @@ class PrioritizedReplayBuffer(Copied):
 
     @property
     def priority(self) -> Tensor:
-        """Raw priorities, float32, a copy: of the filled slots [len], or of all [S, capacity]."""
+        """Raw priorities, float32, a copy: those of the filled slots [len], or [S, capacity]."""
         with self._lock:
             return self._priorities.raw[self._storage.shown].clone()
 
     @property
     def mass(self) -> Tensor:
-        """Masses, which draws are in proportion to; shaped like `priority`, a copy."""
+        """Masses, priority^alpha, float32, a copy, in the shape of `priority`.
+
+        The probability of a draw is in proportion to the mass.
+        """
         with self._lock:
             return self._priorities.mass[self._storage.shown].clone()
 
     @property
     def total_mass(self) -> Tensor:
-        """Sum of all masses, float64 [] or [S]; nothing can be drawn where it is 0."""
+        """Sum of all masses, float64 [] or [S]; if it is 0, nothing can be drawn."""
         with self._lock:
             return self._priorities.total.clone()
 
     @property
     def smallest_mass(self) -> Tensor:
-        """The smallest positive mass, float32 [] or [S]; inf where there is none.
+        """The smallest positive mass, float32 [] or [S]; inf if there is none.
 
-        It is also inf where no weight needs it: unless `weight_normalization` is "buffer".
+        It is kept only while `weight_normalization` is "buffer", and is inf otherwise.
         """
         with self._lock:
             return self._priorities.smallest.clone()
 
     @property
     def replayed(self) -> Tensor:
-        """True for filled slots that have been drawn since they were written, bool [len], a copy.
+        """True for transitions that have been drawn since they were written, bool [len], a copy.
 
         Raises:
-            ConfigurationError: there are many buffers, which do not keep it.
+            ConfigurationError: the buffer has `num_buffers`, and does not keep it.
         """
         with self._lock:
             self._require_one("replayed")
@@ -1124,10 +1173,10 @@ class PrioritizedReplayBuffer(Copied):
 
     @property
     def draw_count(self) -> Tensor:
-        """How often each transition was drawn, int32, a copy; shaped like `priority`.
+        """Number of draws of each transition, int32, a copy, in the shape of `priority`.
 
         Raises:
-            ConfigurationError: the buffer was not made with `track_draws`.
+            ConfigurationError: the buffer was made without `track_draws`.
         """
         counts = self._priorities.draw_count
         if counts is None:
@@ -1143,33 +1192,34 @@ class PrioritizedReplayBuffer(Copied):
 
     @property
     def kernels(self) -> bool:
-        """True where compiled kernels for the CPU are used; see `per_td.kernels`."""
+        """True if the buffer uses compiled kernels for the CPU, False if plain torch."""
         return self._priorities.trees.compiled
 
     @property
     def transitions(self) -> TensorDict | None:
-        """The filled slots [len], or all slots [S, capacity], in the buffer's memory.
+        """The transitions, a TensorDict [len] or [S, capacity] in the buffer's own memory.
 
-        A TensorDict to read, locked: it takes no other keys. None before any data. Those of buffer
-        s are filled up to `lengths[s]`. With `frames`, all stacks are copied.
+        Do not write to it. It is locked: it accepts no other keys. None before any data. Buffer s
+        is filled up to `lengths[s]`. With `frames`, all stacks are copied.
         """
         data = self._storage.data
         return None if data is None else data[self._storage.shown].lock_()
 
     def filled_leaves(self) -> Leaves:
-        """The filled slots by key, [len, ...], in the buffer's memory; `frames` are copied."""
+        """Return the transitions by key, [len, ...], in the buffer's memory; frames are copied."""
         return self._storage.filled()
 
     @torch.no_grad()
     def check_valid(self) -> None:
-        """Look for damage, in O(N), rank-based in O(N log N); on CUDA the host waits.
+        """Check that the parts of the buffer agree, for tests and bug reports.
 
-        There should be none, whatever is handed in and whoever is killed: this is for tests and bug
-        reports. A shared buffer first repairs what a dead process left.
+        It takes O(N), or O(N log N) with "rank", and on CUDA the host waits. A shared buffer first
+        repairs what a killed process left.
 
         Raises:
-            PerTdError: it names the broken invariant: priorities are finite, not negative and 0
-                beyond the filled slots, masses, sums and extrema follow from them, counts agree.
+            PerTdError: it names what is broken. Priorities must be finite, not negative, and 0
+                beyond the filled slots. Masses, sums and extrema must follow from them, and counts
+                must agree.
         """
         with self._lock:
             guard = self._guard
@@ -1190,14 +1240,14 @@ class PrioritizedReplayBuffer(Copied):
             require(self._stale >= 0, "the count of stale updates is at least 0")
 
     def stats(self) -> dict[str, int]:
-        """Counters since the start.
+        """Return counters since the start.
 
         Returns:
-            "written": transitions ever written; "stale_updates": updates dropped because the slot
-            had been overwritten; "refused_priorities": invalid ones (on CUDA and under
-            torch.compile: elsewhere they raise). With `frames`, "retired": transitions whose frames
-            had to make room; updates of these are stale. A shared buffer also has
-            "repairs": how often a process was found to have died in the middle of a call.
+            "written": transitions ever written. "stale_updates": updates dropped because the slot
+            had been overwritten. "refused_priorities": invalid priorities that were refused, on
+            CUDA and under torch.compile; elsewhere they raise. With `frames`, "retired":
+            transitions whose frames made room for others; their updates are stale. With `shared`,
+            "repairs": repairs after a process died during a call.
         """
         repairs = {} if self._guard is None else {"repairs": self._guard.repairs}
         return {
@@ -1210,18 +1260,18 @@ class PrioritizedReplayBuffer(Copied):
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, Tensor]:
-        """Measure prioritization for a logger; docs/diagnostics.md tells how to read the numbers.
+        """Measure prioritization, for a logger. See docs/diagnostics.md for how to read it.
 
         It sorts all priorities and masses: call it now and then, not at every step.
 
         Returns:
-            Tensors [] on the buffer's device, or [S] with `num_buffers`, always under the same
-            keys; nothing is read back to the host. float32: effective sample size of the draws,
-            their share on the top 1 % of slots, the share of transitions never replayed (with
-            `num_buffers` only `track_draws` knows it), quantiles of priority, weight and age, and
-            with `track_draws` of the number of draws ("priority/min", "/q01", "/q25", "/q50",
-            "/q75", "/q99", "/max"); NaN for what does not exist, as in an empty buffer. "size" is
-            int64. What buffers share is always []: "beta", float32, "stale_updates" and
+            Tensors [] on the buffer's device, or [S] with `num_buffers`, always with the same keys.
+            The host does not wait. In float32: the effective sample size of the draws, the share
+            of draws that fall on the top 1 % of slots, the share of transitions never replayed
+            (with `num_buffers`, it needs `track_draws`), and quantiles of priority, weight and age,
+            with `track_draws` also of the number of draws ("priority/min", "/q01", "/q25", "/q50",
+            "/q75", "/q99", "/max"). A value that does not exist is NaN, as in an empty buffer.
+            "size" is int64. Three are always []: "beta", float32, and "stale_updates" and
             "refused_priorities", int64.
         """
         with self._lock:
@@ -1275,28 +1325,32 @@ class PrioritizedReplayBuffer(Copied):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot: tensors and plain values, as `torch.load(weights_only=True)` reads them."""
+        """Return a copy of the whole state, which `torch.load(weights_only=True)` can read.
+
+        It holds tensors and plain values: transitions, priorities, counters, settings and the
+        state of the generator.
+        """
         with self._at_rest():
             return self._state(copy=True)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state: transitions, priorities, counters, alpha, beta, eps, generator.
 
-        A `beta_schedule` of this buffer goes on from the updates that the state has counted.
+        A `beta_schedule` of this buffer goes on from the number of updates in the state.
 
-        Of a state of another capacity, the newest transitions that fit are kept, with their
-        priorities and in their order. Where any had to move to another slot, the updates of all
-        batches drawn before are stale, if they bring their generation.
+        If the state has another capacity, the newest transitions that fit are kept, with their
+        priorities and in their order. If one of them moves to another slot, all updates of earlier
+        batches that bring generations are stale.
 
         Args:
-            state: from `state_dict` of a buffer on any device. The state of a generator on
-                another kind of device becomes the seed of this buffer's.
+            state: result of `state_dict` of a buffer on any device. The state of a generator on
+                another kind of device becomes the seed of this buffer's generator.
 
         Raises:
-            CheckpointError: it is no such state, or of another number of buffers; or, for a shared
-                buffer, it is of another capacity, or once was: other processes would not know which
-                generations have moved.
-            SchemaError: its transitions are not like those that this buffer was made for.
+            CheckpointError: it is not such a state, or has another number of buffers. For a shared
+                buffer also: it has, or once had, another capacity; other processes would not know
+                which transitions moved.
+            SchemaError: its transitions do not fit those of this buffer.
         """
         checked = states.check(state)
         with self._at_rest():
@@ -1310,7 +1364,7 @@ class PrioritizedReplayBuffer(Copied):
             self._drop_ahead()
 
     def _begin_load(self, state: dict[str, Any], note: Note) -> None:
-        """Note a write to all slots: who dies in it leaves nothing to draw."""
+        """Note a write to all slots: if the process dies meanwhile, nothing can be drawn."""
         ring, capacity = self._storage, state["settings"]["capacity"]
         if capacity != ring.capacity or state.get("epoch", 0):
             raise CheckpointError(
@@ -1320,10 +1374,16 @@ class PrioritizedReplayBuffer(Copied):
         note.begin(*ring.runs(ring.capacity))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the state to a file, whole or not at all; transitions are not copied in memory.
+        """Write the whole state, also that of the generator, to a file.
+
+        The file is written as a whole or not at all. It has a checksum and contains no pickled
+        code. The transitions are not copied in memory. See docs/saving.md.
+
+        Args:
+            path: the file; one that exists is replaced.
 
         Raises:
-            OSError: it cannot be written, such as on a full disk; the old file is as it was.
+            OSError: it cannot be written, as on a full disk; the old file stays.
         """
         self._save(path, {})
 
@@ -1333,15 +1393,18 @@ class PrioritizedReplayBuffer(Copied):
             checkpoint.write(path, self._state(copy=False) | beside)
 
     def restore(self, path: str | os.PathLike[str]) -> None:
-        """Take over the state in a file that `save` wrote, as `load_state_dict` does.
+        """Read a file that `save` wrote into this buffer, as `load_state_dict` does.
 
-        What this buffer was made with stays: capacity, draw, device, memory, lock.
+        Capacity, draw, device, memory and lock of this buffer stay.
+
+        Args:
+            path: the file.
 
         Raises:
-            CheckpointError: the file is truncated, damaged, foreign, or of a later version of
-                per_td, or its state is not for this buffer; see `load_state_dict`.
-            SchemaError: its transitions are not like those that this buffer was made for.
-            FileNotFoundError: there is none.
+            CheckpointError: the file is truncated, damaged, of another kind, or of a later version
+                of per_td; or its state does not fit this buffer, see `load_state_dict`.
+            SchemaError: its transitions do not fit those of this buffer.
+            FileNotFoundError: there is no such file.
         """
         self.load_state_dict(checkpoint.read(path, states.FORMAT))
 
@@ -1359,23 +1422,24 @@ class PrioritizedReplayBuffer(Copied):
         threads: bool = False,
         prefetch: int = 0,
     ) -> Self:
-        """Make a buffer with the settings and the state of a file that `save` wrote.
+        """Make a new buffer with the settings and the state in a file that `save` wrote.
 
-        To read a file into a buffer that there is already, see `restore`.
+        `restore` reads a file into an existing buffer.
 
         Args:
             path: the file.
-            capacity: another one than that saved; see `load_state_dict`.
-            device: where the buffer lives; None is torch's default device.
-            generator: takes over the state of the one saved, if there was one. None makes one
-                then, so that the draws go on as they would have.
-            storage, folder, shared, threads, prefetch: those of the constructor; a file does
-                not tell them.
+            capacity: another capacity than the saved one; see `load_state_dict`. None: the saved
+                one.
+            device: device of the buffer. None is torch's default device.
+            generator: takes over the state of the saved generator, if there was one. None: a new
+                one does, so that the draws go on as they would have.
+            storage, folder, shared, threads, prefetch: as in the constructor; a file does not hold
+                them.
 
         Raises:
-            CheckpointError: the file is truncated, damaged, foreign, or of a later version of
-                per_td; it says which. Or `shared`, and the file knows no keys of transitions.
-            FileNotFoundError: there is none.
+            CheckpointError: the file is truncated, damaged, of another kind, or of a later version
+                of per_td. Or `shared` is True, and the saved buffer had no transitions yet.
+            FileNotFoundError: there is no such file.
         """
         return cls._of_state(
             states.check(checkpoint.read(path, states.FORMAT)),

@@ -1,4 +1,7 @@
-"""Errors that per_td raises, all derived from `PerTdError`, and its warning."""
+"""Errors that per_td raises, all derived from `PerTdError`, and its warning.
+
+A message says what was expected and what came. The buffer is as it was before the call.
+"""
 
 
 class PerTdError(Exception):
@@ -6,11 +9,11 @@ class PerTdError(Exception):
 
 
 class ConfigurationError(PerTdError, ValueError):
-    """A constructor argument or a setting is not accepted."""
+    """An argument of a constructor or a call, or a setting, is not accepted."""
 
 
 class SchemaError(PerTdError, ValueError):
-    """Transitions have other keys, shapes or dtypes than the storage."""
+    """Transitions have other keys, shapes or dtypes than those in the buffer."""
 
 
 class PriorityError(PerTdError, ValueError):
@@ -22,11 +25,11 @@ class IndexRangeError(PerTdError, IndexError):
 
 
 class EmptyBufferError(PerTdError, RuntimeError):
-    """Too few transitions can be drawn, or none."""
+    """No transition can be drawn, or too few."""
 
 
 class CheckpointError(PerTdError, RuntimeError):
-    """A saved state cannot be loaded into this buffer."""
+    """A saved state is damaged, or does not fit this buffer."""
 
 
 class AllocationError(PerTdError, MemoryError):

@@ -1,13 +1,13 @@
 """Prioritized draws and weights without a buffer: tensors in, tensors out.
 
-For data that you hold yourself, such as the segments of a rollout or the rollouts of a language
-model. Nothing is stored, so each call reads all priorities, in O(N). A buffer that keeps a tree
-draws in O(log N): see `PrioritizedReplayBuffer`.
+Use it for data that you hold yourself, such as the segments of a rollout or the rollouts of a
+language model. Nothing is stored: each call reads all priorities, in O(N). A
+`PrioritizedReplayBuffer` keeps a tree and draws in O(log N).
 
 All sums and probabilities are in float64. No gradients flow. On the CPU, wrong values raise. On
-CUDA, and in code compiled by torch.compile, values cannot be looked at without making the host
-wait: there, a priority that is NaN, infinite or negative counts as 0, and settings that are tensors
-(compiled, all settings) are taken as they are.
+CUDA and under torch.compile, a check of values would make the host wait. There, a priority that is
+NaN, infinite or negative counts as 0, and settings that are tensors are not checked (under
+torch.compile, no setting is).
 
 References are to Schaul et al. 2015, "Prioritized Experience Replay", arXiv 1511.05952.
 """
@@ -32,29 +32,31 @@ def draw(
     replacement: bool = True,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw indices in proportion to priority^alpha, with a uniform share if you like.
+    """Draw indices in proportion to priority^alpha, if you like with a share of uniform draws.
 
-    With u for `uniform_mix`, and N the number of positive priorities in the row:
-    P(i) = (1 - u) p_i^alpha / sum_k p_k^alpha + u / N. A priority of 0 is never drawn.
+    P(i) = (1 - u) p_i^alpha / sum_k p_k^alpha + u / N, where u is `uniform_mix` and N is the number
+    of positive priorities in the row. An index of priority 0 is never drawn.
 
     Args:
-        priority: at least 0, any real dtype, [N] or [S, N]. Each row is drawn from on its own.
+        priority: priorities p, at least 0, any real dtype, [N] or [S, N]. The S rows are drawn
+            from independently.
         n: number of draws from each row.
-        alpha: degree of prioritization, at least 0 (equation 1); 0 is uniform.
-        uniform_mix: share of uniform draws, in [0, 1].
-        replacement: False draws `n` different indices, as draws one by one would, in that order.
-        generator: source of the random numbers, on the device of `priority`; None is torch's own.
-            Under torch.compile, None keeps this call in one graph.
+        alpha: exponent of the priorities, at least 0 (equation 1); 0 draws uniformly.
+        uniform_mix: share u of uniform draws, in [0, 1].
+        replacement: False draws `n` different indices, distributed as if drawn one by one, in that
+            order.
+        generator: source of the random numbers, on the device of `priority`. None is torch's own,
+            which keeps this call in one graph under torch.compile.
 
     Returns:
-        Indices int64, and the probability P of each, float64 (float32 would lose those below
-        1e-38), [n] or [S, n]. Without replacement, P is that of a single draw.
+        Indices, int64, and the probability P of each, float64 (float32 would lose those below
+        1e-38), both [n] or [S, n]. Without replacement, P is that of a single draw.
 
     Raises:
         PriorityError: priorities are not real numbers, or are NaN, infinite or negative.
-        EmptyBufferError: a row has no positive priority, or without replacement fewer than `n`.
-            Where values are not looked at, indices of such a row stay in range: its first draw
-            stands in for those that are missing, and P is 0 if all its priorities are.
+        EmptyBufferError: a row has no positive priority, or, without replacement, fewer than `n`.
+            On CUDA and under torch.compile, the indices of such a row stay in range instead: its
+            first draw replaces the missing ones, and P is 0 if all priorities of the row are 0.
         ConfigurationError: another argument is not accepted.
 
     Example:
@@ -89,22 +91,22 @@ def importance_weights(
     *,
     normalization: str = "batch",
 ) -> Tensor:
-    """Weights w = (size P)^-beta of draws (section 3.4).
+    """Return the importance-sampling weights w = (size P)^-beta of draws (section 3.4).
 
     Args:
-        probability: P of each index drawn, in (0, 1], [..., n].
-        size: number of items drawn from.
-        beta: 0 for no correction, 1 for the full one; at least 0.
-        normalization: "batch" divides by the largest weight of the last dimension, "none" leaves
-            the weights as they are. The "buffer" of `PrioritizedReplayBuffer` would need the
-            smallest probability of all items, which is not known here.
+        probability: P of each drawn index, in (0, 1], [..., n].
+        size: number of items that the draws were made from.
+        beta: exponent of the weights, at least 0; 1 corrects the whole bias.
+        normalization: "batch" divides by the largest weight in the last dimension, "none" does not
+            divide. There is no "buffer" as in `PrioritizedReplayBuffer`: it needs the smallest
+            probability of all items, which is not known here.
 
     Returns:
-        float32, in the shape of `probability`.
+        Weights, float32, in the shape of `probability`.
 
     Raises:
-        PriorityError: a probability is not in (0, 1]. Where values are not looked at, a probability
-            of 0 gives a weight that is not finite.
+        PriorityError: a probability is not in (0, 1]. On CUDA and under torch.compile, a
+            probability of 0 gives a weight that is not finite instead.
         ConfigurationError: another argument is not accepted.
 
     Example:
@@ -142,22 +144,22 @@ def resample(
 ) -> tuple[Tensor, Tensor]:
     """Draw a small batch from a large uniform one by fresh scores, as LaBER-mean does.
 
-    Lahire et al. 2022, "Large Batch Experience Replay", arXiv 2110.01528: P(i) = s_i / sum_k s_k,
-    with replacement, and the weights w_i = mean(s) / s_i = 1 / (M P(i)). The mean of w_i g_i over
-    the small batch is an unbiased estimate of the mean of g over the large one. (Their LaBER-lazy
-    and LaBER-max differ in a factor per batch alone: w_i = 1 / P(i), and w_i divided by the largest
-    of the batch.)
+    Lahire et al. 2022, "Large Batch Experience Replay", arXiv 2110.01528. An item is drawn with
+    P(i) = s_i / sum_k s_k, with replacement, and weighs w_i = mean(s) / s_i = 1 / (M P(i)). The
+    mean of w_i g_i over the small batch is an unbiased estimate of the mean of g over the large
+    one. (LaBER-lazy and LaBER-max of the paper differ by one factor per batch: w_i = 1 / P(i), and
+    w_i divided by the largest of the batch.)
 
     Args:
-        score: s, such as |TD error|, at least 0, any real dtype, [M] or [S, M].
+        score: scores s, such as |TD error|, at least 0, any real dtype, [M] or [S, M].
         n: number of draws from each row.
-        generator: source of the random numbers, on the device of `score`; None is torch's own.
+        generator: source of the random numbers, on the device of `score`. None is torch's own.
 
     Returns:
-        Indices into `score` int64 and weights float32, [n] or [S, n].
+        Indices into `score`, int64, and weights, float32, both [n] or [S, n].
 
     Raises:
-        PriorityError, EmptyBufferError, ConfigurationError: see `draw`.
+        PriorityError, EmptyBufferError, ConfigurationError: as `draw`.
 
     Example:
         >>> index, weight = resample(torch.tensor([0.0, 2.0, 2.0]), 4)

@@ -118,46 +118,45 @@ def _write(column: Tensor, row: Tensor, leaf: Tensor) -> None:
 class NStepWriter:
     """Sums up n steps of each environment, and writes finished transitions to a buffer.
 
-    The n-step return of Sutton and Barto 2018 (section 7.1), as Rainbow uses it (Hessel et al.
-    2017, arXiv 1710.02298, "Multi-step learning"): a transition that begins at step t has
+    It makes the n-step return of Sutton and Barto 2018 (section 7.1), as Rainbow uses it (Hessel et
+    al. 2017, arXiv 1710.02298, "Multi-step learning"). A transition that begins at step t has
 
         reward = r_t + gamma r_{t+1} + ... + gamma^{m-1} r_{t+m-1},    next = next_{t+m-1},
 
-    with m = n, or fewer where the episode ends before. Its target is reward + discount Q(next),
-    where discount = gamma^m, or 0 where the episode terminated. At an episode's end all that is
-    pending is written, with the steps m that are left. Truncated episodes keep their discount.
+    where m is n, or smaller if the episode ends before. Its target is reward + discount Q(next).
+    The discount is gamma^m, or 0 if the episode terminated; truncated episodes keep gamma^m. When
+    an episode ends, all its pending steps are written.
 
-    What is written are the entries of the first step; those under "next" are of the last step, with
-    the reward above, and so are terminated, truncated and done. Beside them are "discount", in the
-    dtype and shape of the reward, and "steps", which is m, int64 in that shape. Rewards are summed
-    in float64. Of each environment the oldest transition comes first, one environment after the
-    other in the order of their rows.
+    A written transition has the entries of its first step. Its entries under "next", terminated,
+    truncated and done are those of its last step, and its reward is the sum above, computed in
+    float64. Two entries are added in the shape of the reward: "discount", in the dtype of the
+    reward, and "steps", which is m, int64. The environments follow each other in the order of their
+    rows, and in each environment the oldest transition comes first.
 
-    The pending steps are in tensors of their own, on the device of the rewards, [num_envs, n, ...]
-    however long episodes are. Which transitions are finished depends on data: on CUDA the host
-    waits in each `add` to find them, unless the buffer has `num_buffers` and `env` is None; then
-    the device tells the buffer by a mask.
+    The pending steps take [num_envs, n, ...] on the device of the rewards, however long episodes
+    are. On CUDA the host waits in each `add` to find out which transitions are finished. It does
+    not wait if the buffer has `num_buffers` and `env` is None: then the buffer gets a mask.
 
-    A writer is for one thread. A process that is handed a writer has a copy of what is pending.
+    Use a writer in one thread. A process that you hand a writer gets a copy of the pending steps.
 
     Args:
-        buffer: whatever has `extend(td)`, or `extend(td, priority)`: a `PrioritizedReplayBuffer`, a
-            shared one, a writer of per_td.ray, a buffer of TorchRL. With `num_buffers`, which must
-            be num_envs, the transitions of environment e go to buffer e.
+        buffer: object with `extend(td)` or `extend(td, priority)`: a `PrioritizedReplayBuffer`, a
+            writer of per_td.ray, a buffer of TorchRL. If it has `num_buffers`, that must be
+            `num_envs`, and the transitions of environment e go to buffer e.
         n: number of steps, at least 1.
         gamma: discount factor, in [0, 1].
         num_envs: number of environments E.
-        autoreset: "same_step": the row after an episode's end is the first step of the next one
-            (Gymnasium's SAME_STEP, TorchRL; also where you reset environments yourself); the
-            entries under "next" must then be the true last ones, which Gymnasium has in
-            `info["final_obs"]`. "next_step": that row is the reset, no transition, and is left out
+        autoreset: meaning of the row after an episode's end. "same_step": the first step of the
+            next episode (Gymnasium's SAME_STEP, TorchRL, and environments that you reset yourself).
+            The entries under "next" must then be the true last ones, which Gymnasium has in
+            `info["final_obs"]`. "next_step": only the reset, which is no transition and is left out
             (Gymnasium's NEXT_STEP, its default).
-        keys: other keys than TorchRL's, by name: "next", whose entries are of the last step,
-            "reward", "terminated", "truncated", "done", and "discount" and "steps", which are
-            written. With "steps" as "steps_to_next_obs", TorchRL's losses discount by it.
+        keys: keys that differ from TorchRL's, by name. Names of entries that you bring: "next",
+            "reward", "terminated", "truncated", "done". Names of entries that are added: "discount"
+            and "steps". With {"steps": "steps_to_next_obs"}, TorchRL's losses use it.
 
     Raises:
-        ConfigurationError: an argument is not one of those accepted.
+        ConfigurationError: an argument is not accepted.
 
     Example:
         >>> from per_td import PrioritizedReplayBuffer
@@ -232,13 +231,13 @@ class NStepWriter:
 
     @property
     def pending(self) -> Tensor:
-        """Number of steps of each environment that are not written yet, int64 [num_envs]."""
+        """Number of steps of each environment that are not yet written, int64 [num_envs]."""
         if self._pending is None:
             return torch.zeros(self.num_envs, dtype=torch.int64, device="cpu")
         return self._pending.count
 
     def empty(self) -> None:
-        """Forget the pending steps, without writing them, and the keys; the buffer stays."""
+        """Forget the pending steps without writing them, and the keys; the buffer stays."""
         self._pending = None
 
     # --- writing ----------------------------------------------------------------------------------
@@ -249,28 +248,27 @@ class NStepWriter:
         """Take one step of each environment, and write the transitions that it finishes.
 
         Args:
-            td: TensorDict [B], or a dict of tensors [B, ...], with the reward, [B] or [B, 1] of a
-                floating-point dtype, terminated, and truncated or done or both, bool [B] or [B, 1].
-            env: number of each row's environment, integers [B], no two alike. None: the rows are
-                all environments in order, B = num_envs.
-            priority: initial priorities of the steps, finite and not negative, [B]; a transition
-                gets that of its first step. None leaves it to the buffer. All calls bring them, or
-                none does. For priorities of finished transitions, hand the writer an object whose
-                `extend(td)` computes them.
-            mask: bool [B]; where it is False, the environment takes no part, whatever its row
-                holds. On CUDA it costs no wait, while `env` does.
+            td: TensorDict [B], or a dict of tensors [B, ...]. It has the reward, floating-point [B]
+                or [B, 1]; terminated, bool [B] or [B, 1]; and truncated or done or both, bool.
+            env: environment of each row, integers [B], all different. None: the rows are all
+                environments in order, B = num_envs.
+            priority: initial priorities of the steps, finite and not negative, [B]. A transition
+                gets that of its first step. None leaves it to the buffer. Either all calls bring
+                priorities, or none. To give priorities to finished transitions, hand the writer an
+                object whose `extend(td)` computes them.
+            mask: bool [B]. Rows where it is False are skipped. On CUDA it costs no wait, while
+                `env` does.
 
         Returns:
-            The result of `buffer.extend`, such as slots; None if no transition was finished.
+            Result of `buffer.extend`, such as slots; None if no transition was finished.
 
         Raises:
             SchemaError: a key is missing, or keys, shapes, dtypes or the number of rows are wrong.
             IndexRangeError: `env` is wrong.
             PriorityError: `priority` is wrong.
-            ConfigurationError: a priority came, but not before, or not any more, or the buffer
-                takes none.
-            Exception: `buffer.extend` raises it. After any of these, nothing has been
-                written or remembered: the same step can be added again.
+            ConfigurationError: only some calls bring priorities, or the buffer takes none.
+            Exception: raised by `buffer.extend`. After any error, nothing has been written or
+                remembered: you can add the same step again.
         """
         schema = Schema() if self._pending is None else self._pending.schema
         leaves, rows = schema.check(td)
@@ -330,20 +328,21 @@ class NStepWriter:
     @torch.inference_mode(False)
     @torch.no_grad()
     def flush(self, env: Any = None) -> Any:
-        """Write all that is pending, cut off after the steps that there are, as if truncated.
+        """Write all pending steps now, as if their episodes had been truncated.
 
-        For the end of a collection, or where an episode is left without an end. The transitions
-        have fewer steps, their discount for these, and `truncated` and `done` True.
+        Use it at the end of a collection, or when you leave an episode before its end. The
+        transitions have fewer steps, the discount of these steps, and True at `truncated` and
+        `done`.
 
         Args:
-            env: numbers of the environments, integers [B], no two alike; None: all.
+            env: environments to write, integers [B], all different; None: all.
 
         Returns:
-            The result of `buffer.extend`, such as slots; None if nothing was pending.
+            Result of `buffer.extend`, such as slots; None if no step was pending.
 
         Raises:
             IndexRangeError: `env` is wrong.
-            Exception: `buffer.extend` raises it; all is pending as before.
+            Exception: raised by `buffer.extend`; the steps are still pending.
         """
         pending = self._pending
         device = torch.device("cpu") if pending is None else pending.count.device
@@ -585,9 +584,9 @@ class NStepWriter:
         return own | {"autoreset": self.autoreset, "keys": keys}
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot: tensors and plain values, as `torch.load(weights_only=True)` reads them.
+        """Return the settings and the pending steps, which `torch.load(weights_only=True)` reads.
 
-        Save it at the same time as the buffer's: both together go on as if nothing had been.
+        Save it together with the buffer's state. With both you can resume as if nothing happened.
         """
         steps = None
         if self._pending is not None:

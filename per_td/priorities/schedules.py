@@ -13,14 +13,15 @@ __all__ = ["LinearSchedule"]
 
 @dataclass(frozen=True)
 class LinearSchedule:
-    """A straight line from `start` to `end` in `steps` steps, and `end` from then on.
+    """A setting that goes from `start` to `end` in a straight line, and stays there.
 
     Args:
-        start, end: in [0, 1].
-        steps: at least 1.
+        start: value at first, in [0, 1].
+        end: value after `steps` steps and from then on, in [0, 1].
+        steps: number of steps, at least 1; for a `beta_schedule`, calls of `update_priority`.
 
     Raises:
-        ConfigurationError: an argument is not one of those accepted.
+        ConfigurationError: an argument is not accepted.
 
     Example:
         >>> LinearSchedule(0.4, 1.0, 100).at(torch.tensor(50)).item()
@@ -38,7 +39,7 @@ class LinearSchedule:
         object.__setattr__(self, "steps", validation.positive_int("steps", self.steps))
 
     def at(self, step: Tensor) -> Tensor:
-        """The value after so many steps, float64."""
+        """Return the value after `step` steps, float64, in the shape of `step`."""
         share = step.double().div(self.steps).clamp(max=1.0)
         return torch.lerp(
             torch.full_like(share, self.start), torch.full_like(share, self.end), share

@@ -20,7 +20,7 @@ BY = ("priority", "uniform", "inverse")
 
 
 class Selection(NamedTuple):
-    """How to draw; see `PrioritizedReplayBuffer` and its `sample`.
+    """A way to draw; see `PrioritizedReplayBuffer` and its `sample`.
 
     Attributes:
         by: one of `BY`.

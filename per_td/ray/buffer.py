@@ -49,55 +49,59 @@ def _of_rules(name: str, doc: str) -> Any:
 
 
 class ShardedReplayBuffer:
-    """A prioritized buffer whose transitions live in Ray actors, drawn from as if it were one.
+    """One prioritized buffer whose transitions live in Ray actors, the shards.
 
-    Every batch is distributed over the shards in proportion to their total masses, and weights come
-    from the probability with which each transition was drawn: see docs/ray.md. Writers, in any
-    actor or task, write to the shards directly; one learner samples and updates.
+    Each batch is distributed over the shards in proportion to their total masses. The weights
+    follow from the probability with which each transition was drawn. Writers in any actor or task
+    write to the shards directly; one learner samples and updates. See docs/ray.md. `len(buffer)` is
+    the number of transitions in the living shards. Used in a `with` statement, it closes at the
+    end.
 
     Args:
-        num_shards: number of actors.
-        capacity_per_shard: slots of each.
-        batch_size: default for `sample`.
-        alpha, beta, eps, beta_increment, weight_normalization, priority_clip: as for
-            `PrioritizedReplayBuffer`.
-        new_priority: the same, of each shard.
+        num_shards: number of shards.
+        capacity_per_shard: number of slots of each shard.
+        batch_size: default batch size of `sample`.
+        alpha, beta, eps, beta_increment, weight_normalization, priority_clip: as in
+            `PrioritizedReplayBuffer`; alpha and beta are numbers.
+        new_priority: as in `PrioritizedReplayBuffer`, but in each shard on its own.
         draw: "independent" or "stratified".
-        track_draws: let the shards count how often each transition was drawn. Batches have the
-            counts as "draw_count" int32 [B], which include draws of batches that nobody collected.
-        beta_schedule: a `LinearSchedule`; beta follows it, counted in this object's calls of
+        track_draws: let the shards count how often each transition was drawn. Batches then contain
+            "draw_count", int32 [B], which includes draws of batches that nobody collected.
+        beta_schedule: a `LinearSchedule` of beta, counted in this object's calls of
             `update_priority`.
-        uniform_mix, latest: 0; see docs/ray.md for the reason.
-        layout: as for `PrioritizedReplayBuffer`.
+        uniform_mix, latest: must be 0; docs/ray.md gives the reason.
+        layout: as in `PrioritizedReplayBuffer`.
         example: one transition; shards then refuse others from the beginning.
-        shard_device: of the transitions and priorities; for "cuda", ask Ray for GPUs with
+        shard_device: device of the transitions and priorities. For "cuda", ask Ray for GPUs in
             `actor_options`.
-        device: of the batches; None is torch's default device.
-        generator: source of the counts, and of the seeds of the shards' draws, on the CPU.
-        prefetch: batches asked for ahead, at least. They do not know of the updates that came
-            after.
-        batches_per_request: number k of batches that a request to a shard asks for, and of updates
-            that a message to it carries; None: `prefetch`, and 1 without. All k are drawn from the
-            priorities at the time of the request, as what `prefetch` asks for. Updates that bring
-            generations wait in the learner for k of them, the next request, a shard that is late,
-            or any call that asks all shards, such as `flush`, `stats`, `save` and `close`.
-        timeout_s: seconds that a batch waits for a shard before its part is drawn from the others.
-        refresh_s: shards that were silent for so many seconds are asked for a report.
-        start_timeout_s: seconds that the shards may take to start, restoring included.
-        checkpoint_dir: folder, reachable from wherever a shard may start, for checkpoints and logs.
-            With it, a shard that starts again, also in another run, restores all acknowledged
-            changes; without it, shards start empty.
-        checkpoint_every: transitions that a shard writes between two checkpoints; None: capacity.
-        fsync: acknowledge only changes that are on the disk, and not only in the file.
-        name: lets the shards outlive this process; a learner that gives the same name (and Ray
-            namespace) later finds them again. It must ask for the settings that they have.
-        actor_options: Ray's options of the actors, such as num_cpus, num_gpus, resources,
-            scheduling_strategy; `max_restarts` is -1 unless given.
+        device: device of the batches; None is torch's default device.
+        generator: source of the counts and of the seeds of the shards' draws, on the CPU; None is
+            torch's own.
+        prefetch: smallest number of batches that are asked for ahead. They do not see later
+            updates.
+        batches_per_request: number k of batches in a request to a shard, and of updates in a
+            message to it. None: `prefetch`, or 1 without. All k batches are drawn from the
+            priorities at the time of the request. Updates with generations wait in the learner
+            until there are k of them, or until the next request, a late shard, or a call that
+            asks all shards, such as `flush`, `stats`, `save` and `close`.
+        timeout_s: seconds that a batch waits for a shard. Then its part is drawn from the others.
+        refresh_s: a shard that was silent for this number of seconds is asked for a report.
+        start_timeout_s: seconds that the shards may take to start and restore their state.
+        checkpoint_dir: folder for checkpoints and logs, which must be reachable wherever a shard
+            may start. A shard that starts again, also in another run, restores all acknowledged
+            changes from it. None: such shards are empty.
+        checkpoint_every: number of transitions that a shard writes between two checkpoints; None:
+            its capacity.
+        fsync: acknowledge a change only when it is on the disk.
+        name: keeps the shards alive after this process ends. A later learner with the same name
+            (and Ray namespace) finds them; it must ask for the settings that they have.
+        actor_options: Ray's options of the actors, such as num_cpus, num_gpus, resources and
+            scheduling_strategy. `max_restarts` is -1 unless given.
 
     Raises:
-        ConfigurationError: an argument is not one of those accepted, or shards of this name have
-            other settings; the error names both.
-        SchemaError: `example` is no transition.
+        ConfigurationError: an argument is not accepted, or shards of this name have other
+            settings; the error names both.
+        SchemaError: `example` is not one transition.
         ShardError: the shards did not start.
     """
 
@@ -248,7 +252,7 @@ class ShardedReplayBuffer:
         )
 
     def __len__(self) -> int:
-        """Number of transitions in the living shards, asked now."""
+        """Ask the living shards for the number of their transitions."""
         self._hear()
         return self._ledger.size
 
@@ -259,12 +263,13 @@ class ShardedReplayBuffer:
         self.close()
 
     def close(self) -> None:
-        """End the shards, also those with a name, once they have all updates. Their folders remain.
+        """Send all updates, then end the shards, also those with a name. Their folders remain.
 
-        A shard that does not answer is waited for up to `timeout_s`.
+        It waits up to `timeout_s` for a shard that does not answer.
 
         Raises:
-            IndexRangeError: a shard refused an index of an update; they have ended nevertheless.
+            IndexRangeError: a shard refused an index of an update; the shards have ended all the
+                same.
         """
         try:
             self.flush()
@@ -306,7 +311,7 @@ class ShardedReplayBuffer:
     """Priority of new transitions that bring none."""
 
     prefetch: int = validation.fixed("prefetch", lambda self: self._prefetch)
-    """Number of batches asked for ahead, at least."""
+    """Smallest number of batches that are asked for ahead."""
 
     batches_per_request: int = validation.fixed(
         "batches_per_request", lambda self: self._per_request
@@ -321,10 +326,14 @@ class ShardedReplayBuffer:
     beta_increment: float = _of_rules(
         "beta_increment", "Added to beta by `increase_beta`, at least 0; may be set at any time."
     )
-    beta: float = _of_rules("beta", "Exponent of the importance-sampling weights, in [0, 1].")
+    beta: float = _of_rules("beta", "Exponent of the weights, in [0, 1]; may be set at any time.")
 
     def increase_beta(self) -> None:
-        """Add `beta_increment` to beta, up to 1."""
+        """Add `beta_increment` to beta, up to 1.
+
+        Raises:
+            ConfigurationError: there is a `beta_schedule`.
+        """
         self._rules.increase_beta()
 
     beta_schedule: LinearSchedule | None = validation.fixed(
@@ -340,7 +349,7 @@ class ShardedReplayBuffer:
 
     @property
     def alpha(self) -> float:
-        """Exponent of the priorities; setting it costs O(N) in the shards, which are waited for."""
+        """Exponent of the priorities. Setting it costs O(N) in the shards, and waits for them."""
         alpha: float = self._rules.alpha
         return alpha
 
@@ -354,7 +363,7 @@ class ShardedReplayBuffer:
 
     @property
     def eps(self) -> float:
-        """Added to |TD error| by the updates from now on."""
+        """Added to |TD error| by later updates."""
         return self._rules.eps
 
     @eps.setter
@@ -365,7 +374,7 @@ class ShardedReplayBuffer:
 
     @property
     def priority_clip(self) -> tuple[float | None, float | None] | None:
-        """Bounds of the priorities that updates set from now on."""
+        """Bounds of the priorities that later updates set."""
         return self._rules.priority_clip
 
     @priority_clip.setter
@@ -387,7 +396,12 @@ class ShardedReplayBuffer:
     # --- writing ----------------------------------------------------------------------------------
 
     def writer(self, first: int = 0, *, timeout_s: float = 30.0) -> Writer:
-        """A `Writer` for another actor or task; it begins with the shard `first`."""
+        """Return a `Writer` for another actor or task.
+
+        Args:
+            first: number of the shard to begin with, modulo their number.
+            timeout_s: seconds to wait for a shard before the next is tried.
+        """
         return Writer(self._shards, first=first, timeout_s=timeout_s)
 
     def extend(self, transitions: Any, priority: Any = None) -> Receipt:
@@ -406,17 +420,17 @@ class ShardedReplayBuffer:
         """Draw a batch from all shards.
 
         Args:
-            batch_size: number of transitions B; None takes that of the constructor.
-            by, newest: "priority" and None; see docs/ray.md for the reason.
+            batch_size: number of transitions B. None: that of the constructor.
+            by, newest: must be "priority" and None; docs/ray.md gives the reason.
 
         Returns:
-            TensorDict [B] on `device`, shard after shard: transitions, "index" int64, "generation"
-            int64 (another one after each start of the shard), "shard" int64, "priority_weight"
-            float32, and with `track_draws` "draw_count" int32, all [B].
+            TensorDict [B] on `device`, shard after shard: the transitions, and the entries "index",
+            "generation" (another one after each start of the shard) and "shard", int64,
+            "priority_weight", float32, and with `track_draws` "draw_count", int32.
 
         Raises:
-            ConfigurationError: no batch size was given, here or to the constructor, or `by` or
-                `newest` is another.
+            ConfigurationError: there is no batch size, here or in the constructor, or `by` or
+                `newest` has another value.
             EmptyBufferError: no living shard has a transition of positive priority.
             ShardError: all shards are lost or late; later calls may find them restarted.
             SchemaError: the shards hold different kinds of transitions.
@@ -442,7 +456,7 @@ class ShardedReplayBuffer:
         return batch
 
     def sweep(self, batch_size: int) -> Iterator[TensorDict]:
-        """Raise ConfigurationError: shards are written to at any time; see docs/ray.md."""
+        """Raise ConfigurationError: shards can be written to at any time; see docs/ray.md."""
         raise ConfigurationError(
             f"sweep: expected no call with batch_size={batch_size}: shards, which are written to"
             " at any time, have no order of their slots together"
@@ -460,19 +474,18 @@ class ShardedReplayBuffer:
     ) -> None:
         """Send new priorities, |td_error| + eps, to the shards, without waiting for them.
 
-        See `batches_per_request` for when they are sent.
+        `batches_per_request` says when they are sent.
 
         Args:
-            index, td_error, generation, mode, rate: as for
+            index, td_error, generation, mode, rate: as in
                 `PrioritizedReplayBuffer.update_priority`, [B].
-            shard: the batch's "shard", [B].
+            shard: "shard" of the batch, [B].
 
         Raises:
-            ConfigurationError: there is no such mode, or a rate for "set".
-            IndexRangeError: shapes differ, or there is no such slot or shard. A slot that its shard
-                has not filled raises in a later call, or in `flush`; its shard refuses the whole
-                message then.
-            PriorityError: a TD error is NaN or infinite. Nothing has been sent then.
+            ConfigurationError: there is no such mode, or a rate came with "set".
+            IndexRangeError: shapes differ, or there is no such slot or shard. An empty slot raises
+                in a later call, or in `flush`, and its shard refuses the whole message.
+            PriorityError: a TD error is NaN or infinite. Nothing has been sent.
         """
         self._send(index, td_error, generation, shard, as_mode(mode, rate))
         self._rules._count_update()
@@ -482,15 +495,16 @@ class ShardedReplayBuffer:
     ) -> None:
         """Send raw priorities, without eps and not clipped, to the shards; 0 is never drawn.
 
-        See `batches_per_request` for when they are sent.
+        `batches_per_request` says when they are sent.
 
         Args:
+            index: slots, [B].
             priority: finite and not negative, [B].
-            index, generation, shard: see `update_priority`.
+            generation, shard: see `update_priority`.
 
         Raises:
-            IndexRangeError, PriorityError: as `update_priority`; a negative priority is refused
-                like NaN.
+            IndexRangeError: as `update_priority`.
+            PriorityError: as `update_priority`; a negative priority is refused like NaN.
         """
         self._send(index, priority, generation, shard, EXACT)
 
@@ -506,20 +520,25 @@ class ShardedReplayBuffer:
         self._replies.make_room(self._timeout_s)
 
     def update_tensordict_priority(self, batch: Any) -> None:
-        """`update_priority` with "index", "shard", "td_error" and "generation" of a batch [B].
+        """Call `update_priority` with entries of a batch.
+
+        Args:
+            batch: TensorDict [B] with "index", "shard", "td_error" and, if you have it,
+                "generation".
 
         Raises:
             SchemaError: one of the first three is missing.
+            IndexRangeError, PriorityError: as `update_priority`.
         """
         index, shard, td_error = entries_of(batch, "index", "shard", "td_error")
         self.update_priority(index, td_error, batch.get("generation", None), shard=shard)
 
     def flush(self) -> None:
-        """Send the updates held back, and wait until the shards have answered all.
+        """Send the waiting updates, and wait until the shards have answered all of them.
 
         Raises:
-            ShardError: one does not answer within `timeout_s`.
-            IndexRangeError: one refused an index.
+            ShardError: a shard does not answer within `timeout_s`.
+            IndexRangeError: a shard refused an index.
         """
         self._updates.send()
         self._replies.settle(self._timeout_s)
@@ -528,17 +547,17 @@ class ShardedReplayBuffer:
 
     @property
     def priority(self) -> Tensor:
-        """Raw priorities of all shards, float32 [len], one shard after the other, asked now."""
+        """Raw priorities of all shards, float32 [len], shard after shard; asks them now."""
         self._updates.send()
         parts = self._get([shard.priority.remote() for shard in self._shards])
         return torch.cat([wire.tensor(part) for part in parts])
 
     @property
     def draw_count(self) -> Tensor:
-        """How often the shards drew each transition, int32 [len], ordered like `priority`.
+        """Number of draws of each transition, int32 [len], in the order of `priority`.
 
         Raises:
-            ConfigurationError: the buffer was not made with `track_draws`.
+            ConfigurationError: the buffer was made without `track_draws`.
         """
         if not self.track_draws:
             raise ConfigurationError("draw_count: expected a buffer with track_draws=True")
@@ -546,18 +565,18 @@ class ShardedReplayBuffer:
         return torch.cat([wire.tensor(part) for part in parts])
 
     def reports(self) -> list[Report | None]:
-        """The report of each shard, asked now; None for lost ones."""
+        """Ask each shard for a report of its state; None for a lost shard."""
         self._hear()
         pairs = zip(self._ledger.reports, self._ledger.living, strict=True)
         return [report if lives else None for report, lives in pairs]
 
     def stats(self) -> dict[str, int]:
-        """Counters since the start.
+        """Return counters since the start.
 
         Returns:
-            "written", "stale_updates", "refused_priorities": those of the shards, as last heard;
-            "lost_updates": updates lost with their shard; "shards_living": now; "shards_lost":
-            number of times that a shard was lost or late.
+            "written", "stale_updates", "refused_priorities": sums over the shards, as last heard.
+            "lost_updates": updates lost with their shard. "shards_living": living shards now.
+            "shards_lost": number of times that a shard was lost or late.
         """
         self._hear()
         return {
@@ -572,7 +591,7 @@ class ShardedReplayBuffer:
     # --- saving -----------------------------------------------------------------------------------
 
     def checkpoint(self) -> None:
-        """Have all shards take a checkpoint now.
+        """Let all shards take a checkpoint now.
 
         Raises:
             CheckpointError: there is no `checkpoint_dir`.
@@ -582,12 +601,15 @@ class ShardedReplayBuffer:
         self._get([shard.checkpoint.remote() for shard in self._shards])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the state of all shards and of this object to a folder that all of them reach.
+        """Write the state of all shards and of this object to a folder.
 
-        Until everything is written, the folder holds the save before.
+        Until everything is written, the folder holds the previous save.
+
+        Args:
+            folder: folder that this process and all shards can reach.
 
         Raises:
-            ConfigurationError: `folder` is no path.
+            ConfigurationError: `folder` is not a path.
             ShardError: a shard is lost.
             OSError: something cannot be written.
         """
@@ -612,16 +634,16 @@ class ShardedReplayBuffer:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], **options: Any) -> "ShardedReplayBuffer":
-        """A buffer with the settings and the state that `save` wrote.
+        """Make a buffer with the settings and the state that `save` wrote.
 
         Args:
-            folder: of the save.
-            options: arguments of the constructor that are not part of the state: devices,
-                generator (takes over the state of the one saved), checkpoint_dir, timeouts, ...
+            folder: folder of the save.
+            options: arguments of the constructor that are not part of the state, such as devices,
+                `checkpoint_dir` and timeouts. A `generator` takes over the saved state.
 
         Raises:
             CheckpointError: the folder holds no such state.
-            ConfigurationError: an option is not one of those accepted.
+            ConfigurationError: an option is not accepted.
             FileNotFoundError: there is no such folder.
         """
         folder = saving.as_path("folder", folder)

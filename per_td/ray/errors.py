@@ -6,7 +6,7 @@ from per_td.errors import PerTdError
 
 
 class ShardError(PerTdError, RuntimeError):
-    """Shards that do not answer."""
+    """Shards do not answer, or did not start."""
 
 
 def raised_by(error: RayTaskError) -> Exception:

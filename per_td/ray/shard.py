@@ -285,7 +285,7 @@ class Shard:
         return wire.array(self._buffer.priority)
 
     def draw_count(self) -> Array:
-        """How often each transition was drawn, int32 [size]; only with `track_draws`."""
+        """Number of draws of each transition, int32 [size]; only with `track_draws`."""
         return wire.array(self._buffer.draw_count)
 
     def transitions(self) -> Packed:

@@ -25,7 +25,7 @@ _AVOID_S = 1.0
 
 @dataclass(frozen=True)
 class Receipt:
-    """The shard and slots of transitions that were written."""
+    """The shard and the slots that hold the written transitions."""
 
     shard: int
     index: Tensor
@@ -33,19 +33,20 @@ class Receipt:
 
 
 class Writer:
-    """Writes batches to the shards and waits until they are acknowledged. It can be pickled.
+    """Writes transitions to the shards and waits until they are acknowledged. It can be pickled.
 
-    It holds handles of actors, which Ray keeps in its object store. Hand it to calls of actors that
-    Ray may restart, not to their constructors: a restarted one may not find it there.
+    `ShardedReplayBuffer.writer` makes one. It holds handles of actors, which Ray keeps in its
+    object store. Hand it to calls of actors that Ray may restart, not to their constructors: a
+    restarted actor may not find it there.
 
     Args:
         shards: the actors.
-        first: the shard to begin with, by its remainder; writers that begin elsewhere keep out of
-            each other's way.
-        timeout_s: seconds to wait for a shard before another is tried.
+        first: number of the shard to begin with, modulo their number. Give each writer another one,
+            so that they do not write to the same shard at the same time.
+        timeout_s: seconds to wait for a shard before the next is tried.
 
     Raises:
-        ConfigurationError: an argument is something else.
+        ConfigurationError: an argument is not accepted.
     """
 
     def __init__(self, shards: list[Any], *, first: int = 0, timeout_s: float = 30.0) -> None:
@@ -57,19 +58,22 @@ class Writer:
         self._avoid: dict[int, float] = {}
 
     def extend(self, transitions: Any, priority: Any = None, *, key: int | None = None) -> Receipt:
-        """Write transitions to one shard; when this returns, it has acknowledged them.
+        """Write transitions to one shard; once this returns, the shard has acknowledged them.
 
-        A shard that is lost or late is passed over, and the next one gets them. It may have written
-        them before it failed: a batch is in the buffer at least once.
+        If a shard is lost or late, the next one gets the transitions. The first one may have
+        written them before it failed: a batch is in the buffer at least once.
 
         Args:
             transitions: TensorDict [n], or a dict of tensors or arrays [n, ...].
             priority: raw priorities [n], finite and not negative; None: the largest of the shard.
-            key: an integer that names the shard, by its remainder; None takes the shards in turn.
+            key: number of the shard, modulo their number; None takes the shards in turn.
+
+        Returns:
+            The shard and the slots, a `Receipt`.
 
         Raises:
-            ConfigurationError: `key` is no integer.
-            SchemaError, PriorityError: as for the local buffer; nothing has been written.
+            ConfigurationError: `key` is not an integer.
+            SchemaError, PriorityError: as in the local buffer; nothing has been written.
             ShardError: no shard acknowledged.
         """
         return self._write(*checked(transitions), priority, key)
@@ -99,7 +103,15 @@ class Writer:
         )
 
     def add(self, transition: Any, priority: Any = None) -> Receipt:
-        """Write one transition, a TensorDict [] or a dict; see `extend`. Batches cost less."""
+        """Write one transition; see `extend`, which costs less per transition.
+
+        Args:
+            transition: TensorDict [], or a dict of tensors or arrays.
+            priority: raw priority, finite and not negative; None: the largest of the shard.
+
+        Returns:
+            The shard and the slot, a `Receipt`.
+        """
         return self._write(*checked(transition, batched=False), priority, None)
 
     def _asked(self, shard: int, *message: Any) -> Any:

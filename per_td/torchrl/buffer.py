@@ -51,45 +51,45 @@ _OF_SAMPLER = frozenset(
 
 
 class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
-    """Drop-in for `torchrl.data.TensorDictPrioritizedReplayBuffer`; nothing compiled is needed.
+    """Drop-in for `torchrl.data.TensorDictPrioritizedReplayBuffer`, without a compiled extension.
 
-    Same arguments, same interface. Batches also carry "index_generation", by which a priority
-    update that comes too late, when its slot holds another transition, is recognised and dropped.
+    It has the same arguments and interface. Batches also contain "index_generation". With it, an
+    update is recognised as stale if its slot holds another element now; it is dropped.
 
-    A one-dimensional `LazyTensorStorage` or `LazyMemmapStorage` of TensorDicts, without collate
-    function, sample unit or compilation, is written and read column by column, which is several
-    times faster; the results are the same.
+    A one-dimensional `LazyTensorStorage` or `LazyMemmapStorage` of TensorDicts is written and read
+    column by column, which is several times faster and gives the same results. This needs a buffer
+    without collate function, sample unit and compilation.
 
     Args:
-        alpha: exponent of the priorities; may be set at any time on `sampler`.
-        beta: exponent of the importance-sampling weights; may be set at any time on `sampler`.
+        alpha: exponent of the priorities. Set it later with `buffer.sampler.alpha`.
+        beta: exponent of the weights. Set it later with `buffer.sampler.beta`.
         priority_key: entry in which losses leave their TD errors.
         eps: added to every priority; None is 1e-8.
-        storage: a TorchRL storage, or a callable that makes one; None is a `ListStorage(1000)`.
-        sampler_device: where the priorities live; None follows the storage.
-        sync: False leaves the priorities to the process that samples: writers in other processes
-            never touch them, and the next draw takes up their writes.
-        prefetch: number of batches drawn ahead, by threads.
+        storage: a TorchRL storage, or a callable that makes one; None is `ListStorage(1000)`.
+        sampler_device: device of the priorities; None follows the storage.
+        sync: False leaves the priorities to the process that samples. Writers in other processes
+            do not touch them; the next draw gives the new elements theirs.
+        prefetch: number of batches that threads draw ahead.
         reduction: makes one priority of several TD errors of an element: "max", "min", "mean",
             "median", "sum" or "r2d2" (0.9 max + 0.1 mean); None is "max".
-        batch_size: of `sample()`.
-        generator: source of the random numbers.
-        shared: other processes write to the buffer.
+        batch_size: default batch size of `sample`.
+        generator: source of the random numbers; None is torch's own.
+        shared: True if other processes write to the buffer.
         sample_unit, collate_fn, pin_memory, transform, dim_extend, compilable, transport,
             transport_options: as in TorchRL.
         draw: "independent", "stratified" or "without_replacement".
         method: "auto", "tree" or "multinomial".
-        weight_normalization: "buffer" as TorchRL does, "batch" or "none".
+        weight_normalization: "buffer" as TorchRL, "batch" or "none".
         td_error_unit: unit of the losses' TD errors: "abs" for |delta|, "squared" for delta^2. See
             docs/torchrl_losses.md.
-        max_priority_within_buffer: new elements get the largest priority in the buffer (True), or
-            the largest that it ever held.
-        priority_clip, uniform_mix, latest, track_draws: see `per_td.PrioritizedReplayBuffer`.
-        sampler: a `per_td.torchrl.PrioritizedSampler` to be used as it is, in place of the one that
-            the other arguments describe; its alpha and beta must be those given.
+        max_priority_within_buffer: True gives new elements the largest priority in the buffer,
+            False the largest that it ever held.
+        priority_clip, uniform_mix, latest, track_draws: as in `per_td.PrioritizedReplayBuffer`.
+        sampler: a `per_td.torchrl.PrioritizedSampler` to use as it is, in place of the one that the
+            other arguments describe. Its alpha and beta must be the given ones.
 
     Raises:
-        ConfigurationError: an argument is not one of those accepted (a ValueError).
+        ConfigurationError: an argument is not accepted (a ValueError).
 
     Example:
         >>> from tensordict import TensorDict
@@ -221,7 +221,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         """The sampler, which holds the priorities.
 
         Raises:
-            RuntimeError: in a writer's process of a buffer with `sync=False`, which has none.
+            RuntimeError: this is a writer's process of a buffer with `sync=False`, which has none.
         """
         if not isinstance(self._sampler, PrioritizedSampler):
             raise RuntimeError(
@@ -231,13 +231,16 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         return self._sampler
 
     def set_sampler(self, sampler: Sampler) -> Sampler:
-        """Use another prioritized sampler, in which all stored elements count as new.
+        """Use another prioritized sampler; all stored elements then have the priority of new ones.
+
+        Args:
+            sampler: a `per_td.torchrl.PrioritizedSampler` or `PrioritizedSliceSampler`.
 
         Returns:
-            The sampler used so far.
+            The previous sampler.
 
         Raises:
-            ConfigurationError: it is not one of per_td's, or cannot take up the storage's size.
+            ConfigurationError: it is not one of per_td's, or cannot take the size of the storage.
         """
         with self._replay_lock, self._write_lock:
             _checked(sampler)._follow(self._storage)
@@ -250,13 +253,17 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
     def set_storage(
         self, storage: Storage, collate_fn: Callable[[Any], Any] | None = None
     ) -> Storage:
-        """Use another storage, whose elements all count as new.
+        """Use another storage; all its elements then have the priority of new ones.
+
+        Args:
+            storage: a storage of the same size.
+            collate_fn: as in TorchRL.
 
         Returns:
-            The storage used so far.
+            The previous storage.
 
         Raises:
-            ConfigurationError: its size is not that of the one used so far.
+            ConfigurationError: it has another size than the previous one.
         """
         if storage.max_size != self._storage.max_size:
             raise ConfigurationError(
@@ -277,10 +284,13 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         return previous
 
     def set_writer(self, writer: Writer) -> Writer:
-        """Use another writer; a cursor beyond what is filled is brought back.
+        """Use another writer; a cursor beyond the filled slots moves to their end.
+
+        Args:
+            writer: the writer.
 
         Returns:
-            The writer used so far.
+            The previous writer.
 
         Raises:
             ConfigurationError: its cursor is negative or no integer.
@@ -300,13 +310,13 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
     # --- writing ----------------------------------------------------------------------------------
 
     def add(self, data: TensorDictBase) -> Any:
-        """Write one element; for a storage of several dimensions, one row of its first.
+        """Write one element, or one row of a storage of several dimensions.
 
         Args:
-            data: TensorDict; its priority entry, if there is one, becomes its priority.
+            data: TensorDict. Its priority entry, if it has one, becomes its priority.
 
         Returns:
-            Its slot: an int, or int64 [B, ndim] for a storage of several dimensions.
+            Slot of the element: an int, or int64 [B, ndim] for a storage of several dimensions.
         """
         data = privates.to_store(self._transform, data)
         if data is None:
@@ -318,19 +328,21 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         return self._write_by_torchrl(ReplayBuffer._add, data, self._priorities_of(data, rows))
 
     def extend(self, tensordicts: TensorDictBase, *, update_priority: bool | None = None) -> Tensor:
-        """Write several elements over the oldest.
+        """Write several elements; in a full storage they replace the oldest.
 
         Args:
             tensordicts: TensorDict [n], or [B, T] for a storage of two dimensions.
-            update_priority: let the priority entry of `tensordicts`, if there is one, become the
-                elements' priority; None does, unless the buffer has `sync=False`.
+            update_priority: True: the priority entry of `tensordicts`, if there is one, becomes the
+                priority of the elements. None: the same, unless the buffer has `sync=False`.
 
         Returns:
-            Their slots, int64 [n], or [n, ndim] for a storage of several dimensions.
+            Slots of the elements, int64 [n], or [n, ndim] for a storage of several dimensions.
 
         Raises:
-            PriorityError: a priority is NaN or infinite, or their number does not fit; nothing is
-                written then (a ValueError).
+            PriorityError: a priority is NaN or infinite, or the number of priorities is wrong (a
+                ValueError). Nothing is written.
+            RuntimeError: `update_priority` is True for a buffer with `sync=False`.
+            ValueError: `tensordicts` is not a TensorDict.
         """
         if not isinstance(tensordicts, TensorDictBase):
             raise ValueError(f"expected a TensorDictBase, got a {type(tensordicts).__name__}")
@@ -459,17 +471,17 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         """Draw elements in proportion to priority^alpha.
 
         Args:
-            batch_size: B; None is that of the constructor.
-            return_info: return a tuple of the batch and a dict of the entries added to it.
+            batch_size: number of elements B; None is that of the constructor.
+            return_info: return a tuple of the batch and a dict of the added entries.
             include_info: deprecated, as in TorchRL.
-            by, newest: see `per_td.PrioritizedReplayBuffer.sample`; such a batch is never one that
-                was drawn ahead. The defaults are those of the sampler.
-            waiting: further arguments of TorchRL's `sample`, handed on to it: `wait`, `timeout` and
+            by, newest: as in `per_td.PrioritizedReplayBuffer.sample`. Such a batch is drawn now,
+                not ahead. The defaults leave the draws to the settings of the sampler.
+            waiting: further arguments of TorchRL's `sample`, handed on: `wait`, `timeout` and
                 `cancel_event` from TorchRL 0.15 on. Not together with `by` or `newest`.
 
         Returns:
-            TensorDict [B]: the elements, and beside them "index" and "index_generation", int64,
-            and "priority_weight", float32; "draw_count" int32 with `track_draws`.
+            TensorDict [B]: the elements, and the entries "index" and "index_generation", int64, and
+            "priority_weight", float32; with `track_draws` also "draw_count", int32.
 
         Raises:
             ConfigurationError: `batch_size` is not an integer of at least 1, or `waiting` comes
@@ -561,20 +573,21 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
     def update_priority(
         self, index: Any, priority: Any, *, mode: str = "set", rate: float = 1.0
     ) -> None:
-        """Set priorities; of equal indices the last one holds, and negative ones are skipped.
+        """Set priorities; of equal indices the last update holds, and negative ones are skipped.
 
-        An update of a slot that is not filled is stale, since its element has been emptied: it is
-        dropped, and counted in `stats`.
+        An update of an empty slot is stale, since its element has been emptied. It is dropped and
+        counted in `stats`.
 
         Args:
-            index: int, int64 [B], or [B, ndim] or a tuple of ndim [B].
-            priority: as losses write TD errors, [B], or one number for all.
-            mode, rate: see `per_td.PrioritizedReplayBuffer.update_priority`.
+            index: int, int64 [B]; for a storage of several dimensions [B, ndim], or a tuple of ndim
+                tensors [B].
+            priority: TD errors as losses write them, [B], or one number for all.
+            mode, rate: as in `per_td.PrioritizedReplayBuffer.update_priority`.
 
         Raises:
-            IndexRangeError: an index is not below the storage's size; nothing is written then.
-            PriorityError: NaN, infinite, or neither one value nor one per index; nothing is
-                written then.
+            IndexRangeError: an index is not below the storage's size. Nothing is written.
+            PriorityError: a value is NaN or infinite, or there is neither one value nor one per
+                index. Nothing is written.
         """
         priority = validation.as_tensor("priority", priority, PriorityError)
         if self.dim_extend > 0 and priority.ndim > 1:
@@ -587,12 +600,12 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         Args:
             index: see `update_priority`.
             priority: finite and not negative, [B], or one number for all.
-            generation: "index_generation" of the batch, [B]: updates of elements that have been
-                overwritten since are dropped and counted. None drops none.
+            generation: "index_generation" of the batch, [B]. Updates of elements that have been
+                overwritten are stale: they are dropped and counted. None: no update is dropped.
 
         Raises:
-            IndexRangeError, PriorityError: as `update_priority`; a negative priority is refused
-                like NaN.
+            IndexRangeError: as `update_priority`.
+            PriorityError: as `update_priority`; a negative priority is refused like NaN.
         """
         if generation is not None:
             now = self._writer.generations_of(index)
@@ -613,20 +626,18 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
     ) -> None:
         """Set the priorities of a batch from the TD errors that a loss left in it.
 
-        An update is stale if its slot has been overwritten or emptied since the draw: it is
-        dropped, and counted in `stats`. With a `PrioritizedSliceSampler` whose `reduction` is
-        "r2d2", the first record of each slice gets the priority of the slice (see its
-        `slice_priorities`).
+        An update is stale if its slot was overwritten or emptied after the draw. It is dropped and
+        counted in `stats`. With a `PrioritizedSliceSampler` whose `reduction` is "r2d2", the first
+        record of each slice gets the priority of the slice (see its `slice_priorities`).
 
         Args:
-            data: from `sample`, TensorDict [B], with the priority entry.
-            mode, rate: see `per_td.PrioritizedReplayBuffer.update_priority`.
+            data: batch of `sample`, TensorDict [B], with the priority entry.
+            mode, rate: as in `per_td.PrioritizedReplayBuffer.update_priority`.
 
         Raises:
-            IndexRangeError: an index is not that of a slot of the storage; no priority is changed
-                then (an IndexError).
-            PriorityError: the priority entry or "index" is missing, or holds NaN or infinite values
-                or too few; no priority is changed then (a ValueError).
+            IndexRangeError: there is no such slot (an IndexError). Nothing is written.
+            PriorityError: the priority entry or "index" is missing, has NaN or infinite values, or
+                too few (a ValueError). Nothing is written.
         """
         sampler, storage, key = self.prioritized_sampler, self._storage, self.priority_key
         if sampler.reduction == "r2d2" and isinstance(sampler, PrioritizedSliceSampler):
@@ -702,10 +713,10 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
     # --- state ------------------------------------------------------------------------------------
 
     def empty(self, empty_write_count: bool = True) -> None:
-        """Forget all elements, and the batches that were drawn ahead.
+        """Forget all elements, and drop the batches drawn ahead.
 
         Args:
-            empty_write_count: let `write_count` start again from 0.
+            empty_write_count: start `write_count` again from 0.
         """
         with self._futures_lock:
             self._clear_prefetch_queue_locked()
@@ -718,7 +729,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         self._notify_replay_state_change()
 
     def stats(self) -> dict[str, int | float | bool]:
-        """TorchRL's counters, and how many priorities were stale or refused."""
+        """Return TorchRL's counters, "stale_updates" and "refused_priorities"."""
         stats: dict[str, int | float | bool] = super().stats()
         stats["stale_updates"] = 0
         if isinstance(self._sampler, PrioritizedSampler):
@@ -729,7 +740,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         """Measure prioritization for a logger; see `per_td.PrioritizedReplayBuffer.diagnostics`.
 
         Returns:
-            Those of `PrioritizedSampler.diagnostics` for the elements stored.
+            Result of `PrioritizedSampler.diagnostics` for the stored elements.
         """
         sampler = self.prioritized_sampler
         with self._replay_lock, self._write_lock:
@@ -737,9 +748,9 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             return sampler.diagnostics(self._storage)
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot of storage, sampler, writer, transforms and batches drawn ahead.
+        """Return the state of storage, sampler, writer, transforms and batches drawn ahead.
 
-        It consists of tensors and plain values, which `torch.load(weights_only=True)` reads.
+        It holds tensors and plain values, which `torch.load(weights_only=True)` can read.
         """
         with self._at_rest():
             state = dict(super().state_dict())
@@ -750,9 +761,12 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state.
 
+        Args:
+            state_dict: result of `state_dict` of such a buffer.
+
         Raises:
-            CheckpointError: a part of it is missing, or of another kind or capacity, or its numbers
-                cannot be; nothing is changed then.
+            CheckpointError: a part is missing, is of another kind or capacity, or has wrong
+                values. Nothing is changed.
         """
         for part in ("_storage", "_sampler", "_writer", "_transforms", "_batch_size"):
             if not isinstance(state_dict, dict) or part not in state_dict:
@@ -780,7 +794,10 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
 
     @torch.inference_mode(False)
     def loads(self, path: str | Path) -> None:
-        """Take over a state that `dumps` wrote into the folder `path`.
+        """Take over the state that `dumps` wrote into the folder `path`.
+
+        Args:
+            path: the folder.
 
         Raises:
             CheckpointError: as `load_state_dict`.

@@ -108,40 +108,40 @@ def _of_table(name: str, doc: str) -> Any:
 
 
 class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
-    """Drop-in for `torchrl.data.replay_buffers.PrioritizedSampler`; nothing compiled is needed.
+    """Drop-in for `torchrl.data.replay_buffers.PrioritizedSampler`, without a compiled extension.
 
-    Same arguments and behaviour; TorchRL recognises it as its own. Where it differs: sums are
-    float64 at any `dtype`, raw priorities are kept (alpha may leave 0), torch's generators
-    seed the draws, NaN and infinite priorities are refused, and other processes may get it (spawned
-    ones share its memory).
+    It has the same arguments and behaviour, and TorchRL recognises it as its own class. The
+    differences: sums are float64 with any `dtype`. Raw priorities are kept, so that alpha can
+    change from 0. torch's generators seed the draws. NaN and infinite priorities are refused. You
+    can send it to other processes; spawned ones share its memory.
 
-    `alpha`, `beta`, `eps`, `reduction`, `td_error_unit`, `weight_normalization`, `priority_clip`,
-    `uniform_mix`, `latest`, `by` and `newest` may be set at any time; the other arguments are
-    chosen in the constructor, and setting them later is refused.
+    You can set `alpha`, `beta`, `eps`, `reduction`, `td_error_unit`, `weight_normalization`,
+    `priority_clip`, `uniform_mix`, `latest`, `by` and `newest` at any time. Setting another
+    argument of the constructor raises `ConfigurationError`.
 
     Args:
-        max_capacity: number of slots of the storage, all dimensions counted. With a storage of
-            another size, the sampler takes up that size when the two first meet.
-        alpha: exponent of the priorities; may be set at any time.
-        beta: exponent of the importance-sampling weights; may be set at any time.
+        max_capacity: number of slots of the storage, counted over all its dimensions. With a
+            storage of another size, the sampler takes that size at the first use.
+        alpha: exponent of the priorities, at least 0.
+        beta: exponent of the weights.
         eps: added to every priority.
-        dtype: torch.float or torch.double; accepted for compatibility, the precision is fixed.
+        dtype: torch.float or torch.double, without effect; for compatibility.
         reduction: makes one priority of several values per element, in `TensorDictReplayBuffer`:
-            "max", "min", "median" or "mean"; per_td's own buffer also takes "sum" and "r2d2".
-        max_priority_within_buffer: new elements get the largest priority in the buffer (True), or
-            the largest that it ever held.
-        device: where priorities live; None follows the storage.
+            "max", "min", "median" or "mean". per_td's own buffer also takes "sum" and "r2d2".
+        max_priority_within_buffer: True gives new elements the largest priority in the buffer,
+            False the largest that it ever held.
+        device: device of the priorities; None follows the storage.
         draw: "independent", "stratified" or "without_replacement".
         method: "auto", "tree" or "multinomial".
-        weight_normalization: "buffer" as TorchRL does, "batch" or "none".
-        td_error_unit: unit of the priorities handed in: "abs" for |delta|, taken as they are;
-            "squared" for delta^2, of which the root is taken. See docs/torchrl_losses.md.
-        priority_clip, uniform_mix, latest, track_draws: see `per_td.PrioritizedReplayBuffer`.
-        by, newest: see `per_td.PrioritizedReplayBuffer.sample`. TorchRL's own buffers cannot pass
-            them on; per_td's takes them in `sample`.
+        weight_normalization: "buffer" as TorchRL, "batch" or "none".
+        td_error_unit: unit of the priorities that you hand in: "abs" for |delta|, "squared" for
+            delta^2, of which the sampler takes the root. See docs/torchrl_losses.md.
+        priority_clip, uniform_mix, latest, track_draws: as in `per_td.PrioritizedReplayBuffer`.
+        by, newest: as in `per_td.PrioritizedReplayBuffer.sample`, for all draws. per_td's own
+            buffer also takes them in `sample`.
 
     Raises:
-        ConfigurationError: an argument is not one of those accepted (a ValueError).
+        ConfigurationError: an argument is not accepted (a ValueError).
         NotImplementedError: `dtype` is neither torch.float nor torch.double.
 
     Example:
@@ -241,13 +241,13 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         return self._table.device
 
     alpha: float = _of_table(
-        "alpha", "Exponent of the priorities; setting it costs O(N) and is exact, also from 0."
+        "alpha", "Exponent of the priorities. Setting it costs O(N) and is exact, also from 0."
     )
-    eps: float = _of_table("eps", "Added to |TD error| by the updates from now on.")
+    eps: float = _of_table("eps", "Added to |TD error| by later updates.")
 
     @property
     def beta(self) -> float:
-        """Exponent of the importance-sampling weights."""
+        """Exponent of the weights."""
         return self._beta
 
     @beta.setter
@@ -259,7 +259,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
 
     @property
     def reduction(self) -> str:
-        """Reduction of several TD errors of an element to one priority, from now on."""
+        """Reduction of several TD errors of an element to one priority, in later updates."""
         return self._reduction
 
     @reduction.setter
@@ -268,7 +268,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
 
     @property
     def td_error_unit(self) -> str:
-        """Unit of the TD errors handed in from now on: "abs" or "squared"."""
+        """Unit of the TD errors of later updates: "abs" or "squared"."""
         return self._td_error_unit
 
     @td_error_unit.setter
@@ -290,12 +290,12 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         self._table.weight_normalization = value
 
     priority_clip: tuple[float | None, float | None] | None = _of_table(
-        "priority_clip", "Bounds of the priorities that updates set from now on."
+        "priority_clip", "Bounds of the priorities that later updates set."
     )
 
     @property
     def uniform_mix(self) -> float:
-        """Share of the draws that are uniform."""
+        """Share of uniform draws."""
         return self._table.uniform_mix
 
     @uniform_mix.setter
@@ -304,7 +304,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             self._require_side("uniform_mix", "uniform")
         self._table.uniform_mix = value
 
-    by: str = _of_selection("by", "What draws follow: priorities, or another distribution.")
+    by: str = _of_selection("by", 'Distribution of the draws: "priority", "uniform" or "inverse".')
     newest: int | None = _of_selection("newest", "Number of newest elements to draw from, or None.")
     latest: int = _of_selection("latest", "Number of newest elements in every batch.")
 
@@ -373,7 +373,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
 
     @property
     def stale_updates(self) -> int:
-        """Number of updates dropped because their slot holds something else, or nothing."""
+        """Number of stale updates, dropped because their element was overwritten or emptied."""
         return int(self._stale)
 
     @property
@@ -387,10 +387,10 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
 
     @property
     def draw_count(self) -> Tensor:
-        """How often each slot's element was drawn, int32 [max_capacity], a copy.
+        """Number of draws of each slot's element, int32 [max_capacity], a copy.
 
         Raises:
-            ConfigurationError: the sampler was not made with `track_draws`.
+            ConfigurationError: the sampler was made without `track_draws`.
         """
         if self._table.draw_count is None:
             raise ConfigurationError("draw_count: expected a sampler with track_draws=True")
@@ -398,7 +398,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
 
     @property
     def priority(self) -> Tensor:
-        """Raw priorities of all slots, float32 [max_capacity], 0 where nothing was written."""
+        """Raw priorities of all slots, float32 [max_capacity], a copy; 0 in empty slots."""
         return self._table.raw.clone()
 
     @property
@@ -412,7 +412,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         return self._table.total.clone()
 
     def stats(self) -> dict[str, int]:
-        """Counters since the start: "stale_updates" and "refused_priorities" (on CUDA)."""
+        """Return counters since the start: "stale_updates" and "refused_priorities" (on CUDA)."""
         return {
             "stale_updates": self.stale_updates,
             "refused_priorities": int(self._table.refused),
@@ -429,12 +429,12 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         """Measure prioritization for a logger; see `per_td.PrioritizedReplayBuffer.diagnostics`.
 
         Args:
-            storage: tells which slots are filled, and the ages of their elements. Without one,
-                slots of priority 0 count as empty, and the ages are NaN.
+            storage: tells which slots are filled, and how old their elements are. Without one,
+                slots of priority 0 count as empty, and ages are NaN.
 
         Returns:
-            0-dim tensors on the sampler's device; nothing is read back to the host. Ages are NaN
-            where elements are not written in the order of a ring.
+            Tensors [] on the sampler's device; the host does not wait. Ages are NaN unless elements
+            are written in the order of a ring.
         """
         self._follow(storage)
         table, device = self._table, self.device
@@ -458,19 +458,19 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         }
 
     def check_valid(self) -> None:
-        """Look for damage, in O(N); on CUDA the host waits.
+        """Check that priorities, masses and sums agree, in O(N); on CUDA the host waits.
 
         Raises:
-            PerTdError: it names the broken invariant; see `PrioritizedReplayBuffer.check_valid`.
+            PerTdError: it names what is broken; see `per_td.PrioritizedReplayBuffer.check_valid`.
         """
         self._table.check_valid()
         validation.require_valid(self._stale >= 0, "the count of stale updates is at least 0")
 
     @property
     def default_priority(self) -> float | Tensor:
-        """Priority of new elements in the unit of `update_priority`, without eps.
+        """Priority of new elements, in the unit of `update_priority` and without eps.
 
-        A float, or a 0-dim tensor where a float would make the host wait.
+        It is a float, or a tensor [] if a float would make the host wait.
         """
         priority = (self._table.for_new() - self.eps).clamp(min=0)
         if self.td_error_unit == "squared":
@@ -516,16 +516,16 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         """Draw indices of the storage in proportion to priority^alpha.
 
         Args:
-            storage: the indices are for it.
-            batch_size: number of indices, B.
+            storage: the storage that the indices are for.
+            batch_size: number of indices B.
 
         Returns:
-            Indices int64 [B], or a tuple of them for a storage of several dimensions, and
-            {"priority_weight": float32 [B]}; with `track_draws` also "draw_count" int32 [B].
+            Indices, int64 [B], or a tuple of them for a storage of several dimensions; and a dict
+            with "priority_weight", float32 [B], and with `track_draws` "draw_count", int32 [B].
 
         Raises:
             ConfigurationError: `batch_size` is not an integer of at least 1.
-            EmptyBufferError: the storage is empty, or nothing in it can be drawn.
+            EmptyBufferError: the storage is empty, or no element can be drawn.
         """
         batch_size = validation.positive_int("batch_size", batch_size)
         self._follow(storage)
@@ -544,8 +544,12 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
     def mark_update(self, index: Any, *, storage: Storage | None = None) -> None:
         """Give newly written slots the priority of new elements; negative indices are skipped.
 
+        Args:
+            index: int, [B], or [B, ndim] for a storage of several dimensions.
+            storage: gives the shape, if the index has several dimensions.
+
         Raises:
-            IndexRangeError: an index is not that of a slot of the storage.
+            IndexRangeError: there is no such slot in the storage.
         """
         self._follow(storage)
         self._write_new(self._flat(index, storage), None)
@@ -565,22 +569,22 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
     def update_priority(
         self, index: Any, priority: Any, *, storage: Storage | None = None, **how: Any
     ) -> None:
-        """Set priorities; of equal indices the last one holds, and negative ones are skipped.
+        """Set priorities; of equal indices the last update holds, and negative ones are skipped.
 
-        An update of a slot of `storage` that is not filled comes too late: its element has been
-        emptied. It is dropped, and counted in `stale_updates`.
+        An update of an empty slot of `storage` is stale, since its element has been emptied. It is
+        dropped and counted in `stale_updates`.
 
         Args:
             index: int, [B], or [B, ndim] for a storage of several dimensions.
             priority: as the loss wrote it, in the `td_error_unit`, [B], or one number for all.
-            storage: tells which slots are filled, and the shape where the index has several
+            storage: tells which slots are filled, and gives the shape if the index has several
                 dimensions.
-            how: `mode` and `rate`, see `per_td.PrioritizedReplayBuffer.update_priority`.
+            how: `mode` and `rate`; see `per_td.PrioritizedReplayBuffer.update_priority`.
 
         Raises:
-            IndexRangeError: an index is not below the number of slots; nothing is written then.
-            PriorityError: NaN, infinite, or neither one value nor one per index; nothing is
-                written then.
+            IndexRangeError: an index is not below the number of slots. Nothing is written.
+            PriorityError: a value is NaN or infinite, or there is neither one value nor one per
+                index. Nothing is written.
         """
         squared = self._td_error_unit == "squared"
         self._change(index, priority, storage, squared=squared, **as_mode(**how))
@@ -598,7 +602,10 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         Args:
             index, storage: see `update_priority`.
             priority: finite and not negative, [B], or one number for all.
-            generation: 0 for live updates, int64 [B]; others are stale. None: all are live.
+            generation: int64 [B], 0 for updates that hold; the others are stale. None: all hold.
+
+        Raises:
+            IndexRangeError, PriorityError: as `update_priority`.
         """
         self._change(index, priority, storage, generation=generation, mode="exact")
 
@@ -672,7 +679,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot: tensors and plain values."""
+        """Return a copy of the state: tensors and plain values."""
         counts = self._table.draw_count
         return {
             "format": _FORMAT,
@@ -685,11 +692,13 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         } | ({} if counts is None else {"draw_count": counts.clone()})
 
     def check_state(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a state that `load_state_dict` would refuse, before anything else is taken over.
+        """Check a state as `load_state_dict` does, and change nothing.
+
+        Args:
+            state_dict: the state.
 
         Raises:
-            CheckpointError: it is of another kind or capacity, or its values are not those of a
-                sampler.
+            CheckpointError: it is of another kind or capacity, or a value is wrong.
         """
         if state_dict.get("format") != _FORMAT:
             raise CheckpointError(
@@ -720,10 +729,13 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
                 raise CheckpointError(str(error)) from error
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state of a sampler of the same capacity.
+        """Take over the state of a sampler of the same capacity.
+
+        Args:
+            state_dict: the state.
 
         Raises:
-            CheckpointError: as `check_state`; nothing is changed then.
+            CheckpointError: as `check_state`; nothing is changed.
         """
         self.check_state(state_dict)
         self.alpha, self.beta = state_dict["alpha"], state_dict["beta"]
@@ -740,11 +752,11 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         checkpoint.write(folder / "sampler.pt", self.state_dict())
 
     def loads(self, path: str | Path) -> None:
-        """Take over a state that `dumps` wrote into the folder `path`."""
+        """Take over the state that `dumps` wrote into the folder `path`."""
         self.load_state_dict(self.saved(path))
 
     @staticmethod
     def saved(path: str | Path) -> dict[str, Any]:
-        """Read a state that `dumps` wrote into the folder `path`."""
+        """Return the state that `dumps` wrote into the folder `path`."""
         state: dict[str, Any] = checkpoint.read(Path(path).absolute() / "sampler.pt")
         return state

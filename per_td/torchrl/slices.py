@@ -23,45 +23,47 @@ _KEYS = ("end_key", "traj_key", "truncated_key", "init_key")
 
 
 class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSliceSampler):
-    """Drop-in for `torchrl.data.replay_buffers.PrioritizedSliceSampler`, with nothing compiled.
+    """Drop-in for `torchrl.data.replay_buffers.PrioritizedSliceSampler`, without compiled code.
 
-    Draws slices of consecutive records that cross neither the end of a trajectory nor the place
-    where the ring is being overwritten. A slice is drawn in proportion to priority^alpha of its
-    first record, among the records that can begin one; priorities are never touched by a draw.
+    It draws slices of consecutive records. A slice crosses neither the end of a trajectory nor the
+    place where the ring is being overwritten. It is drawn in proportion to priority^alpha of its
+    first record, among the records that can begin a slice. Draws change no priorities.
 
-    Beside those of `PrioritizedSampler`, these may be set at any time: `num_slices` or `slice_len`,
-    whichever was given, `cache_values`, `truncated_key`, `init_key`, `strict_length` and `span`.
+    You can set these at any time, beside those of `PrioritizedSampler`: `num_slices` or
+    `slice_len`, whichever you gave, `cache_values`, `truncated_key`, `init_key`, `strict_length`
+    and `span`. `uniform_mix`, `latest`, `by` and `newest` are refused.
 
     Args:
         max_capacity, alpha, beta, eps, dtype, max_priority_within_buffer, method, td_error_unit:
             see `PrioritizedSampler`.
         reduction: makes one priority of a slice, in `slice_priorities`: "max", "min", "mean",
             "median", "sum", or "r2d2" (0.9 max + 0.1 mean).
-        num_slices: slices in a batch. Exactly one of this and `slice_len` must be given.
-        slice_len: records in a slice.
-        end_key: holds flags that end a trajectory. Where neither this, `end_keys` nor `traj_key`
-            is given, ("next", "done"), ("next", "truncated") and ("next", "terminated") end one,
-            and so does a change of ("collector", "traj_ids") or "episode".
-        end_keys: hold flags of which any ends a trajectory.
-        traj_key: holds trajectory ids; a change of id is an end, and flags do not count.
-        ends: flags [T], instead of those in the storage; needs `cache_values`.
-        trajectories: ids [T], instead of those in the storage; needs `cache_values`.
-        cache_values: look for the ends again only after the storage was written to.
-        truncated_key: marks the last record of each slice, with "done" beside it.
-        init_key: marks the first record of each slice, if the data has that entry.
-        strict_length: leave out trajectories shorter than a slice; False draws them whole, from
+        num_slices: number of slices in a batch. Give either this or `slice_len`.
+        slice_len: number of records in a slice.
+        end_key: entry with flags that end a trajectory. Without `end_key`, `end_keys` and
+            `traj_key`, a trajectory ends at ("next", "done"), ("next", "truncated") and ("next",
+            "terminated"), and where ("collector", "traj_ids") or "episode" changes.
+        end_keys: several entries with flags; any of them ends a trajectory.
+        traj_key: entry with trajectory ids. A trajectory ends where the id changes; flags then do
+            not count.
+        ends: flags [T] in place of those in the storage; needs `cache_values`.
+        trajectories: ids [T] in place of those in the storage; needs `cache_values`.
+        cache_values: look for the ends again only after a write to the storage.
+        truncated_key: entry that marks the last record of each slice, with "done" beside it.
+        init_key: entry that marks the first record of each slice, if the data has it.
+        strict_length: leave out trajectories shorter than a slice. False draws them whole, from
             their beginning, so that batches may be smaller.
-        compile: accepted for compatibility: there is nothing to compile.
-        span: records of a slice that may be missing on the right because its trajectory ends: an
-            int for so many, True for all but the first. Never on the left. Of a tuple or list of
-            two, the second.
+        compile: without effect; for compatibility.
+        span: number of records that a slice may lack on the right because its trajectory ends; True
+            is all but the first. A slice never lacks records on the left. Of a tuple or list of
+            two, the second counts.
         draw: "independent", "stratified" or "without_replacement" (different first records).
-        weight_normalization: "buffer" as TorchRL does, by the smallest priority in the buffer,
-            even where no slice can begin; "batch", by that of the slices drawn; "none" for
-            (S P)^-beta over the S records that can begin one.
+        weight_normalization: "buffer" as TorchRL, by the smallest priority in the buffer, even if
+            no slice can begin there. "batch": by that of the drawn slices. "none": (S P)^-beta over
+            the S records that can begin a slice.
 
     Raises:
-        ConfigurationError: an argument is not one of those accepted (a ValueError).
+        ConfigurationError: an argument is not accepted (a ValueError).
         TypeError: not exactly one of `num_slices` and `slice_len` is given.
         RuntimeError: two arguments exclude each other, or `cache_values` is missing.
 
@@ -230,19 +232,19 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             return 0
 
     def sample(self, storage: Storage, batch_size: int) -> tuple[Any, dict[Any, Any]]:
-        """Draw slices, in proportion to priority^alpha of their first records.
+        """Draw slices in proportion to priority^alpha of their first records.
 
         Args:
-            storage: the indices are for it; holds tensordicts.
-            batch_size: records in all slices together.
+            storage: the storage that the indices are for; it holds tensordicts.
+            batch_size: number of records in all slices together.
 
         Returns:
-            Indices of R records, slice after slice, a tuple of int64 [R], one for each dimension
-            of the storage; R is `batch_size` unless slices may be shorter. And a dictionary of
-            "priority_weight", float32 [R], the same for all records of a slice, and the flags
-            under `truncated_key`, "done" and "terminated" beside it, and `init_key`. For each
-            record also "slice_start", int64 [R, ndim], the slot of its slice's first record, and
-            that slot's "slice_start_generation", int64 [R], if the storage has generations.
+            Indices of R records, slice after slice: a tuple of int64 [R], one for each dimension of
+            the storage. R is `batch_size`, or less if slices may be shorter. And a dict:
+            "priority_weight", float32 [R], equal within a slice; the flags at `truncated_key`,
+            "done" and "terminated" beside it, and at `init_key`; "slice_start", int64 [R, ndim],
+            the slot of the slice's first record; and "slice_start_generation", int64 [R], its
+            generation, if the storage has generations.
 
         Raises:
             ConfigurationError: `batch_size` is not an integer of at least 1.
@@ -312,10 +314,20 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
     def slice_priorities(
         self, batch: TensorDictBase, priority_key: NestedKey = "td_error"
     ) -> tuple[Tensor, Tensor]:
-        """The entries of `first_records`: slots int64 [S, ndim] and priorities [S].
+        """Return one priority for each slice of a batch, and the slot that gets it.
 
-        `buffer.update_priority(*sampler.slice_priorities(batch))` is R2D2's update, in which a
+        `buffer.update_priority(*sampler.slice_priorities(batch))` is the update of R2D2, where a
         sequence has one priority (Kapturowski et al. 2019).
+
+        Args:
+            batch: see `first_records`.
+            priority_key: see `first_records`.
+
+        Returns:
+            Slots of the first records, int64 [S, ndim], and priorities [S], of S slices.
+
+        Raises:
+            PriorityError: as `first_records`.
         """
         first = self.first_records(batch, priority_key)
         return first["index"], first[priority_key]
@@ -323,18 +335,18 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
     def first_records(
         self, batch: TensorDictBase, priority_key: NestedKey = "td_error"
     ) -> TensorDict:
-        """The first record of each slice of a sampled batch, with the priority of the slice.
+        """Return the first record of each slice of a batch, with the priority of the slice.
 
         Args:
-            batch: as it was sampled, [R], or reshaped to [slices, length], with TD errors. Records
-                may have been cut off, as burn-in does: the priority of a slice is that of the
-                records left, and goes to the slot of its first record as it was drawn.
+            batch: sampled batch [R], or reshaped to [slices, length], with TD errors. You may have
+                cut off records, as burn-in does. The priority of a slice then follows from the
+                remaining records, and goes to the slot of the first record that was drawn.
             priority_key: entry of the TD errors, in the `td_error_unit`, [R] or [R, k].
 
         Returns:
-            TensorDict [S] with "index", with `reduction` over |TD error| of the slice under
-            `priority_key`, in the same unit, and with "index_generation" if the batch has that of
-            first records.
+            TensorDict [S] of S slices: "index"; at `priority_key` the `reduction` of |TD error|
+            over the slice, in the same unit; and "index_generation", if the batch has the
+            generations of first records.
 
         Raises:
             PriorityError: there are no TD errors, or "slice_start" is missing; or the batch has

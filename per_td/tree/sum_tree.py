@@ -13,19 +13,22 @@ from per_td.tree.trees import Trees
 
 
 class SumTree(Copied):
-    """A fixed number of slots with masses of at least 0, drawn in proportion to mass.
+    """A fixed number of slots, each with a mass of at least 0, drawn in proportion to mass.
 
-    A tree of fan-out 16 with float32 leaves and float64 sums. Every sum is recomputed from its
-    children, so nothing drifts, and a mass of 0 is never drawn. It takes 4.5 bytes per slot.
+    It is a tree of fan-out 16 with float32 leaves and float64 sums. Every sum is recomputed from
+    its children, so no error accumulates. A slot of mass 0 is never drawn. The tree takes 4.5 bytes
+    per slot. `len(tree)` is the capacity, and `tree[index]` are masses, float32, as torch indexes.
 
     Args:
         capacity: number of slots, at least 1.
-        device: device of the tree; None is torch's default device.
-        num_trees: S makes S trees of `capacity` slots each, at the cost of one. Their masses never
-            mix, and every argument and result gets a leading dimension [S]. None: one tree.
+        device: device of the tree. None is torch's default device.
+        num_trees: S makes S independent trees of `capacity` slots each; a call costs about as much
+            as one of a single tree. Every argument and result gets a leading dimension [S]. None:
+            one tree.
 
     Raises:
         ConfigurationError: `capacity` or `num_trees` is not a positive integer.
+        AllocationError: there is not enough memory.
 
     Example:
         >>> tree = SumTree(5)
@@ -66,7 +69,7 @@ class SumTree(Copied):
 
     @property
     def num_trees(self) -> int | None:
-        """Number of trees; None for one without a dimension of its own."""
+        """Number of trees; None for one tree without a dimension [S]."""
         return self._lead[0] if self._lead else None
 
     @property
@@ -76,7 +79,7 @@ class SumTree(Copied):
 
     @property
     def layout(self) -> Layout:
-        """Places of the nodes."""
+        """Places of the nodes in memory."""
         return self._trees.layout
 
     @property
@@ -91,7 +94,7 @@ class SumTree(Copied):
 
     @property
     def compiled(self) -> bool:
-        """True if kernels run, not plain torch."""
+        """True if the tree uses compiled kernels, False if plain torch."""
         return self._trees.compiled
 
     @property
@@ -104,7 +107,7 @@ class SumTree(Copied):
         return self._trees.masses if self._lead else self._trees.masses[0]
 
     def __getitem__(self, index: Any) -> Tensor:
-        """Masses of the slots `index` (int, slice or integer tensor), float32, as torch indexes.
+        """Return the masses of the slots `index` (int, slice or integer tensor), float32.
 
         Raises:
             IndexRangeError: there are no such slots, or `index` has another type.
@@ -118,16 +121,16 @@ class SumTree(Copied):
             ) from error
 
     def update(self, index: Any, value: Any) -> None:
-        """Set the masses of some slots; where a slot occurs twice, its last value holds.
+        """Set the masses of some slots. If a slot occurs twice, its last value holds.
 
         Args:
             index: slots, integers [B] or [S, B].
-            value: masses, finite and not negative, in the same shape.
+            value: masses, finite and not negative, in the shape of `index`.
 
         Raises:
             IndexRangeError: an index is not an integer in [0, capacity), or the shape is wrong.
-            PriorityError: a value is NaN, infinite or negative, or the shapes differ.
-                On CUDA such pairs are skipped instead: a check would make the host wait.
+            PriorityError: a value is NaN, infinite or negative, or the shapes differ. On CUDA,
+                wrong values and indices are skipped instead: a check would make the host wait.
         """
         index = validation.as_index(index, self.device, lead=self._lead)
         value = validation.as_values("value", value, index)
@@ -140,8 +143,8 @@ class SumTree(Copied):
             value: masses, finite and not negative, float32 [capacity] or [S, capacity].
 
         Raises:
-            PriorityError: a value is NaN, infinite or negative, or the shape or dtype is wrong;
-                nothing is written. On CUDA such a value counts as 0 instead.
+            PriorityError: a value is NaN, infinite or negative, or the shape or dtype is wrong.
+                Nothing is written. On CUDA, a wrong value counts as 0 instead.
         """
         value = validation.as_reals("value", value, self.device, torch.float32)
         expected = self._masses.shape
@@ -154,14 +157,14 @@ class SumTree(Copied):
         self._trees.ops.refill(self._trees)
 
     def find(self, target: Any) -> Tensor:
-        """Find the slots in which the cumulative masses reach the points `target`.
+        """Find the slots at which the cumulative sum of the masses exceeds the points `target`.
 
         Args:
-            target: points in [0, total of their tree), [B] or [S, B]. Others are moved to the
-                nearest end, and NaN to 0. If the total is 0, any slot is found.
+            target: points in [0, total), [B] or [S, B]. Other points are moved to the nearest end,
+                and NaN to 0. If the total is 0, the result is any slot.
 
         Returns:
-            int64, in the shape of `target`.
+            Slots, int64, in the shape of `target`.
 
         Raises:
             PriorityError: `target` does not hold real numbers [B] or [S, B].
@@ -180,17 +183,19 @@ class SumTree(Copied):
         """Draw slots in proportion to their masses.
 
         Args:
-            n: slots of each tree.
-            generator: source of the random numbers, on the tree's device; None is torch's own.
-            draw: "independent"; "stratified": one from each n-th of the total mass, in order;
-                "without_replacement": n different slots, distributed as draws one by one.
+            n: number of draws from each tree.
+            generator: source of the random numbers, on the tree's device. None is torch's own.
+            draw: "independent": with replacement. "stratified": splits the total mass into n equal
+                segments and draws one slot from each, in order. "without_replacement": n different
+                slots, distributed as if drawn one by one.
 
         Returns:
-            int64 [n] or [S, n].
+            Slots, int64 [n] or [S, n].
 
         Raises:
-            EmptyBufferError: all masses are 0, or fewer than n are positive without replacement.
-                On CUDA the result is an empty slot, or has repetitions, instead.
+            ConfigurationError: an argument is not accepted.
+            EmptyBufferError: all masses are 0, or, without replacement, fewer than n are positive.
+                On CUDA, the result then has a slot of mass 0, or has repetitions, instead.
         """
         n = validation.positive_int("n", n)
         validation.one_of("draw", draw, draws.DRAWS)
@@ -214,5 +219,9 @@ class SumTree(Copied):
         return index
 
     def check_valid(self) -> None:
-        """Raise PerTdError if a sum does not follow from the masses; see `Trees.check_valid`."""
+        """Check that all sums follow from the masses, for tests and bug reports.
+
+        Raises:
+            PerTdError: one does not; the error names it.
+        """
         self._trees.check_valid()

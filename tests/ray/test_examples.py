@@ -1,8 +1,9 @@
 import importlib.util
-import re
 from pathlib import Path
 
 import pytest
+
+from tests.support.pages import blocks, starts_ray
 
 pytest.importorskip("ray")
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,6 @@ def test_an_actor_of_apex_ray_that_died_acts_again(sharded, apex):
 
 
 @pytest.mark.slow
-def test_the_code_in_the_docs_runs_as_printed(cluster):
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "ray.md").read_text(), re.DOTALL)
-    exec(compile(block, "docs/ray.md", "exec"), {"__name__": "docs"})
+@pytest.mark.parametrize(("where", "code"), [b for b in blocks() if starts_ray(b[1])])
+def test_the_code_in_the_docs_runs_as_printed(cluster, where, code):
+    exec(compile(code, where, "exec"), {"__name__": "docs"})
