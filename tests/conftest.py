@@ -1,11 +1,14 @@
 """Fixtures: every device there is, and a generator on it."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from tests.support.choices import CHOICES
+
+collect_ignore = [] if find_spec("torchrl") else ["torchrl"]
 
 if not torch.cuda.is_available():  # before per_td brings triton, which reads it when imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
