@@ -17,6 +17,7 @@ from stable_baselines3.common.buffers import NStepReplayBuffer
 from tensordict import TensorDict
 
 from per_td import (
+    AllocationError,
     CheckpointError,
     ConfigurationError,
     IndexRangeError,
@@ -784,7 +785,7 @@ def test_a_step_that_the_buffer_refuses_can_be_added_again(n):
 
 def test_too_much_memory_is_refused_by_name():
     writer = NStepWriter(Written(), 2**40, 0.9, 3)
-    with pytest.raises(per_td.AllocationError, match="pending steps of 3 environments"):
+    with pytest.raises(AllocationError, match="pending steps of 3 environments"):
         writer.add(step())
 
 
