@@ -25,6 +25,11 @@ def pytest_addoption(parser) -> None:
     )
 
 
+def pytest_configure(config) -> None:
+    if find_spec("numba") is None:  # else the warning says that something is broken
+        config.addinivalue_line("filterwarnings", "ignore:the CPU kernels are off:Warning")
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at the markers
 def pytest_collection_modifyitems(config, items) -> None:
     """Mark as slow what Triton's interpreter runs, but for the kernels' own tests.

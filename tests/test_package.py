@@ -1,5 +1,6 @@
 import inspect
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -60,6 +61,15 @@ def test_torchrl_is_an_extra_that_examples_and_tests_have():
     assert "torchrl>=0.14" in extras["torchrl"]
     assert "per-td[torchrl]" in extras["examples"]
     assert any(line.startswith("per-td[examples") for line in extras["test"])
+
+
+def test_parts_import_each_other_in_no_circle_and_the_picture_of_the_house_has_all_of_them():
+    house = runpy.run_path(str(ROOT / "docs" / "house.py"))
+    imports = house["parts"]()
+    assert {"tree", "errors"} <= imports["priorities"]
+    house["layers"](imports)  # raises where there is a circle
+    assert imports.keys() == house["TEXTS"].keys() - {"basics"} | set(house["BASICS"])
+    assert all(not imports[part] - set(house["BASICS"]) for part in house["BASICS"])
 
 
 def test_signatures_name_the_arguments():
