@@ -90,7 +90,7 @@ row() { # name, interpreter, constraints or "", what to remove or "", what to in
     if ! {
         "$python" -m venv "$here" &&
             { [ -z "${site:-}" ] || echo "$site" >"$(echo "$here"/lib/python*/site-packages)/ready.pth"; } &&
-            "$here/bin/pip" install -q ${constraints:+-c "$constraints"} "$@" &&
+            "$here/bin/pip" install -q --no-compile ${constraints:+-c "$constraints"} "$@" &&
             { [ -z "$gone" ] || "$here/bin/pip" uninstall -q -y $gone; }
     } >"$log" 2>&1; then
         tail -n 5 "$log"
