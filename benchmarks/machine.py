@@ -67,7 +67,7 @@ def _driver() -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Return those of Python and of the packages that are installed."""
+    """Return those of Python and of the packages that are installed; torch's names its build."""
     import per_td
 
     found = {"python": platform.python_version()}
@@ -76,7 +76,7 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found | {"per-td": per_td.__version__}
+    return found | {"torch": torch.__version__, "per-td": per_td.__version__}
 
 
 def commit() -> dict:

@@ -19,7 +19,7 @@ from per_td.priorities.schedules import LinearSchedule
 from per_td.transitions import TransitionReplayBuffer
 from per_td.tree import SumTree
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AllocationError",

@@ -1,11 +1,14 @@
 """Fixtures: every device there is, and a generator on it."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
 
 from tests.support.choices import CHOICES
+
+collect_ignore = [] if find_spec("torchrl") else ["torchrl"]
 
 if not torch.cuda.is_available():  # before per_td brings triton, which reads it when imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -20,6 +23,11 @@ def pytest_addoption(parser) -> None:
     parser.addoption(
         "--stress", type=float, default=60.0, help="seconds that the stress test takes in all"
     )
+
+
+def pytest_configure(config) -> None:
+    if find_spec("numba") is None:  # else the warning says that something is broken
+        config.addinivalue_line("filterwarnings", "ignore:the CPU kernels are off:Warning")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at the markers

@@ -5,7 +5,6 @@ import torch
 
 from per_td import ConfigurationError, IndexRangeError, PerTdError, PrioritizedReplayBuffer, SumTree
 from per_td.storage.ring import RingStorage
-from per_td.torchrl import PrioritizedSampler
 from tests.support.oracle import data, numbered
 from tests.support.tables import table
 
@@ -126,6 +125,9 @@ def test_a_priority_beyond_the_filled_slots_is_named(settings):
 
 
 def test_damage_to_the_samplers_of_torchrl_is_named():
+    pytest.importorskip("torchrl")
+    from per_td.torchrl import PrioritizedSampler
+
     sampler = PrioritizedSampler(5, 0.5, 0.5)
     sampler.update_priority(torch.arange(5), torch.rand(5))
     sampler.check_valid()

@@ -15,12 +15,9 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import NStepReplayBuffer
 from tensordict import TensorDict
-from torchrl.data import LazyTensorStorage
-from torchrl.data.postprocs import MultiStep
-from torchrl.envs.transforms import MultiStepTransform
 
-import per_td.torchrl
 from per_td import (
+    AllocationError,
     CheckpointError,
     ConfigurationError,
     IndexRangeError,
@@ -62,6 +59,7 @@ def assert_same(rows: TensorDict, expected: list[dict], rel: float = 1e-6) -> No
 
 @pytest.mark.parametrize("exact", slow_but([True], [True, False]))
 def test_a_thousand_trajectories_are_as_torchrls_multi_step_has_them(exact):
+    postprocs = pytest.importorskip("torchrl.data.postprocs")
     generator = seeded(exact)
     for _ in range(125):  # of 8 trajectories each
         n, length = integer(1, 7, generator), integer(1, 30, generator)
@@ -70,7 +68,7 @@ def test_a_thousand_trajectories_are_as_torchrls_multi_step_has_them(exact):
         dtype = torch.float32 if exact else torch.float64
         trajectories = steps(8, length, generator=generator, exact=exact, dtype=dtype)
         ours = collected(trajectories, n, gamma)
-        theirs = MultiStep(gamma=gamma, n_steps=n)(trajectories.clone()).flatten()
+        theirs = postprocs.MultiStep(gamma=gamma, n_steps=n)(trajectories.clone()).flatten()
         close = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-12, "atol": 1e-12}
         torch.testing.assert_close(ours["next", "reward"], theirs["next", "reward"], **close)
         assert torch.equal(ours["next", "observation"], theirs["next", "observation"])
@@ -84,13 +82,14 @@ def test_a_thousand_trajectories_are_as_torchrls_multi_step_has_them(exact):
 
 @pytest.mark.parametrize("exact", slow_but([True], [True, False]))
 def test_a_thousand_trajectories_are_as_torchrls_multi_step_transform_writes_them(exact):
+    transforms = pytest.importorskip("torchrl.envs.transforms")
     generator = seeded(10 + exact)
     for _ in range(125):
         n, length = integer(1, 6, generator), 5 * integer(2, 7, generator)
         gamma = 2.0 ** -integer(0, 3, generator) if exact else 0.97
         dtype = torch.float32 if exact else torch.float64
         trajectories = steps(8, length, generator=generator, exact=exact, dtype=dtype)
-        transform = MultiStepTransform(n_steps=n, gamma=gamma)
+        transform = transforms.MultiStepTransform(n_steps=n, gamma=gamma)
         written = [transform.inv(piece) for piece in trajectories.split(5, 1)]
         theirs = torch.cat([piece for piece in written if piece is not None], 1).flatten()
         ours = collected(trajectories, n, gamma)
@@ -469,8 +468,11 @@ def test_add_returns_the_slots_or_none():
 
 @pytest.mark.parametrize("given", [False, True])
 def test_torchrls_buffer_takes_them(given):
-    buffer = per_td.torchrl.TensorDictPrioritizedReplayBuffer(
-        alpha=0.6, beta=0.4, storage=LazyTensorStorage(100), batch_size=8, eps=0.0
+    torchrl = pytest.importorskip("torchrl.data")
+    from per_td.torchrl import TensorDictPrioritizedReplayBuffer
+
+    buffer = TensorDictPrioritizedReplayBuffer(
+        alpha=0.6, beta=0.4, storage=torchrl.LazyTensorStorage(100), batch_size=8, eps=0.0
     )
     trajectories = steps(2, 20, generator=seeded(11))
     if given:  # as an entry of the data
@@ -495,6 +497,7 @@ def test_torchrls_buffer_takes_them(given):
 
 
 def test_torchrls_losses_discount_by_the_number_of_steps():
+    pytest.importorskip("torchrl")
     from torchrl.modules import QValueActor
     from torchrl.objectives import DQNLoss
 
@@ -782,7 +785,7 @@ def test_a_step_that_the_buffer_refuses_can_be_added_again(n):
 
 def test_too_much_memory_is_refused_by_name():
     writer = NStepWriter(Written(), 2**40, 0.9, 3)
-    with pytest.raises(per_td.AllocationError, match="pending steps of 3 environments"):
+    with pytest.raises(AllocationError, match="pending steps of 3 environments"):
         writer.add(step())
 
 
