@@ -293,7 +293,7 @@ class LethalPage:
         self.left -= 1
 
 
-@pytest.mark.parametrize("last", range(8))
+@pytest.mark.parametrize("last", range(6))
 @pytest.mark.parametrize("filled", [17, 27])
 def test_a_writer_killed_at_any_write_to_the_note_has_written_all_or_nothing(filled, last):
     buffer = processes.shared(20)
