@@ -1280,7 +1280,10 @@ class PrioritizedReplayBuffer(Copied):
             return self._state(copy=True)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state: transitions, priorities, counters, alpha, beta, eps, generator.
+        """Take over a state: transitions, priorities, counters, generator, and some settings.
+
+        Those settings are alpha, beta, eps, `beta_increment`, `priority_clip` and `uniform_mix`;
+        the last two stay as they are where an old state does not have them. All others stay.
 
         A `beta_schedule` of this buffer goes on from the updates that the state has counted.
 
@@ -1293,9 +1296,10 @@ class PrioritizedReplayBuffer(Copied):
                 another kind of device becomes the seed of this buffer's.
 
         Raises:
-            CheckpointError: it is no such state, or of another number of buffers; or, for a shared
-                buffer, it is of another capacity, or once was: other processes would not know which
-                generations have moved.
+            CheckpointError: it is no such state, or of another number of buffers; or it has a
+                `uniform_mix` with which this buffer cannot draw; or, for a shared buffer, it is of
+                another capacity, or once was: other processes would not know which generations
+                have moved.
             SchemaError: its transitions are not like those that this buffer was made for.
         """
         checked = states.check(state)
@@ -1303,6 +1307,7 @@ class PrioritizedReplayBuffer(Copied):
             if self._guard is not None:
                 self._begin_load(checked, self._guard.note)
             states.restore(self._parts, checked)
+            self._select()
             if self._schedule is None:
                 self.beta_increment = checked["settings"]["beta_increment"]
             else:

@@ -150,8 +150,8 @@ class RobustMutex:
     def release(self) -> None:
         """Give the lock back, or undo one of many `acquire`."""
         depth = self.depth.value - 1
-        self.depth.value = depth
-        if not depth:
+        self.depth.value = max(depth, 0)
+        if depth < 1:
             _require(self._unlock(self._mutex))
 
 
