@@ -113,7 +113,7 @@ class Guard:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        depth = self._mutex.depth.value  # where an interrupt cannot come any more
+        depth = self._mutex.depth.value  # an interrupt before this keeps the lock
         try:
             if depth == 1:
                 if kind is None or issubclass(kind, PerTdError):  # ours come before any writing
