@@ -348,7 +348,7 @@ class PrioritizedReplayBuffer(Copied):
         self._lock = own if self._guard is None else self._guard
         if self._lock is own and self._threads:
             forks.watch(self, own, PrioritizedReplayBuffer._after_fork)
-        draw: Callable[[Self], TensorDict] = lambda buffer: buffer._sample_now(None)  # noqa: E731
+        draw = PrioritizedReplayBuffer._sample_now
         self._ahead = Prefetcher(self, draw, self._prefetch) if self._prefetch else None
 
     def _after_fork(self) -> None:
@@ -603,13 +603,13 @@ class PrioritizedReplayBuffer(Copied):
         return self._sample_now(batch_size, None if usual else (by, newest))
 
     def _sample_now(
-        self, batch_size: int | None, how: tuple[str, int | None] | None = None
+        self, batch_size: int | None = None, how: tuple[str, int | None] | None = None
     ) -> TensorDict:
         with self._lock:
-            rows, index, weight, generation = self._drawn(batch_size, how)
+            rows, index, weight, generation, count = self._drawn(batch_size, how)
             beside = {"priority_weight": weight, "index": index, "generation": generation}
-            if (counts := self._priorities.draw_counts) is not None:
-                beside["draw_count"] = counts.draw(index)
+            if count is not None:
+                beside["draw_count"] = count
             return self._storage.batch(rows, beside)
 
     def sample_leaves(self, batch_size: int | None = None) -> tuple[Leaves, Tensor, Tensor]:
@@ -622,16 +622,16 @@ class PrioritizedReplayBuffer(Copied):
             Copies of the transitions by key [B, ...], where a key is a tuple of names; slots int64
             [B]; weights float32 [B]. Errors are those of `sample`.
         """
-        leaves, index, weight, _ = self._sample_leaves(batch_size)
+        leaves, index, weight, _, _ = self._sample_leaves(batch_size)
         return leaves, index, weight
 
-    def _sample_leaves(self, batch_size: int | None) -> tuple[Leaves, Tensor, Tensor, Tensor]:
-        """`sample_leaves`, and generations."""
+    def _sample_leaves(
+        self, batch_size: int | None
+    ) -> tuple[Leaves, Tensor, Tensor, Tensor, Tensor | None]:
+        """`sample_leaves`, generations, and with `track_draws` counts of draws."""
         with self._lock:
-            rows, index, weight, generation = self._drawn(batch_size)
-            if (counts := self._priorities.draw_counts) is not None:
-                counts.draw(index)
-            return self._storage.by_key(rows), index, weight, generation
+            rows, index, weight, generation, count = self._drawn(batch_size)
+            return self._storage.by_key(rows), index, weight, generation, count
 
     def draw_leaves(self, batch_size: int | None = None) -> Draw:
         """Draw for a part of a larger buffer: with masses in place of weights.
@@ -653,16 +653,18 @@ class PrioritizedReplayBuffer(Copied):
                     f"draw_leaves: expected uniform_mix=0 and latest=0, got {self.uniform_mix:g}"
                     f" and {self.latest}: the masses do not give the weights then"
                 )
-            leaves, slot, _, generation = self._sample_leaves(batch_size)
-            counts = self._priorities.draw_count
-            counts = None if counts is None else counts.gather(-1, slot)
+            leaves, slot, _, generation, count = self._sample_leaves(batch_size)
             mass = self._priorities.mass.gather(-1, slot)
-            return Draw(slot, leaves, generation, mass, counts)
+            return Draw(slot, leaves, generation, mass, count)
 
     def _drawn(
         self, batch_size: int | None, how: tuple[str, int | None] | None = None
-    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-        """Transitions drawn, a tensor per key, their slots, weights and generations."""
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor | None]:
+        """Draw and count transitions.
+
+        Returns:
+            A tensor per key, slots, weights, generations, and counts of draws if they are kept.
+        """
         n, ring, table, size = self._batch_size(batch_size), self._storage, self._priorities, None
         selection = self._selection
         if how is not None:
@@ -699,7 +701,9 @@ class PrioritizedReplayBuffer(Copied):
             raise
         finally:
             self._busy = False
-        return rows, index, weight, ring.in_batch(generation) if ring.epoch else generation
+        count = None if (counts := table.draw_counts) is None else counts.draw(index)
+        generation = ring.in_batch(generation) if ring.epoch else generation
+        return rows, index, weight, generation, count
 
     def sweep(self, batch_size: int) -> Iterator[TensorDict]:
         """Go once through all transitions that are stored now, in the order of their slots.
@@ -1334,7 +1338,10 @@ class PrioritizedReplayBuffer(Copied):
             return self._state(copy=True)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state: transitions, priorities, counters, alpha, beta, eps, generator.
+        """Take over a state: transitions, priorities, counters, generator, and some settings.
+
+        Those settings are alpha, beta, eps, `beta_increment`, `priority_clip` and `uniform_mix`;
+        the last two stay as they are where an old state does not have them. All others stay.
 
         A `beta_schedule` of this buffer goes on from the number of updates in the state.
 
@@ -1357,6 +1364,7 @@ class PrioritizedReplayBuffer(Copied):
             if self._guard is not None:
                 self._begin_load(checked, self._guard.note)
             states.restore(self._parts, checked)
+            self._select()
             if self._schedule is None:
                 self.beta_increment = checked["settings"]["beta_increment"]
             else:

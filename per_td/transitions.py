@@ -260,7 +260,7 @@ class TransitionReplayBuffer(Copied):
         Raises:
             EmptyBufferError: nothing has been pushed.
         """
-        leaves, index, weight, generation = self.buffer._sample_leaves(batch_size)
+        leaves, index, weight, generation, _ = self.buffer._sample_leaves(batch_size)
         self._drawn.scatter_(0, index, generation)
         beside = () if self._writer.n == 1 else (leaves["discount",],)
         return (

@@ -1,22 +1,32 @@
 """Ctrl-C in the middle of a call of a plain buffer: what is written has its priority."""
 
 import copy
+import errno
 import linecache
 import pickle
+import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 from per_td import PerTdError, PrioritizedReplayBuffer, kernels
+from tests.support import processes
 from tests.support.choices import CHOICES
 from tests.support.processes import torn, transitions
+
+needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 
 
 @pytest.fixture(params=CHOICES)
 def choice(request, monkeypatch) -> str:
     monkeypatch.setenv(kernels.VARIABLE, request.param)
     return request.param
+
+
+# the interpreter looks for signals at calls: not at these, nor where a with or try begins or ends
+NEVER_INTERRUPTED = ("self._busy = False", "depth = self._", "try:", "with self._")
 
 
 class InterruptAfter:
@@ -30,8 +40,7 @@ class InterruptAfter:
         if "/per_td/" not in name or "/tests/" in name:
             return None
         line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-        # the interpreter looks for signals at calls, not before a plain assignment
-        if event == "line" and not self.raised and line != "self._busy = False":
+        if event == "line" and not self.raised and not line.startswith(NEVER_INTERRUPTED):
             self.left -= 1
             if self.left <= 0:
                 self.raised = True
@@ -296,3 +305,109 @@ def test_an_interrupted_sweep_leaves_the_buffer_as_it_was(choice):
         assert sum(map(len, buffer.sweep(5))) == 17
 
     every_line(make, lambda buffer: list(buffer.sweep(5)), check, 2)
+
+
+def held(mutex) -> bool:
+    """Whether a thread of its own would have to wait."""
+    codes = []
+
+    def look():
+        codes.append(mutex._try(mutex._mutex))
+        if codes == [0]:
+            mutex._unlock(mutex._mutex)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    return codes == [errno.EBUSY]
+
+
+SHARED = {
+    "extend": lambda buffer: buffer.extend(transitions(range(100, 106))),
+    "sample": lambda buffer: buffer.sample(),
+    "update": lambda buffer: buffer.update_priority([3, 4], [2.0, 3.0], [0, 0]),
+    "beta": lambda buffer: setattr(buffer, "beta", 0.5),
+    "alpha": lambda buffer: setattr(buffer, "alpha", 0.5),
+    "calls within calls": lambda buffer: buffer.draw_leaves(),
+}
+
+
+@needs_linux
+@pytest.mark.parametrize("call", SHARED)
+def test_an_interrupted_call_of_a_shared_buffer_gives_the_lock_back(call, choice):
+    def make():
+        buffer = processes.shared(50, batch_size=8)
+        buffer.extend(transitions(range(40)))
+        return buffer
+
+    def check(buffer):
+        assert not held(buffer._lock._mutex)
+        assert buffer._lock._mutex.depth.value == 0
+        buffer.check_valid()
+        assert torn(buffer.sample()) == 0
+        assert not held(buffer._lock._mutex)
+
+    every_line(make, SHARED[call], check, 1 if call == "beta" else 3)
+
+
+@needs_linux
+@pytest.mark.parametrize("outer", [0, 1, 2])
+@pytest.mark.parametrize("name", ["_try", "_unlock"])
+def test_an_interrupt_after_a_call_of_the_c_library_gives_the_lock_back(name, outer):
+    buffer = processes.shared(50, batch_size=8)
+    buffer.extend(transitions(range(40)))
+    mutex = buffer._lock._mutex
+    call = getattr(mutex, name)
+
+    def interrupted(*args):
+        setattr(mutex, name, call)
+        call(*args)
+        raise KeyboardInterrupt
+
+    depths = [mutex.acquire() for _ in range(outer)]
+    assert depths == [*range(1, outer + 1)]
+    setattr(mutex, name, interrupted)
+    try:
+        buffer.sample()
+    except KeyboardInterrupt:
+        assert outer == 0 or name == "_try"
+    setattr(mutex, name, call)
+    assert mutex.depth.value == outer
+    assert held(mutex) == (outer > 0)
+    for _ in depths:
+        assert held(mutex)
+        mutex.release()
+    assert not held(mutex)
+    buffer.check_valid()
+
+
+@needs_linux
+@pytest.mark.parametrize("holder", ["this thread", "another thread"])
+def test_a_lock_left_held_by_a_buffer_that_is_gone_ends_no_process(holder):
+    """A thread has a list of its robust mutexes, which goes through their memory."""
+    code = f"""
+import gc, threading
+locks, others, left, go_on = [RobustMutex()], [RobustMutex()], threading.Event(), threading.Event()
+
+def hold():
+    locks[0].acquire()
+    left.set()
+    go_on.wait()
+    others[0].acquire()
+    others[0].release()
+
+thread = threading.Thread(target=hold)
+if {holder == "this thread"}:
+    locks[0].acquire()
+    left.set()
+else:
+    thread.start()
+left.wait()
+locks.clear()
+gc.collect()
+if {holder == "another thread"}:
+    go_on.set()
+    thread.join()
+others[0].acquire()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

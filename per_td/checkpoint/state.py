@@ -9,8 +9,13 @@ from torch import Tensor
 
 from per_td.checkpoint import file as checkpoint
 from per_td.checkpoint.state_values import check_values
-from per_td.errors import AllocationError, CheckpointError, DiskAllocationError
-from per_td.priorities.table import PriorityTable
+from per_td.errors import (
+    AllocationError,
+    CheckpointError,
+    ConfigurationError,
+    DiskAllocationError,
+)
+from per_td.priorities.table import PriorityTable, plain_clip
 from per_td.storage.frame_ring import stand_ins
 from per_td.storage.leaves import nested
 from per_td.storage.moves import Move
@@ -105,7 +110,7 @@ def state_of(parts: Parts, settings: dict[str, Any], *, copy: bool) -> dict[str,
     stored, frames = ring.stored(), ring.frames_state(copy=copy)
     transitions = {key: leaf.clone() for key, leaf in stored.items()} if copy else stored
     own = table.distribution.state(table.trees, len(ring))
-    counts, clip = table.draw_count, table.priority_clip
+    counts = table.draw_count
     return {
         "format": FORMAT,
         "version": checkpoint.VERSION,
@@ -113,7 +118,7 @@ def state_of(parts: Parts, settings: dict[str, Any], *, copy: bool) -> dict[str,
             "capacity": ring.capacity,
             **settings,
             **table.arguments,
-            "priority_clip": None if clip is None else {"low": clip[0], "high": clip[1]},
+            "priority_clip": plain_clip(table.priority_clip),
             "num_buffers": ring.num_buffers,
             **ring.arguments,
         },
@@ -178,6 +183,10 @@ def restore(parts: Parts, state: Any) -> None:
     ring, table, beta, stale, updates, generator = parts
     moves = _moves(ring, state)
     ring.check_state(state)
+    try:
+        mix = table.require_mix(settings.get("uniform_mix", table.uniform_mix))
+    except ConfigurationError as error:
+        raise CheckpointError(f"settings: {error}") from error
     before = None if generator is None else generator.get_state()
     if generator is not None and state["generator"] is not None:
         _continue(generator, state["generator"])
@@ -195,6 +204,8 @@ def restore(parts: Parts, state: Any) -> None:
     ring.written_before = state.get("written_before", 0)
     ring.written_before += sum(counts) - sum(move.written for move in moves)
     table.alpha, table.eps = settings["alpha"], settings["eps"]
+    table.uniform_mix = mix
+    table.priority_clip = settings.get("priority_clip", table.priority_clip)
     each = state["beta"].ndim > 0
     table.betas = table.betas or each  # while they may differ
     beta.copy_(state["beta"])

@@ -18,7 +18,7 @@ from per_td.errors import ConfigurationError
 
 __all__ = ["RobustMutex"]
 
-_RECURSIVE, _PROCESS_SHARED, _ROBUST = 1, 1, 1  # as <pthread.h> of Linux has them
+_CHECKS_ERRORS, _PROCESS_SHARED, _ROBUST = 2, 1, 1  # as <pthread.h> of Linux has them
 _BYTES = 128  # of pthread_mutex_t, 40 or 48 in glibc and musl, with room to spare
 _PATIENCE = 0.1  # seconds of waiting, after which Python may look at signals (Ctrl-C)
 
@@ -40,10 +40,22 @@ def _functions() -> tuple[Any, Any]:
     return ctypes.CDLL(None), ctypes.PyDLL(None)
 
 
+_kept: list[torch.Tensor] = []
+"""Memory of locks that another thread held when nobody could use them any more.
+
+A thread has a list of the robust mutexes that it holds, which goes through their memory.
+"""
+
+
 class RobustMutex:
     """A recursive lock of all processes and threads that have this object.
 
-    Pickled for a process that is being spawned, it stays the same lock.
+    Pickled for a process that is being spawned, it stays the same lock. An interrupt (Ctrl-C) that
+    comes after a call of the C library, and before its result is known, does not leave it held: the
+    mutex itself knows whether this thread has it.
+
+    Attributes:
+        depth: how often its holder has taken it, 0 while it is free.
 
     Raises:
         ConfigurationError: this is not Linux.
@@ -51,23 +63,24 @@ class RobustMutex:
     """
 
     def __init__(self) -> None:
-        # the mutex, and whether a holder has died of whom nobody has been told yet
-        self._memory = torch.zeros(_BYTES + 1, dtype=torch.uint8, device="cpu")
+        # the depth, and the mutex
+        self._memory = torch.zeros(8 + _BYTES, dtype=torch.uint8, device="cpu")
         self._memory.share_memory_()  # type: ignore[no-untyped-call]
         self._bind()
         library, kind = _functions()[0], ctypes.create_string_buffer(_BYTES)
         _require(library.pthread_mutexattr_init(kind))
-        _require(library.pthread_mutexattr_settype(kind, _RECURSIVE))
+        _require(library.pthread_mutexattr_settype(kind, _CHECKS_ERRORS))
         _require(library.pthread_mutexattr_setpshared(kind, _PROCESS_SHARED))
         _require(library.pthread_mutexattr_setrobust(kind, _ROBUST))
         _require(library.pthread_mutex_init(self._mutex, kind))
         _require(library.pthread_mutexattr_destroy(kind))
 
     def _bind(self) -> None:
-        self._patient, quick = _functions()
+        patient, quick = _functions()
         address = self._memory.data_ptr()
-        self._mutex = ctypes.c_void_p(address)
-        self._untold = ctypes.c_uint8.from_address(address + _BYTES)
+        self.depth = ctypes.c_int64.from_address(address)
+        self._mutex = ctypes.c_void_p(address + 8)
+        self._timed = patient.pthread_mutex_timedlock
         self._try, self._unlock = quick.pthread_mutex_trylock, quick.pthread_mutex_unlock
         self._mend = quick.pthread_mutex_consistent
 
@@ -78,49 +91,68 @@ class RobustMutex:
         self.__dict__.update(state)
         self._bind()
 
-    def acquire(self) -> bool:
+    def __del__(self) -> None:
+        if "_mend" in self.__dict__ and not self.settle(0):
+            _kept.append(self._memory)
+
+    def acquire(self) -> int:
         """Wait for the lock and take it.
 
         Returns:
-            Whether its last holder died with it, and may have left a change half made.
+            How often this thread has taken it: 1, or more within other calls.
         """
-        code = self._try(self._mutex)
-        while code in (errno.EBUSY, errno.ETIMEDOUT):
-            code = self._wait()
-        self._take(code)
-        died, self._untold.value = bool(self._untold.value), 0
-        return died
-
-    def _wait(self) -> int:
-        """Wait a while for the lock; what an error code says of it, 0 for "taken".
-
-        An interrupt (Ctrl-C) is raised after the call and before its result could be assigned: the
-        lock may have been taken by then, and is given back.
-        """
-        until = time.time() + _PATIENCE
-        at = _Time(int(until), int(until % 1 * 1e9))
-        codes: list[int] = []
-        wait = self._patient["pthread_mutex_timedlock"]  # anew, since `restype` is this call's own
-        wait.restype = codes.append  # done in C: no interrupt comes between
+        depth = None
         try:
-            wait(self._mutex, ctypes.byref(at))
+            code = self._try(self._mutex)
+            depth = self._awaited(code) if code else 1
+            self.depth.value = depth
+            return depth
         except BaseException:
-            if codes and codes[0] in (0, errno.EOWNERDEAD):
-                self._take(codes[0])
-                self.release()
+            self.settle(None if depth is None else depth - 1)
             raise
-        return codes[0]
 
-    def _take(self, code: int) -> None:
-        """Make the lock whole again if its last holder has died, and keep in mind that it has."""
+    def _awaited(self, code: int) -> int:
+        """Wait for a lock that was not free; return what `acquire` does."""
+        while code in (errno.EBUSY, errno.ETIMEDOUT):
+            until = time.time() + _PATIENCE
+            at = _Time(int(until), int(until % 1 * 1e9))
+            code = self._timed(self._mutex, ctypes.byref(at))
+        if code == errno.EDEADLK:
+            return self.depth.value + 1
         if code == errno.EOWNERDEAD:
-            self._untold.value = 1
+            self.depth.value = 0  # that of the dead
             code = self._mend(self._mutex)
         _require(code)
+        return 1
+
+    def settle(self, depth: int | None) -> bool:
+        """After an interrupt, hold the lock so often as before the call that it interrupted.
+
+        Args:
+            depth: how often this thread had taken it; None: as often as it says.
+
+        Returns:
+            False if another thread has it.
+        """
+        code = self._timed(self._mutex, ctypes.byref(_Time(0, 0)))  # does not wait
+        if code not in (0, errno.EOWNERDEAD, errno.EDEADLK):
+            return False
+        died = self._mend(self._mutex) == 0
+        if died or code == 0:
+            depth = 0
+        elif depth is None:
+            depth = self.depth.value
+        self.depth.value = depth
+        if not depth:
+            _require(self._unlock(self._mutex))
+        return True
 
     def release(self) -> None:
-        """Give the lock back."""
-        _require(self._unlock(self._mutex))
+        """Give the lock back, or undo one of many `acquire`."""
+        depth = self.depth.value - 1
+        self.depth.value = max(depth, 0)
+        if depth < 1:
+            _require(self._unlock(self._mutex))
 
 
 def _require(code: int) -> None:

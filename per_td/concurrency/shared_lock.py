@@ -13,7 +13,7 @@ from per_td.errors import ConfigurationError, PerTdError
 from per_td.kernels.reference import Runs
 from per_td.memory import shared_zeros
 
-_ACTIVE, _REPAIRS, _DEPTH, _BEGUN, _RUNS = range(5)
+_ACTIVE, _REPAIRS, _BEGUN, _RUNS = range(4)
 
 
 class Note:
@@ -24,8 +24,8 @@ class Note:
     """
 
     def __init__(self, groups: int) -> None:
-        # 1 while the note counts; number of repairs; depth of nested calls that hold the lock;
-        # 1 from the begin of a call to its good end; runs; write counts
+        # 1 while the note counts; number of repairs; 1 from the begin of a call to its good end;
+        # runs; write counts
         self._groups = groups
         self._tensor = shared_zeros((_RUNS + 3 * groups,), torch.int64, torch.device("cpu"))
         self.page = self._tensor.numpy()
@@ -94,18 +94,18 @@ class Guard:
         return int(self.note.page[_REPAIRS])
 
     def __enter__(self) -> None:
-        died = self._mutex.acquire()
-        page = self.note.page
-        page[_DEPTH] = 1 if died else page[_DEPTH] + 1
-        if page[_DEPTH] > 1:
-            return
-        if page[_BEGUN]:
-            try:
-                self._repair()
-            except BaseException:  # an interrupt: the next call repairs
-                self._leave()
-                raise
-        page[_BEGUN] = 1
+        depth = 0
+        try:
+            depth = self._mutex.acquire()
+            if depth == 1:
+                page = self.note.page
+                if page[_BEGUN]:  # its last holder died, or was interrupted
+                    self._repair()
+                page[_BEGUN] = 1
+        except BaseException:  # an interrupt: the next call repairs
+            if depth:
+                self._mutex.settle(depth - 1)
+            raise
 
     def __exit__(
         self,
@@ -113,18 +113,17 @@ class Guard:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
+        depth = self._mutex.depth.value  # an interrupt before this keeps the lock
         try:
-            if self.note.page[_DEPTH] == 1:
+            if depth == 1:
                 if kind is None or issubclass(kind, PerTdError):  # ours come before any writing
                     self._end()
                 else:  # an interrupt, say
                     self._repair()
-        finally:
-            self._leave()
-
-    def _leave(self) -> None:
-        self.note.page[_DEPTH] -= 1
-        self._mutex.release()
+            self._mutex.release()
+        except BaseException:
+            self._mutex.settle(depth - 1)
+            raise
 
     def _end(self) -> None:
         """Nothing is half made."""

@@ -52,6 +52,11 @@ def as_clip(value: Any) -> tuple[float | None, float | None] | None:
     return None if low is None and high is None else (low, high)
 
 
+def plain_clip(clip: tuple[float | None, float | None] | None) -> dict[str, float | None] | None:
+    """Bounds of priorities as a file holds them."""
+    return None if clip is None else {"low": clip[0], "high": clip[1]}
+
+
 def as_mode(mode: str = "set", rate: float = 1.0) -> dict[str, Any]:
     """Check how updates change priorities; return the arguments for `PriorityTable.update`.
 
@@ -242,11 +247,20 @@ class PriorityTable:
 
     @uniform_mix.setter
     def uniform_mix(self, value: float) -> None:
+        self._uniform_mix = self.require_mix(value)
+
+    def require_mix(self, value: float) -> float:
+        """Check and return a `uniform_mix`, and make the trees that it needs.
+
+        Raises:
+            ConfigurationError: it is not in [0, 1], or does not go together with `draw`; or other
+                processes would not know of the trees.
+        """
         value = validation.real("uniform_mix", value, high=1.0)
         if value:
             check_choices(self.capacity, self.arguments | {"uniform_mix": value})
             self.side("uniform")
-        self._uniform_mix = value
+        return value
 
     def has_side(self, name: str) -> bool:
         """True if `side` has made these trees."""

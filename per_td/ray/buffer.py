@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -626,7 +627,7 @@ class ShardedReplayBuffer:
             "settings": settings | self._live(),
             "beta": self.beta,
             "beta_schedule": None if self.beta_schedule is None else asdict(self.beta_schedule),
-            "updates": int(self._rules._updates),
+            "updates": int(self._rules.state_dict()["updates"]),
             "beta_increment": self.beta_increment,
             "generator": None if self.generator is None else self.generator.get_state(),
         }
@@ -651,12 +652,17 @@ class ShardedReplayBuffer:
         for name in settings.keys() & options.keys():
             raise ConfigurationError(f"{name}: expected the one saved, got {options[name]!r} too")
         buffer = cls(**settings, **options)
-        with buffer._ending_on_error():
-            buffer._rules._updates.fill_(state.get("updates", 0))
-            buffer._rules._beta.fill_(state["beta"])
-            if buffer.generator is not None and state["generator"] is not None:
-                saving.restore(buffer.generator, state["generator"])
-            files = [saving.file_of(folder, k, state["token"]) for k in range(buffer.num_shards)]
-            pairs = zip(buffer._shards, files, strict=True)
-            buffer._take_up([shard.load.remote(file) for shard, file in pairs])
+        buffer._restore(folder, state)
         return buffer
+
+    def _restore(self, folder: Path, state: dict[str, Any]) -> None:
+        """Take over the state of a save in `folder`; where it fails, end the shards."""
+        with self._ending_on_error():
+            beta = torch.tensor(state["beta"], dtype=torch.float64, device="cpu")
+            counted = {"updates": state.get("updates", 0), "beta": beta}
+            self._rules.load_state_dict(self._rules.state_dict() | counted)
+            if self.generator is not None and state["generator"] is not None:
+                saving.restore(self.generator, state["generator"])
+            files = [saving.file_of(folder, k, state["token"]) for k in range(self.num_shards)]
+            pairs = zip(self._shards, files, strict=True)
+            self._take_up([shard.load.remote(file) for shard, file in pairs])

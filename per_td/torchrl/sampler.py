@@ -23,7 +23,7 @@ from per_td.errors import (
 )
 from per_td.priorities.sampling import sample_weighted
 from per_td.priorities.selection import Selection
-from per_td.priorities.table import PriorityTable, as_mode
+from per_td.priorities.table import PriorityTable, as_clip, as_mode, plain_clip
 from per_td.torchrl.td_errors import REDUCTIONS, TD_ERROR_UNITS
 from per_td.torchrl.writer import last_row, slots_of
 
@@ -300,9 +300,18 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
 
     @uniform_mix.setter
     def uniform_mix(self, value: float) -> None:
+        self._require_mix(value)
+        self._table.uniform_mix = value
+
+    def _require_mix(self, value: Any) -> None:
+        """Refuse a share with which this sampler cannot draw, and make what it needs.
+
+        Raises:
+            ConfigurationError: it is refused.
+        """
         if value:
             self._require_side("uniform_mix", "uniform")
-        self._table.uniform_mix = value
+        self._table.require_mix(value)
 
     by: str = _of_selection("by", 'Distribution of the draws: "priority", "uniform" or "inverse".')
     newest: int | None = _of_selection("newest", "Number of newest elements to draw from, or None.")
@@ -687,6 +696,8 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             "alpha": self.alpha,
             "beta": self.beta,
             "eps": self.eps,
+            "priority_clip": plain_clip(self.priority_clip),
+            "uniform_mix": self.uniform_mix,
             "priority": self.priority,
             "ever_max": self._table.ever_max.clone(),
         } | ({} if counts is None else {"draw_count": counts.clone()})
@@ -721,12 +732,14 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
                 raise CheckpointError(f"{name}: expected {dtype} {shape}, got {found}")
             if not (values.isfinite() & (values >= 0)).all():
                 raise CheckpointError(f"{name}: expected finite values of at least 0, got others")
-        for name in ("alpha", "beta", "eps"):
-            try:
+        try:
+            for name in ("alpha", "beta", "eps"):
                 high = torch.finfo(torch.float32).max if name == "eps" else math.inf
                 validation.real(name, state_dict.get(name, "nothing"), high=high)
-            except ConfigurationError as error:
-                raise CheckpointError(str(error)) from error
+            as_clip(state_dict.get("priority_clip"))
+            self._require_mix(state_dict.get("uniform_mix", 0.0))
+        except ConfigurationError as error:
+            raise CheckpointError(str(error)) from error
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the state of a sampler of the same capacity.
@@ -740,6 +753,9 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         self.check_state(state_dict)
         self.alpha, self.beta = state_dict["alpha"], state_dict["beta"]
         self.eps = state_dict["eps"]
+        for name in ("priority_clip", "uniform_mix"):
+            if name in state_dict:  # not in those of before
+                setattr(self._table, name, state_dict[name])
         self._table.fill(state_dict["priority"].to(self.device))
         self._table.ever_max.copy_(state_dict["ever_max"])
         if self._table.draw_count is not None and "draw_count" in state_dict:

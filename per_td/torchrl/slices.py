@@ -157,12 +157,13 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
 
     _marks_replayed = False  # which records a slice has depends on where trajectories end
 
+    def _require_mix(self, value: Any) -> None:
+        if value:
+            raise _by_first_records("uniform_mix", value)
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("by", "newest", "latest", "uniform_mix"):
-            raise ConfigurationError(
-                f"{name}: expected slices to be drawn by the priorities of their first records,"
-                f" got {value!r}"
-            )
+            raise _by_first_records(name, value)
         if name == "span":
             value = boundaries.right_span(value)
         elif name in _KEYS and value is not None:
@@ -355,3 +356,10 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
         return slice_batches.first_records(
             batch, priority_key, reduction=self.reduction, unit=self.td_error_unit
         )
+
+
+def _by_first_records(name: str, value: Any) -> ConfigurationError:
+    return ConfigurationError(
+        f"{name}: expected slices to be drawn by the priorities of their first records,"
+        f" got {value!r}"
+    )

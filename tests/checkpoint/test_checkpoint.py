@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -33,6 +35,57 @@ def test_a_loaded_buffer_goes_on_as_the_saved_one_does(
     same(buffer, loaded)
     assert draws(buffer) == draws(loaded)
     same(buffer, loaded)
+
+
+@pytest.mark.parametrize("own", [{}, {"priority_clip": (0.2, 0.3), "uniform_mix": 0.9}], ids=str)
+def test_a_state_brings_its_mixture_and_its_bounds_of_priorities(own):
+    settings = {"priority_clip": (0.5, 4.0), "uniform_mix": 0.5}
+    buffer = used(generator=torch.Generator().manual_seed(3), **settings)
+    other = PrioritizedReplayBuffer(20, 8, generator=torch.Generator(), **own)
+    other.load_state_dict(buffer.state_dict())
+    assert (other.uniform_mix, other.priority_clip) == (0.5, (0.5, 4.0))
+    for each in (buffer, other):
+        each.update_priority(torch.arange(3), torch.tensor([0.0, 1.0, 9.0]))
+        assert each.priority[[0, 2]].tolist() == [0.5, 4.0]
+    one, two = buffer.sample(64), other.sample(64)
+    assert one["index"].tolist() == two["index"].tolist()
+    assert torch.equal(one["priority_weight"], two["priority_weight"])
+    assert draws(buffer) == draws(other)
+    other.check_valid()
+
+    plain = used()
+    other.load_state_dict(plain.state_dict())
+    assert (other.uniform_mix, other.priority_clip) == (0.0, None)
+    for each in (plain, other):
+        each.generator = torch.Generator().manual_seed(1)
+    assert draws(plain) == draws(other)
+
+
+def test_a_state_of_before_leaves_the_mixture_and_the_bounds_as_they_are():
+    settings = {"priority_clip": (0.5, None), "uniform_mix": 0.5}
+    other = PrioritizedReplayBuffer(20, **settings)
+    state = used().state_dict()
+    for name in settings:
+        del state["settings"][name]
+    other.load_state_dict(state)
+    assert (other.uniform_mix, other.priority_clip) == (0.5, (0.5, None))
+    other.sample(64)
+    other.check_valid()
+
+
+def test_a_mixture_that_a_buffer_cannot_draw_is_refused_and_changes_nothing():
+    state = used(uniform_mix=0.5).state_dict()
+    others = [PrioritizedReplayBuffer(20, draw="without_replacement")]
+    if sys.platform.startswith("linux"):
+        example = data(0, 1)[0]
+        others.append(PrioritizedReplayBuffer(20, shared=True, example=example))
+    for other in others:
+        other.extend(data(0, 7))
+        with pytest.raises(CheckpointError, match=r"settings: .*uniform_mix: expected"):
+            other.load_state_dict(state)
+        assert (len(other), other.uniform_mix, other.write_count) == (7, 0.0, 7)
+        assert other.sample(5)["index"].max() < 7
+        other.check_valid()
 
 
 def test_the_torch_seed_fixes_the_draws_of_a_loaded_buffer_without_generator(tmp_path):

@@ -26,7 +26,7 @@ from per_td import (
     validation,
 )
 from per_td.kernels import reference
-from per_td.torchrl import PrioritizedSampler
+from per_td.torchrl import PrioritizedSampler, PrioritizedSliceSampler
 from per_td.torchrl.sampler import flat_index, unravelled
 from tests.support.oracle import assert_drawn_from
 from tests.support.processes import handed_over
@@ -308,7 +308,7 @@ def test_a_state_moves_to_another_buffer(tmp_path):
     buffer, _ = trained(LazyTensorStorage(20))
     state = buffer.sampler.state_dict()
     for key, value in state.items():
-        assert isinstance(value, (str, int, float, torch.Tensor)), key
+        assert isinstance(value, (str, int, float, torch.Tensor, type(None))), key
     buffer.dumps(tmp_path / "saved")
     for way in ("state_dict", "dumps"):
         other = TensorDictReplayBuffer(
@@ -326,12 +326,53 @@ def test_a_state_moves_to_another_buffer(tmp_path):
         assert torch.equal(other.sample()["index"], expected)
 
 
+def test_a_state_brings_its_mixture_and_its_bounds_of_priorities(tmp_path):
+    settings = {"priority_clip": (0.5, None), "uniform_mix": 0.5}
+    buffer, other, kept = (
+        TensorDictReplayBuffer(
+            storage=LazyTensorStorage(20),
+            sampler=PrioritizedSampler(20, ALPHA, BETA, **own),
+            batch_size=64,
+        )
+        for own in (settings, {}, settings)
+    )
+    buffer.extend(data(20))
+    buffer.update_priority(torch.arange(20), torch.arange(20) / 10)
+    buffer.dumps(tmp_path / "saved")
+    for way in ("state_dict", "dumps"):
+        other.sampler.priority_clip, other.sampler.uniform_mix = None, 0.0
+        if way == "dumps":
+            other.loads(tmp_path / "saved")
+        else:
+            other.load_state_dict(buffer.state_dict())
+        assert (other.sampler.priority_clip, other.sampler.uniform_mix) == ((0.5, None), 0.5)
+        drawn = []
+        for each in (buffer, other):
+            torch.manual_seed(0)
+            batch = each.sample()
+            drawn.append((batch["index"].tolist(), batch["priority_weight"].tolist()))
+        assert drawn[0] == drawn[1]
+    state = buffer.sampler.state_dict()
+    del state["priority_clip"], state["uniform_mix"]  # as those of before
+    kept.sampler.load_state_dict(state)
+    assert (kept.sampler.priority_clip, kept.sampler.uniform_mix) == ((0.5, None), 0.5)
+
+
 def test_states_that_do_not_fit_are_refused_and_change_nothing():
     sampler = PrioritizedSampler(4, ALPHA, BETA)
     with pytest.raises(CheckpointError, match="max_capacity 4, got 5"):
         sampler.load_state_dict(PrioritizedSampler(5, 0.1, 0.1).state_dict())
     with pytest.raises(CheckpointError, match="expected the state of"):
         sampler.load_state_dict({"_sum_tree": None})
+    other = PrioritizedSampler(4, 0.1, 0.1)
+    for name, value in (("uniform_mix", 2.0), ("priority_clip", {"low": 3.0, "high": 1.0})):
+        with pytest.raises(CheckpointError, match=f"{name}: expected"):
+            sampler.load_state_dict(other.state_dict() | {name: value})
+    distinct = PrioritizedSampler(4, ALPHA, BETA, draw="without_replacement")
+    for each in (distinct, PrioritizedSliceSampler(4, ALPHA, BETA, slice_len=2)):
+        with pytest.raises(CheckpointError, match="uniform_mix: expected"):
+            each.load_state_dict(other.state_dict() | {"uniform_mix": 0.5})
+        assert (each.alpha, each.uniform_mix) == (ALPHA, 0.0)
     assert sampler.alpha == ALPHA
 
 
