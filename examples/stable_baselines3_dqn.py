@@ -9,9 +9,9 @@ DQN with weights in the loss and priorities updated after it.
 """
 
 import argparse
-from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+import gymnasium
 import numpy as np
 import torch
 from stable_baselines3 import DQN
@@ -115,19 +115,18 @@ class PrioritizedDQN(DQN):
         self.logger.record("train/loss", loss.item())
 
 
-@dataclass
-class Args:
-    """The settings of a run: those of RL Zoo's DQN for CartPole-v1, and the buffer's."""
+def parse_args(argv=None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=30_000, help="environment steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--alpha", type=float, default=0.6, help="0 is uniform")
+    parser.add_argument("--beta", type=float, default=0.4, help="exponent of the weights")
+    parser.add_argument("--learning-starts", type=int, default=1_000, help="random steps before")
+    return parser.parse_args(argv)
 
-    steps: int = 50_000  # environment steps
-    seed: int = 0
-    alpha: float = 0.6  # how strongly priorities skew the draws; 0 is uniform
-    beta: float = 0.4  # share of that bias which the weights undo
-    learning_starts: int = 1_000  # random steps before the first gradient step
-    episodes: int = 20  # of the greedy evaluation at the end
 
-
-def main(args: Args) -> dict[str, float]:
+def main(args: argparse.Namespace) -> dict[str, float]:
     """Train, evaluate and print; return the figures that were printed."""
     model = PrioritizedDQN(
         "MlpPolicy", "CartPole-v1", 2.3e-3, buffer_size=100_000, batch_size=64,
@@ -137,21 +136,15 @@ def main(args: Args) -> dict[str, float]:
         replay_buffer_class=PrioritizedReplay,
         replay_buffer_kwargs={"alpha": args.alpha, "beta": args.beta},
     )  # fmt: skip
-    model.learn(args.steps)
-    import gymnasium
-
     env = Monitor(gymnasium.make("CartPole-v1"))
-    mean, _ = evaluate_policy(model, env, args.episodes)
-    priority = model.replay_buffer.buffer.priority
-    figures = {"greedy return": mean, "distinct priorities": len(priority.unique())}
+    env.reset(seed=10_000 + args.seed)
+    mean, _ = evaluate_policy(model.learn(args.steps), env, n_eval_episodes=20)
+    priorities = len(model.replay_buffer.buffer.priority.unique())
+    figures = {"greedy return": mean, "distinct priorities": priorities}
     print(*(f"{name}: {value:g}" for name, value in figures.items()), sep="\n")
     return figures
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in fields(Args):
-        flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=field.type, default=field.default)
-    main(Args(**vars(parser.parse_args())))
+    main(parse_args())
