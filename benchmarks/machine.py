@@ -15,7 +15,7 @@ import torch
 
 PACKAGES = (
     "per-td", "torch", "tensordict", "torchrl", "numba", "triton", "numpy", "cpprb", "flashbax",
-    "jax", "tianshou", "gymnasium",
+    "jax", "tianshou", "gymnasium", "stable-baselines3", "minatar",
 )  # fmt: skip
 
 
