@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from per_td import validation
 from per_td.errors import ConfigurationError, EmptyBufferError
 
 DRAWS = ("independent", "stratified", "without_replacement")
@@ -94,6 +95,17 @@ def uniform_like(template: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.rand(
         template.shape, dtype=template.dtype, device=template.device, generator=generator
     )
+
+
+def prefix_sums(mass: Tensor) -> Tensor:
+    """Sum float64 masses [..., n] up to each; the sums never fall, and do not rise at a mass of 0.
+
+    A parallel sum, as on CUDA, adds in another order for each element, and may do both.
+    """
+    prefix = mass.cumsum(-1)
+    if validation.can_raise(prefix):
+        return prefix
+    return torch.where(mass > 0, prefix, 0.0).cummax(-1).values
 
 
 def multinomial(

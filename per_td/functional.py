@@ -222,10 +222,7 @@ def _require_enough(probability: Tensor, n: int, replacement: bool) -> None:
 
 def _with_replacement(probability: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
     """Indices of independent draws by inversion, int64 [n] or [S, n]."""
-    prefix = probability.cumsum(-1)
-    if not validation.can_raise(prefix):
-        # a parallel sum adds in another order for each element: it may fall, or rise at a 0
-        prefix = torch.where(probability > 0, prefix, 0.0).cummax(-1).values
+    prefix = draws.prefix_sums(probability)
     total = prefix.amax(-1, keepdim=True)
     point = draws.uniform_like(probability.new_empty((*probability.shape[:-1], n)), generator)
     # a point that rounding moves to the total belongs to the last that adds to it

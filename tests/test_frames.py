@@ -20,7 +20,7 @@ from per_td import (
     kernels,
 )
 from per_td.kernels import reference
-from per_td.memory import Memory
+from per_td.memory import Memory, zeros
 from per_td.priorities.table import PriorityTable
 from per_td.storage.frames import GONE, FrameStore
 from per_td.storage.layouts import Field
@@ -632,6 +632,36 @@ def test_on_cuda_the_host_never_waits(pretended, told, num_frames):
         td_error = torch.ones(8, device="cuda:0")
         buffer.update_priority(batch["index"], td_error, batch["generation"])
         buffer.update_priority(slot, td_error)
+
+
+def test_frames_in_pinned_memory_are_for_cuda():
+    with pytest.raises(ConfigurationError, match="got 'pinned', which is for batches on a CUDA"):
+        make(20, storage="pinned", device="cpu")
+
+
+def test_frames_in_pinned_memory_are_copied_to_the_device(pretended, monkeypatch):
+    pinned = []
+    plain = lambda self, shape, dtype, device: zeros(shape, dtype, device)  # noqa: E731
+    monkeypatch.setattr(Memory, "zeros", plain)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    with pretended.copies():
+        store = FrameStore(("x",), DEPTH, 50, 2, 500, pretended.device, Memory("pinned"))
+        store.allocate(Field(("x",), torch.Size((2, 3)), torch.uint8))
+    assert store.frames.device.type == "cpu"
+    found = store.read(torch.zeros(8, DEPTH, dtype=torch.int32, device="cpu"))  # does not wait
+    assert (found.device, found.dtype) == (pretended.device, torch.uint8)
+    assert found.shape == pinned[0].shape == (8, DEPTH, 2, 3)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("storage", ["pinned", "memmap"])
+def test_frames_on_the_host_are_drawn_on_cuda(storage):
+    buffer = make(50, device="cuda", storage=storage)
+    for k in range(0, 120, 6):
+        buffer.extend(numbered(k, 6).to("cuda"))
+        assert_right(buffer.sample().cpu())
+    buffer.check_valid()
 
 
 def test_code_made_by_torch_compile_draws_whole_stacks():

@@ -387,6 +387,7 @@ def test_a_lock_left_held_by_a_buffer_that_is_gone_ends_no_process(holder):
     """A thread has a list of its robust mutexes, which goes through their memory."""
     code = f"""
 import gc, threading
+from per_td.concurrency.mutex import RobustMutex
 locks, others, left, go_on = [RobustMutex()], [RobustMutex()], threading.Event(), threading.Event()
 
 def hold():

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from per_td.draws import prefix_sums
 from per_td.kernels.layout import FANOUT
 from per_td.kernels.reference import _child_at as child_at
 from per_td.kernels.reference import _left as left_of
@@ -74,8 +75,7 @@ def window_of(trees: Trees, first: Tensor, length: Tensor) -> Window:
             masses.append(torch.where(inside, levels[height][node].double(), 0.0).flatten(1))
             heights += [height] * nodes[-1].shape[1]
         begin, end = torch.where(whole, low, 0), torch.where(whole, high, 0)
-    # where sums are taken in parallel, the next may be smaller, and a mass of 0 would be found
-    prefix = torch.cat(masses, 1).cumsum(1).cummax(1).values
+    prefix = prefix_sums(torch.cat(masses, 1))
     levels_of = _numbers(heights, trees.device)
     return Window(trees, torch.cat(nodes, 1), levels_of, prefix, torch.cat(insides, 1))
 

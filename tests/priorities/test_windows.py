@@ -70,3 +70,27 @@ def test_a_run_of_no_slots_holds_nothing(device, choice):
     window = window_of(trees, first, torch.zeros_like(first))
     assert window.total.tolist() == [[0.0]] * S
     assert smallest_in(window).tolist() == [[torch.inf]] * S
+
+
+def test_sums_that_rise_at_a_zero_do_not_find_a_slot_of_mass_0_or_outside_the_run(
+    device, monkeypatch
+):
+    """As those of a parallel sum do, where values are not looked at."""
+    random, plain = torch.Generator(device).manual_seed(1), torch.Tensor.cumsum
+
+    def parallel(tensor, dim, dtype=None):
+        if dtype is not None:  # of one node's children
+            return plain(tensor, dim, dtype=dtype)
+        total = plain(tensor, dim)
+        noise = torch.rand(total.shape, dtype=total.dtype, device=device, generator=random)
+        return total + 1e-3 * noise
+
+    trees = some_trees(5000, 2, device, zeros=0.5)
+    monkeypatch.setattr("per_td.validation.can_raise", lambda tensor: False)
+    monkeypatch.setattr(torch.Tensor, "cumsum", parallel)
+    first, length = torch.tensor([[4990], [300]]), torch.tensor([[700], [37]])
+    window = window_of(trees, first.to(device), length.to(device))
+    share = torch.linspace(0, 1, 20_000, dtype=torch.float64, device=device)
+    slot, drawn = find_in(window, share * window.total)
+    assert (drawn > 0).all()
+    assert ((slot.cpu() - first) % 5000 < length).all()
