@@ -9,7 +9,7 @@ To change a script of CleanRL's, copy `ReplayBuffer` into it. Then change the li
 
 import argparse
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -40,17 +40,7 @@ class Args:
     train_frequency: int = 4
 
 
-class Batch(NamedTuple):
-    """What CleanRL's scripts read, and weights float32 [B, 1]."""
-
-    observations: Tensor
-    next_observations: Tensor
-    actions: Tensor
-    rewards: Tensor
-    dones: Tensor
-    weights: Tensor
-    index: Tensor
-    generation: Tensor
+NAMES = "observations", "next_observations", "actions", "rewards", "dones"
 
 
 class ReplayBuffer:
@@ -69,18 +59,18 @@ class ReplayBuffer:
             next_obs[env] = infos["final_obs"][env]
         columns = [obs, next_obs, np.reshape(actions, (len(obs), -1))]
         columns += [np.asarray(part, np.float32)[:, None] for part in (rewards, dones)]
-        self.buffer.extend(dict(zip(Batch._fields, columns, strict=False)))
+        self.buffer.extend(dict(zip(NAMES, columns, strict=True)))
 
-    def sample(self, batch_size: int) -> Batch:
-        """Draw a batch by priority."""
+    def sample(self, batch_size: int) -> SimpleNamespace:
+        """Draw a batch by priority: what CleanRL's scripts read, and `weights` float32 [B, 1]."""
         batch = self.buffer.sample(batch_size)
-        weight = batch["priority_weight"].unsqueeze(1)
-        stored = (batch[name] for name in Batch._fields[:5])
-        return Batch(*stored, weight, batch["index"], batch["generation"])
+        beside = {"index": batch["index"], "generation": batch["generation"]}
+        beside["weights"] = batch["priority_weight"].unsqueeze(1)
+        return SimpleNamespace(**{name: batch[name] for name in NAMES}, **beside)
 
-    def update(self, batch: Batch, td_error: Tensor) -> None:
+    def update(self, data: SimpleNamespace, td_error: Tensor) -> None:
         """Set priorities by the TD errors [B] of a batch."""
-        self.buffer.update_priority(batch.index, td_error, batch.generation)
+        self.buffer.update_priority(data.index, td_error, data.generation)
 
 
 def make_network(envs) -> nn.Sequential:

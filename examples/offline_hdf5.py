@@ -131,7 +131,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--file", type=Path, help="read this one, with discrete actions")
     parser.add_argument("--episodes", type=int, default=50, help="of the file that is written")
-    parser.add_argument("--steps", type=int, default=1_500, help="gradient steps")
+    parser.add_argument("--steps", type=int, default=1_000, help="gradient steps")
     parser.add_argument("--sweep-every", type=int, default=250, help="gradient steps")
     parser.add_argument("--alpha", type=float, default=0.6, help="0 is uniform")
     parser.add_argument("--beta", type=float, default=0.4, help="exponent of the weights")
