@@ -29,6 +29,8 @@ _DRAWS = ("independent", "stratified")
 _OF_SHARDS = (*LIVE, "weight_normalization", "new_priority", "draw", "track_draws")
 """Settings that each shard has too."""
 
+_FRAMES = "shards keep whole stacks; PrioritizedReplayBuffer(frames=...) keeps each frame once"
+
 
 def _require_default(name: str, given: object, default: object) -> None:
     """Refuse a way to draw that no shard can follow by itself."""
@@ -37,6 +39,11 @@ def _require_default(name: str, given: object, default: object) -> None:
             f"{name}: expected {default!r}, got {given!r}: a shard does not know what the others"
             " hold, see docs/ray.md"
         )
+
+
+def _refused(name: str) -> Any:
+    """An attribute that is None, and cannot be set."""
+    return validation.fixed(name, lambda self: None, _FRAMES)
 
 
 def _of_rules(name: str, doc: str) -> Any:
@@ -68,6 +75,7 @@ class ShardedReplayBuffer:
         beta_schedule: a `LinearSchedule`; beta follows it, counted in this object's calls of
             `update_priority`.
         uniform_mix, latest: 0; see docs/ray.md for the reason.
+        frames, num_envs, num_frames: None; shards keep whole stacks.
         layout: as for `PrioritizedReplayBuffer`.
         example: one transition; shards then refuse others from the beginning.
         shard_device: of the transitions and priorities; for "cuda", ask Ray for GPUs with
@@ -119,6 +127,9 @@ class ShardedReplayBuffer:
         beta_schedule: LinearSchedule | None = None,
         uniform_mix: float = 0.0,
         latest: int = 0,
+        frames: None = None,
+        num_envs: None = None,
+        num_frames: None = None,
         layout: str = "auto",
         example: TensorDictBase | None = None,
         shard_device: torch.device | str | int = "cpu",
@@ -138,6 +149,10 @@ class ShardedReplayBuffer:
         self._num_shards = num_shards = validation.positive_int("num_shards", num_shards)
         _require_default("uniform_mix", uniform_mix, 0)
         _require_default("latest", latest, 0)
+        given = {"frames": frames, "num_envs": num_envs, "num_frames": num_frames}
+        for argument, value in given.items():
+            if value is not None:
+                raise ConfigurationError(f"{argument}: expected None, got {value!r}: {_FRAMES}")
         # Holds settings, and refuses arguments that a shard would refuse; it never gets data
         self._rules = PrioritizedReplayBuffer(
             1,
@@ -314,6 +329,9 @@ class ShardedReplayBuffer:
     """Number of batches in a request to a shard, and of updates in a message to it."""
 
     epsilon = validation.fixed("epsilon", instead="expected eps, which can be set")
+    frames: None = _refused("frames")
+    num_envs: None = _refused("num_envs")
+    num_frames: None = _refused("num_frames")
 
     batch_size: int | None = _of_rules(
         "batch_size", "Default for `sample`; may be set at any time."
