@@ -3,20 +3,24 @@
     pip install -c constraints.txt -e ".[examples]"
     python examples/dqn_cartpole.py                # prioritized replay
     python examples/dqn_cartpole.py --uniform      # the same agent, uniform replay
+    python examples/dqn_cartpole.py --compare      # both, with the same seed, in one picture
 
 Every call to the buffer is in `train`, which is the loop as courses teach it. What prioritized
 replay adds to a plain DQN is marked PER.
 
+Two returns are printed and drawn, and they differ. Training episodes explore: some of their actions
+are random, and the network changes while they last. Greedy episodes take the best action only.
+
 Every `--eval-every` steps the greedy policy plays `--select-episodes` episodes. The network with
 the best mean is kept, and training stops when that mean is 500, the most there is. The final
-evaluation plays that network on fresh episodes. It says how good the network is, and not that
+evaluation plays that best network on fresh episodes. It says how good this network is, and not that
 training would have stayed there: a DQN on CartPole comes and goes.
 """
 
 import argparse
 import copy
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import gymnasium as gym
@@ -40,6 +44,7 @@ class Args:
     total_steps: int = 50_000  # environment steps at most; fewer when solved early
     seed: int = 0  # of the environment, the exploration and torch
     uniform: bool = False  # draw uniformly (alpha = 0) instead of by priority
+    compare: bool = False  # train with prioritized and with uniform replay
     device: str = "cpu"  # where networks and buffer live
     out: str = "runs/dqn_cartpole"  # folder for the picture
     alpha: float = 0.6  # how strongly priorities skew the draws; 0 is uniform
@@ -180,41 +185,66 @@ def train(args: Args):
     return best_network, returns, selections
 
 
-def save_picture(path: Path, title: str, returns, selections) -> None:
-    """Save the learning curve as a PNG."""
+def save_picture(path: Path, curves: dict) -> None:
+    """Save the learning curves as a PNG; `curves` has returns and selections by kind of replay."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.scatter(*np.reshape(returns, (-1, 2)).T, s=12, alpha=0.4, label="training episode")
-    axes.plot(*np.transpose(selections), "D-", color="C1", ms=4, label="greedy, for selection")
-    axes.set(xlabel="environment steps", ylabel="return", title=title)
-    axes.legend()
+    for color, (replay, (returns, selections)) in zip(("C0", "C1"), curves.items(), strict=False):
+        label = f"{replay}: training episodes, which explore"
+        axes.plot(*np.reshape(returns, (-1, 2)).T, ".", color=color, alpha=0.35, label=label)
+        label = f"{replay}: greedy policy, mean return"
+        axes.plot(*np.transpose(selections), "D-", color=color, ms=4, label=label)
+    axes.axhline(SOLVED_RETURN, color="gray", lw=1, ls="--", label="solved")
+    axes.set(xlabel="environment steps", ylabel="return", title=f"Double DQN on {ENV_ID}")
+    figure.legend(loc="outside lower center", ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
 
-def main(args: Args) -> dict:
-    """Train, evaluate, draw and print; return the figures that were printed."""
-    replay = "uniform" if args.uniform or args.alpha == 0 else "prioritized"
+def run(args: Args):
+    """Train and evaluate; return the figures to print, and the curves to draw."""
     start = time.perf_counter()
     network, returns, selections = train(args)
     seconds = time.perf_counter() - start
     seed = FINAL_SEED + 1000 * args.seed
-    mean = play_greedily(network, args.device, args.eval_episodes, seed)
-    picture = Path(args.out) / f"{replay}-seed{args.seed}.png"
-    save_picture(picture, f"DQN on {ENV_ID}, {replay} replay", returns, selections)
-    summary = {
-        "replay": replay,
+    figures = {
         "environment steps": selections[-1][0],
         "training episodes": len(returns),
-        "greedy return": mean,
-        "seconds": round(seconds, 1),
-        "picture": str(picture),
+        "mean return of the last 20, which explored": float(np.mean([r for _, r in returns[-20:]])),
+        "mean return of the best network, greedy": play_greedily(
+            network, args.device, args.eval_episodes, seed
+        ),
+        "seconds": seconds,
     }
-    print(*(f"{name}: {value}" for name, value in summary.items()), sep="\n")
-    print(f"{'SOLVED' if mean >= SOLVED_RETURN else 'NOT SOLVED'}: wanted {SOLVED_RETURN:.0f}")
-    return summary
+    return figures, (returns, selections)
+
+
+def main(args: Args) -> dict:
+    """Train, evaluate, draw and print; return the figures that were printed, by kind of replay."""
+    uniform = args.uniform or args.alpha == 0
+    kinds = [False, True] if args.compare else [uniform]
+    table, curves = {}, {}
+    for kind in kinds:
+        name = "uniform" if kind else "prioritized"
+        print(f"{name} replay, seed {args.seed}")
+        table[name], curves[name] = run(replace(args, uniform=kind))
+    picture = Path(args.out) / f"{'-'.join(table)}-seed{args.seed}.png"
+    save_picture(picture, curves)
+
+    print(" " * 42, *(f"{name:>12}" for name in table))
+    for row in next(iter(table.values())):
+        print(f"{row:42}", *(f"{figures[row]:12,.1f}" for figures in table.values()))
+    print(f"picture: {picture}")
+    for name, figures in table.items():
+        mean = figures["mean return of the best network, greedy"]
+        verdict = "SOLVED" if mean >= SOLVED_RETURN else "NOT SOLVED"
+        print(
+            f"{verdict} with {name} replay: the best network's greedy mean return over"
+            f" {args.eval_episodes} fresh episodes is {mean:.1f}, wanted {SOLVED_RETURN:.0f}"
+        )
+    return table
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """TransitionReplayBuffer: the course's push / tuple interface."""
 
 import os
+from collections.abc import Callable
 from typing import Any, Self
 
 import numpy as np
@@ -28,52 +29,101 @@ _N_STEP_KEYS = _KEYS | {"truncated", "discount", "steps"}
 _GAMMA = 0.99
 """Discount factor where none is given."""
 
+_FLAG = (bool, np.bool_)
+"""Types of a `done` that stands for one transition, looked at first because it is usual."""
+
+_FRAMES = "PrioritizedReplayBuffer(frames=...) keeps each frame once"
+
 _NEVER = 2**62
 """More than any generation: of a slot that was never drawn."""
 
 Batch = tuple[Tensor, ...]
 
 
-def _observation(name: str, value: Any) -> Tensor:
-    """[1, *obs]; floating point as float32, integers (images, say) in their own dtype."""
-    if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.flags.carray:
+def _observation(name: str, value: Any, rows: int | None) -> Tensor:
+    """[n, *obs]; floating point as float32, integers (images, say) in their own dtype.
+
+    Args:
+        name: name of the argument, for the error.
+        value: one observation [*obs], or with `rows`, so many of them [n, *obs].
+        rows: number n; None: 1, whose dimension `value` does not have.
+    """
+    plain = rows is None and isinstance(value, np.ndarray) and value.dtype.kind == "f"
+    if plain and value.flags.carray:
         return torch.from_numpy(value[None].astype(np.float32, copy=False))
-    tensor = validation.as_tensor(name, value, SchemaError)
+    tensor = _rows(name, validation.as_tensor(name, value, SchemaError), rows)
     if tensor.is_complex():
         raise SchemaError(f"{name}: expected real numbers, got {tensor.dtype}")
-    return (tensor.float() if tensor.is_floating_point() else tensor).unsqueeze(0)
+    return tensor.float() if tensor.is_floating_point() else tensor
 
+
+def _rows(name: str, tensor: Tensor, rows: int | None) -> Tensor:
+    """[n, ...]: check that the tensor has n rows, or make it one row where `rows` is None."""
+    if rows is None:
+        return tensor.unsqueeze(0)
+    if tensor.ndim == 0 or len(tensor) != rows:
+        raise SchemaError(
+            f"{name}: expected {rows} rows, one for each of done, got shape {list(tensor.shape)}"
+        )
+    return tensor
+
+
+_INTEGER = (int, np.integer)
 
 _PLAIN: dict[torch.dtype, tuple[tuple[type, ...], Any]] = {
-    torch.int64: ((int, np.integer), np.int64),
+    torch.int64: (_INTEGER, np.int64),
     torch.float32: ((int, float, np.integer, np.floating), np.float32),
     torch.bool: ((bool, np.bool_), np.bool_),
 }
 """For each dtype, Python's and numpy's numbers that need no questions, and numpy's own dtype."""
 
 
-def _scalar(name: str, value: Any, dtype: torch.dtype) -> Tensor:
-    """[1]; numpy makes tensors of plain numbers in a quarter of the time that torch takes."""
+def _numbers(name: str, value: Any, dtype: torch.dtype, rows: int | None) -> Tensor:
+    """[n], from one number or with `rows` from so many; see `_observation`.
+
+    numpy makes tensors of plain numbers in a quarter of the time that torch takes.
+    """
     plain, numpy_dtype = _PLAIN[dtype]
-    if isinstance(value, plain):
+    if rows is None and isinstance(value, plain):
         try:
             return torch.from_numpy(np.array([value], numpy_dtype))
         except OverflowError as error:
             raise SchemaError(f"{name}: expected a number that fits {dtype}: {error}") from error
-    number = validation.as_tensor(name, value, SchemaError)
-    if number.numel() != 1:
-        raise SchemaError(f"{name}: expected one number, got shape {list(number.shape)}")
-    if number.is_complex() or (dtype == torch.int64 and number.is_floating_point()):
+    numbers = validation.as_tensor(name, value, SchemaError)
+    if rows is not None:
+        numbers = _rows(name, numbers, rows)
+    if numbers.numel() != (1 if rows is None else rows):
+        each = "" if rows is None else " for each of done"
+        other = ", or floating-point numbers" if dtype == torch.int64 else ""
+        raise SchemaError(
+            f"{name}: expected one number{each}{other}, got shape {list(numbers.shape)}"
+        )
+    if numbers.is_complex() or (dtype == torch.int64 and numbers.is_floating_point()):
         expected = "an integer" if dtype == torch.int64 else "a real number"
-        raise SchemaError(f"{name}: expected {expected}, got {number.dtype}")
-    return number.reshape(1).to(dtype)
+        raise SchemaError(f"{name}: expected {expected}, got {numbers.dtype}")
+    return numbers.reshape(-1).to(dtype)
 
 
-def _passed_on(name: str, doc: str) -> Any:
+def _action(value: Any, rows: int | None) -> Tensor:
+    """Discrete actions, int64 [n], or continuous ones, float32 [n, *action]; see `_observation`."""
+    if not isinstance(value, _INTEGER):
+        value = validation.as_tensor("action", value, SchemaError)
+        if value.is_floating_point():
+            actions = _rows("action", value, rows).float()
+            return actions if actions.ndim > 1 else actions.unsqueeze(-1)
+    return _numbers("action", value, torch.int64, rows)
+
+
+def _as_epsilon(value: float) -> float:
+    """Check epsilon under the name that it has here."""
+    return validation.real("epsilon", value, high=torch.finfo(torch.float32).max)
+
+
+def _passed_on(name: str, doc: str, check: Callable[[Any], Any] = lambda value: value) -> Any:
     """A setting of the buffer underneath, which is read and set there, or refused."""
     return property(
         lambda self: getattr(self.buffer, name),
-        lambda self, value: setattr(self.buffer, name, value),
+        lambda self, value: setattr(self.buffer, name, check(value)),
         doc=doc,
     )
 
@@ -100,7 +150,10 @@ class TransitionReplayBuffer(Copied):
             `push` needs to know where episodes are cut off, and `sample` has an eighth tensor,
             discounts, for `target = rewards + discounts * next_values`.
         gamma: discount factor of the n-step rewards, in [0, 1]; with n_step=1 it has no effect.
+        num_envs: number of environments whose steps each `push` brings with n_step > 1; with
+            n_step=1 it has no effect.
         draw, method, prioritization, device, generator: those of `PrioritizedReplayBuffer`.
+        frames: None; `PrioritizedReplayBuffer(frames=...)` keeps each frame once.
 
     Raises:
         ConfigurationError: an argument is not one of those accepted.
@@ -126,17 +179,21 @@ class TransitionReplayBuffer(Copied):
         *,
         n_step: int = 1,
         gamma: float = _GAMMA,
+        num_envs: int = 1,
         draw: str = "independent",
         method: str = "auto",
         prioritization: str = "proportional",
         device: torch.device | str | int | None = None,
         generator: torch.Generator | None = None,
+        frames: None = None,
     ) -> None:
+        if frames is not None:
+            raise ConfigurationError(f"frames: expected None, got {frames!r}: {_FRAMES}")
         self.buffer = PrioritizedReplayBuffer(
             capacity,
             alpha=alpha,
             beta=beta,
-            eps=epsilon,
+            eps=_as_epsilon(epsilon),
             beta_increment=beta_increment,
             draw=draw,
             method=method,
@@ -144,7 +201,7 @@ class TransitionReplayBuffer(Copied):
             device=device,
             generator=generator,
         )
-        self._writer = NStepWriter(self.buffer, n_step, gamma, keys=_N_STEP)
+        self._writer = NStepWriter(self.buffer, n_step, gamma, num_envs, keys=_N_STEP)
         self._forget_draws()
 
     @torch.inference_mode(False)
@@ -163,7 +220,9 @@ class TransitionReplayBuffer(Copied):
     alpha: float = _passed_on("alpha", "Exponent of the priorities; setting it costs O(N).")
     beta: float = _passed_on("beta", "Exponent of the weights, in [0, 1].")
     beta_increment: float = _passed_on("beta_increment", "What `increase_beta` adds, at least 0.")
-    epsilon: float = _passed_on("eps", "Added to |TD error| by the updates from now on.")
+    epsilon: float = _passed_on(
+        "eps", "Added to |TD error| by the updates from now on.", _as_epsilon
+    )
     draw: str = _passed_on("draw", "How indices are drawn.")
     method: str = _passed_on("method", "What draws, as the constructor takes it.")
     weight_normalization: str = _passed_on(
@@ -181,7 +240,21 @@ class TransitionReplayBuffer(Copied):
     gamma: float = validation.fixed("gamma", lambda self: self._writer.gamma)
     """Discount factor of n-step rewards."""
 
+    num_envs: int = validation.fixed("num_envs", lambda self: self._writer.num_envs)
+    """Number of environments whose steps each `push` brings with n_step > 1."""
+
     eps = validation.fixed("eps", instead="expected epsilon, which can be set")
+    frames: None = validation.fixed("frames", lambda self: None, _FRAMES)
+
+    def __repr__(self) -> str:
+        rank = "" if self.prioritization == "proportional" else ", prioritization='rank'"
+        steps = f", n_step={self.n_step}, gamma={self.gamma:g}" if self.n_step > 1 else ""
+        envs = f", num_envs={self.num_envs}" if steps and self.num_envs > 1 else ""
+        return (
+            f"{type(self).__name__}({len(self)} of {self.capacity} slots, device={self.device},"
+            f" alpha={self.alpha:g}, beta={self.beta:g}, beta_increment={self.beta_increment:g},"
+            f" epsilon={self.epsilon:g}, draw={self.draw!r}{rank}{steps}{envs})"
+        )
 
     @property
     def priority(self) -> Tensor:
@@ -205,27 +278,46 @@ class TransitionReplayBuffer(Copied):
         done: Any,
         truncated: Any = None,
     ) -> None:
-        """Store one transition; with n_step > 1, take one step and store what it finishes.
+        """Store one transition, or a batch of n; with n_step > 1, take a step of each environment.
+
+        A single number as `done` makes one transition. An array, a tensor or a list of n flags
+        makes a batch of n: each argument then has n rows. With n_step > 1, the rows are the steps
+        of the `num_envs` environments, always in the same order.
+
+        Not every row that a vector environment returns is a transition. By default, Gymnasium's
+        return the reset as the row after an episode's end, and ignore its action: leave such rows
+        out. With n_step > 1, use `AutoresetMode.SAME_STEP`, and take the true next states from
+        `info["final_obs"]`; or use a `PrioritizedReplayBuffer` and an
+        `NStepWriter(autoreset="next_step")`.
 
         Args:
-            state: observation, array or tensor [*obs].
-            action: the discrete action, an integer.
-            reward: a number.
-            next_state: observation after it, [*obs]; the true one also where an episode ends.
-            done: True if the value after it is 0: terminated, not merely truncated.
-            truncated: True if the episode was cut off after it. With n_step > 1 it must be told, or
-                steps of the next episode would be summed up with those of this one.
+            state: observation, array or tensor [*obs], or [n, *obs].
+            action: the discrete action, an integer, or n of them. Or a continuous action of
+                floating-point numbers [*action], or [n, *action], stored as float32; a single
+                number counts as [1]. The first action fixes the kind and the shape.
+            reward: a number, or [n].
+            next_state: observation after it, [*obs] or [n, *obs]; the true one also where an
+                episode ends.
+            done: True if the value after it is 0: terminated, not merely truncated; or [n].
+            truncated: True if the episode was cut off after it, or [n]. With n_step > 1 it must be
+                told, or steps of the next episode would be summed up with those of this one.
 
         Raises:
-            SchemaError: shapes or dtypes differ from those pushed before, or `truncated` is not
-                told with n_step > 1; nothing is stored.
+            SchemaError: shapes or dtypes differ from those pushed before, numbers of rows differ,
+                or `truncated` is not told with n_step > 1; nothing is stored.
+            ConfigurationError: with n_step > 1, the rows are not those of `num_envs` environments;
+                nothing is stored.
         """
+        rows = None
+        if not isinstance(done, _FLAG):
+            done = validation.as_tensor("done", done, SchemaError)
+            rows = len(done) if done.ndim else None
         leaves: Leaves = {
-            ("state",): _observation("state", state),
-            ("action",): _scalar("action", action, torch.int64),
-            ("reward",): _scalar("reward", reward, torch.float32),
-            ("next_state",): _observation("next_state", next_state),
-            ("done",): _scalar("done", done, torch.bool),
+            ("state",): _observation("state", state, rows),
+            ("action",): _action(action, rows),
+            ("reward",): _numbers("reward", reward, torch.float32, rows),
+            ("next_state",): _observation("next_state", next_state, rows),
+            ("done",): _numbers("done", done, torch.bool, rows),
         }
         if leaves[("state",)].shape != leaves[("next_state",)].shape:
             raise SchemaError(
@@ -235,12 +327,19 @@ class TransitionReplayBuffer(Copied):
         if self._writer.n == 1:
             self.buffer.extend_leaves(leaves)
             return
+        given = 1 if rows is None else rows
+        if given != self.num_envs:
+            raise ConfigurationError(
+                f"num_envs: expected rows of {self.num_envs} environments with"
+                f" n_step={self.n_step}, got {given}: TransitionReplayBuffer(..., num_envs={given})"
+                f" sums up the steps of {given}"
+            )
         if truncated is None:
             raise SchemaError(
                 f"truncated: expected True or False with n_step={self.n_step}, got None: steps of"
                 " two episodes must not be summed up together"
             )
-        leaves["truncated",] = _scalar("truncated", truncated, torch.bool)
+        leaves["truncated",] = _numbers("truncated", truncated, torch.bool, rows)
         self._writer.add(nested(leaves.items()))
 
     def flush(self) -> None:
@@ -251,21 +350,23 @@ class TransitionReplayBuffer(Copied):
         """Draw a batch of B transitions in proportion to priority^alpha.
 
         Returns:
-            states float32 [B, *obs], actions int64 [B, 1], rewards float32 [B], next_states
-            float32 [B, *obs], dones float32 [B] (1 where terminated), indices int64 [B] and
-            weights float32 [B]. With n_step > 1 rewards are n-step rewards, next_states are n steps
-            on or those at the episode's end, and discounts float32 [B] come last: gamma^m for the m
-            steps that were summed up, 0 where terminated.
+            states float32 [B, *obs], actions int64 [B, 1], or float32 [B, *action] where they are
+            continuous, rewards float32 [B], next_states float32 [B, *obs], dones float32 [B] (1
+            where terminated), indices int64 [B] and weights float32 [B]. With n_step > 1 rewards
+            are n-step rewards, next_states are n steps on or those at the episode's end, and
+            discounts float32 [B] come last: gamma^m for the m steps that were summed up, 0 where
+            terminated.
 
         Raises:
             EmptyBufferError: nothing has been pushed.
         """
         leaves, index, weight, generation, _ = self.buffer._sample_leaves(batch_size)
         self._drawn.scatter_(0, index, generation)
+        action = leaves["action",]
         beside = () if self._writer.n == 1 else (leaves["discount",],)
         return (
             leaves["state",].float(),
-            leaves["action",].unsqueeze(-1),
+            action if action.is_floating_point() else action.unsqueeze(-1),
             leaves["reward",],
             leaves["next_state",].float(),
             leaves["done",].float(),
@@ -319,10 +420,38 @@ class TransitionReplayBuffer(Copied):
         """Add `beta_increment` to beta, up to 1; once per episode, as taught."""
         self.buffer.increase_beta()
 
+    def _pending_state(self) -> dict[str, Any]:
+        """Entry of a state for the steps that are still pending; none without n_step."""
+        return {} if self.n_step == 1 else {"n_step": self._writer.state_dict()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """A snapshot: tensors and plain values, as `torch.load(weights_only=True)` reads them."""
+        return self.buffer.state_dict() | self._pending_state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state from `state_dict`; see `PrioritizedReplayBuffer.load_state_dict`.
+
+        Raises:
+            CheckpointError: it is not that of such a buffer; nothing has changed.
+            SchemaError: its transitions are not like those in here; nothing has changed.
+        """
+        self._load(state, "")
+
+    def _load(self, state: Any, where: str) -> None:
+        """Take over a state; errors begin with `where` it is from."""
+        state = states.check(state)
+        writer = _writer_of(where, state, self.buffer)
+        wanted, got = _steps(self._writer), _steps(writer)
+        if wanted != got:
+            raise CheckpointError(f"{where}expected {wanted}, got {got}")
+        self.buffer.load_state_dict(state)
+        if writer.n > 1:
+            self._writer = writer
+        self._forget_draws()
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state to a file, whole or not at all; see `PrioritizedReplayBuffer.save`."""
-        steps = {} if self.n_step == 1 else {"n_step": self._writer.state_dict()}
-        self.buffer._save(path, steps)
+        self.buffer._save(path, self._pending_state())
 
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Take over the state in a file that `save` wrote; see `PrioritizedReplayBuffer.restore`.
@@ -332,17 +461,7 @@ class TransitionReplayBuffer(Copied):
             SchemaError: its transitions are not like those in here.
             FileNotFoundError: there is none.
         """
-        state = states.check(checkpoint.read(path, states.FORMAT))
-        writer = _writer_of(path, state, self.buffer)
-        if writer.n != self.n_step or (writer.n > 1 and writer.gamma != self.gamma):
-            raise CheckpointError(
-                f"{os.fspath(path)}: expected n_step={self.n_step} and gamma={self.gamma:g}, got"
-                f" n_step={writer.n} and gamma={writer.gamma:g}"
-            )
-        self.buffer.load_state_dict(state)
-        if writer.n > 1:
-            self._writer = writer
-        self._forget_draws()
+        self._load(checkpoint.read(path, states.FORMAT), f"{os.fspath(path)}: ")
 
     @classmethod
     def load(
@@ -367,13 +486,20 @@ class TransitionReplayBuffer(Copied):
         buffer.buffer = PrioritizedReplayBuffer._of_state(
             state, capacity=capacity, device=device, generator=generator
         )
-        buffer._writer = _writer_of(path, state, buffer.buffer)
+        buffer._writer = _writer_of(f"{os.fspath(path)}: ", state, buffer.buffer)
         buffer._forget_draws()
         return buffer
 
 
-def _writer_of(path: str | os.PathLike[str], state: Any, buffer: Any) -> NStepWriter:
-    """The writer of a state from a file, with its pending steps.
+def _steps(writer: NStepWriter) -> str:
+    """Format the settings that a state and the buffer which takes it over share."""
+    if writer.n == 1:  # the others have no effect
+        return "n_step=1"
+    return f"n_step={writer.n}, gamma={writer.gamma!r} and num_envs={writer.num_envs}"
+
+
+def _writer_of(where: str, state: Any, buffer: Any) -> NStepWriter:
+    """The writer of a checked state, with its pending steps; errors begin with `where` it is from.
 
     Raises:
         CheckpointError: the state is not that of a `TransitionReplayBuffer`.
@@ -382,15 +508,15 @@ def _writer_of(path: str | os.PathLike[str], state: Any, buffer: Any) -> NStepWr
     keys, wanted = set(state["transitions"]), _KEYS if steps is None else _N_STEP_KEYS
     if num_buffers is not None or (keys and keys != wanted):
         raise CheckpointError(
-            f"{os.fspath(path)}: expected the state of a TransitionReplayBuffer, got"
-            f" transitions of {sorted(keys)}, num_buffers={num_buffers}"
+            f"{where}expected the state of a TransitionReplayBuffer, got transitions of"
+            f" {sorted(keys)}, num_buffers={num_buffers}"
         )
     if steps is None:
         return NStepWriter(buffer, 1, _GAMMA, keys=_N_STEP)
     try:
-        settings = steps["settings"]
-        writer = NStepWriter(buffer, settings["n"], settings["gamma"], keys=_N_STEP)
+        own = steps["settings"]
+        writer = NStepWriter(buffer, own["n"], own["gamma"], own["num_envs"], keys=_N_STEP)
     except (ConfigurationError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{os.fspath(path)}: n_step: {error}") from error
+        raise CheckpointError(f"{where}n_step: {error}") from error
     writer.load_state_dict(steps)
     return writer

@@ -32,15 +32,40 @@ SHORT = ["--total-steps", "800", "--eval-every", "400", "--select-episodes", "1"
 SHORT += ["--eval-episodes", "1"]
 
 
-@pytest.mark.parametrize("uniform", [False, True])
-def test_dqn_cartpole_runs_and_draws_its_picture(uniform, tmp_path, capsys):
+@pytest.mark.parametrize("option", [[], ["--uniform"]])
+def test_dqn_cartpole_runs_draws_its_picture_and_ends_with_a_verdict(option, tmp_path, capsys):
     dqn = example("dqn_cartpole")
-    arguments = [*SHORT, "--out", str(tmp_path)] + ["--uniform"] * uniform
-    summary = dqn.main(dqn.parse_args(arguments))
-    assert summary["environment steps"] == 800
-    assert summary["replay"] == ("uniform" if uniform else "prioritized")
-    assert Path(summary["picture"]).read_bytes().startswith(b"\x89PNG")
-    assert "greedy return" in capsys.readouterr().out
+    table = dqn.main(dqn.parse_args([*SHORT, "--out", str(tmp_path), *option]))
+    kind = "uniform" if option else "prioritized"
+    assert list(table) == [kind]
+    assert table[kind]["environment steps"] == 800
+    assert (tmp_path / f"{kind}-seed0.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out.splitlines()
+    mean = table[kind]["mean return of the best network, greedy"]
+    assert printed[-1] == (
+        f"NOT SOLVED with {kind} replay: the best network's greedy mean return over 1 fresh"
+        f" episodes is {mean:.1f}, wanted 450"
+    )
+
+
+def test_dqn_cartpole_compares_both_kinds_of_replay_in_one_picture(tmp_path, capsys):
+    dqn = example("dqn_cartpole")
+    draw, pictured = dqn.save_picture, []
+    dqn.save_picture = lambda path, curves: (draw(path, curves), pictured.append(curves))
+    args = dqn.parse_args([*SHORT, "--compare", "--out", str(tmp_path)])
+    table = dqn.main(args)
+    printed = capsys.readouterr().out
+    picture = tmp_path / "prioritized-uniform-seed0.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    [curves] = pictured
+    assert list(table) == list(curves) == ["prioritized", "uniform"]
+    args.uniform = True  # and the second of two runs is as it is alone
+    _, *alone = dqn.train(args)
+    assert curves["uniform"] == tuple(alone)
+    assert curves["prioritized"] != curves["uniform"]
+    assert all(f"SOLVED with {kind} replay" in printed for kind in table)
+    [row] = [line for line in printed.splitlines() if line.startswith("training episodes")]
+    assert row.split()[-2:] == [f"{table[kind]['training episodes']:,.1f}" for kind in table]
 
 
 def test_dqn_cartpole_is_fixed_by_its_seed():

@@ -102,6 +102,17 @@ def push(buffer: TransitionReplayBuffer, **changed) -> None:
     buffer.push(**{**usual, "done": False, **changed})
 
 
+def push_batch(buffer: TransitionReplayBuffer, **changed) -> None:
+    usual = {"state": TWO, "action": [0, 1], "reward": [1.0, 2.0], "next_state": TWO}
+    buffer.push(**{**usual, "done": [False, True], **changed})
+
+
+def continuous() -> TransitionReplayBuffer:
+    buffer = TransitionReplayBuffer(5)
+    buffer.push(TWO, TWO, [0.0, 1.0], TWO, [False, True])
+    return buffer
+
+
 TABLES = (one, ranked, seeded)
 TWO, INDEX = torch.ones(2, 2), [[0, 1], [0, 1]]
 
@@ -203,6 +214,13 @@ ENTRIES = {
     "push, reward": ((course,), lambda b, v: push(b, reward=v)),
     "push, next_state": ((course,), lambda b, v: push(b, next_state=v)),
     "push, done": ((course,), lambda b, v: push(b, done=v)),
+    "push, actions": ((course, continuous), lambda b, v: push_batch(b, action=v)),
+    "push, rewards": ((course,), lambda b, v: push_batch(b, reward=v)),
+    "push, states": ((course,), lambda b, v: push_batch(b, state=v)),
+    "push, dones": ((course,), lambda b, v: push_batch(b, done=v)),
+    "course: epsilon": ((course,), lambda b, v: setattr(b, "epsilon", v)),
+    "course: alpha": ((course,), lambda b, v: setattr(b, "alpha", v)),
+    "course: load_state_dict": ((course,), lambda b, v: b.load_state_dict(v)),
     "course: sample": ((course,), lambda b, v: b.sample(v)),
     "update_priorities, indices": ((course,), lambda b, v: b.update_priorities(v, [1.0, 2.0])),
     "update_priorities, td_errors": ((course,), lambda b, v: b.update_priorities([0, 1], v)),
@@ -242,7 +260,7 @@ def test_an_entry_takes_a_value_or_names_what_is_wrong_and_changes_nothing(
     call = ENTRIES[name][1]
     skipped = HUGE_YET_POSSIBLE if name in SIZES else ()
     # a reward of 1e39 is infinite in float32, of which numpy warns
-    allowed = (RuntimeWarning,) if name == "push, reward" else ()
+    allowed = (RuntimeWarning,) if name in ("push, reward", "push, rewards") else ()
     all_of_it(name, (make,), call, allowed, skipped)
 
 
@@ -253,7 +271,7 @@ CONSTRUCTORS = {
     " frames num_envs num_frames",
     SumTree: "capacity device num_trees",
     TransitionReplayBuffer: "capacity alpha beta beta_increment epsilon draw method prioritization"
-    " device generator n_step gamma",
+    " device generator n_step gamma num_envs frames",
 }
 
 

@@ -271,12 +271,25 @@ def test_the_buffer_of_courses_never_waits(draw, prioritization, pretended):
     buffer.push(np.zeros(4), np.int64(1), np.float32(1), np.zeros(4, np.float32), np.True_)
     for _ in range(B):
         buffer.push(state, flag.long(), flag.float(), state, flag)
+    states, flags = state.expand(3, 4), flag.expand(3)
+    buffer.push(states, flags.long(), flags.float(), states, flags)
+    buffer.push(np.zeros((3, 4)), np.zeros(3, int), np.zeros(3), np.zeros((3, 4)), [False] * 3)
     *batch, index, weight = buffer.sample(B)
     assert on_device(pretended, [batch, index, weight])
     buffer.update_priorities(index, weight)
     buffer.update_priorities(torch.arange(B), torch.ones(B))
     buffer.increase_beta()
-    assert len(buffer) == len(buffer.priority) == 2 + B
+    assert len(buffer) == len(buffer.priority) == 8 + B
+
+
+def test_the_buffer_of_courses_never_waits_with_continuous_actions(pretended):
+    with pretended.copies():
+        buffer = TransitionReplayBuffer(CAPACITY, device="cuda")
+    action = torch.zeros(3, 2, device="cuda")
+    buffer.push([0.0] * 4, [0.0, 1.0], 1.0, [0.0] * 4, False)
+    buffer.push(np.zeros((3, 4)), action, np.zeros(3), np.zeros((3, 4)), [False] * 3)
+    assert on_device(pretended, [*buffer.sample(B)])
+    assert len(buffer) == 4
 
 
 @pytest.mark.parametrize("num_trees", [None, S])

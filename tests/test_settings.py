@@ -272,7 +272,7 @@ def test_wrong_settings_of_the_courses_buffer_are_refused_by_name(name, value):
     buffer = TransitionReplayBuffer(10)
     with pytest.raises(ConfigurationError, match=rf"^{name}: expected"):
         setattr(buffer, name, value)
-    with pytest.raises(ConfigurationError, match="eps: expected"):
+    with pytest.raises(ConfigurationError, match=r"^epsilon: expected"):
         buffer.epsilon = -1.0
     assert buffer.epsilon == 0.001
 

@@ -486,10 +486,12 @@ class CourseMachine(Kernels):
         alpha=ALPHA,
         epsilon=EPS,
         rank=st.booleans(),
+        continuous=st.booleans(),
         choice=CAN_BE(kernels.CHOICES),
     )
-    def begin(self, capacity, alpha, epsilon, rank, choice):
+    def begin(self, capacity, alpha, epsilon, rank, continuous, choice):
         self.choose(choice)
+        self.continuous = continuous
         self.buffer = TransitionReplayBuffer(
             capacity,
             alpha,
@@ -507,8 +509,41 @@ class CourseMachine(Kernels):
 
     def push_some(self, n, kind=list):
         for k in range(self.ring.written, self.ring.written + n):
-            self.buffer.push(kind([k, k + 1.0]), k, k / 4, kind([k + 1.0, k]), k % 3 == 0)
+            action = kind(self.action(k)) if self.continuous else k
+            self.buffer.push(kind([k, k + 1.0]), action, k / 4, kind([k + 1.0, k]), k % 3 == 0)
             self.ring.extend([k])
+
+    def action(self, k):
+        return [k / 2, -k / 4] if self.continuous else k
+
+    @rule(n=st.integers(1, 300), kind=CAN_BE([list, np.array, torch.tensor]))
+    def push_batch(self, n, kind):
+        ks = range(self.ring.written, self.ring.written + n)
+        self.buffer.push(
+            kind([[k, k + 1.0] for k in ks]),
+            kind([self.action(k) for k in ks]),
+            kind([k / 4 for k in ks]),
+            kind([[k + 1.0, k] for k in ks]),
+            kind([k % 3 == 0 for k in ks]),
+        )
+        self.ring.extend(ks)
+
+    @rule(wrong=st.integers(0, 4), n=st.integers(1, 3))
+    def refuse_a_batch(self, wrong, n):
+        batch = [np.zeros((n, 2)), np.array([self.action(0)] * n), *np.zeros((2, n)), [True] * n]
+        batch[3] = batch[0]
+        batch[wrong] = np.zeros((n + 1, 3))
+        with pytest.raises(SchemaError):
+            self.buffer.push(*batch)
+
+    @rule(alpha=ALPHA)
+    def set_alpha(self, alpha):
+        self.buffer.alpha = alpha
+        self.ring.set_alpha(alpha)
+
+    @rule(epsilon=EPS)
+    def set_epsilon(self, epsilon):
+        self.buffer.epsilon = self.ring.eps = epsilon
 
     @rule(target=batches, n=st.integers(1, 9))
     def sample(self, n):
@@ -523,7 +558,8 @@ class CourseMachine(Kernels):
         item = np.array([self.ring.item[i] for i in index])
         assert states.tolist() == np.stack([item, item + 1.0], -1).tolist()
         assert following.tolist() == np.stack([item + 1.0, item], -1).tolist()
-        assert actions.tolist() == item[:, None].tolist()
+        expected = [np.atleast_1d(self.action(k)).tolist() for k in item]
+        assert actions.tolist() == expected
         assert rewards.tolist() == (item / 4).tolist()
         assert dones.tolist() == (item % 3 == 0).astype(float).tolist()
         expected = self.ring.weights(index.tolist(), self.beta, "batch")
@@ -564,6 +600,14 @@ class CourseMachine(Kernels):
     def go_on_with_a_copy(self, kind):
         self.buffer = kind(self.buffer)
 
+    @rule(used=st.booleans())
+    def go_on_with_a_state(self, used):
+        state, ring = self.buffer.state_dict(), copy.deepcopy(self.ring)
+        if used:
+            self.push_some(3)
+        self.buffer.load_state_dict(state)
+        self.ring, self.drawn = ring, {}
+
     @rule(other=st.booleans())
     def go_on_with_what_was_saved(self, other):
         with tempfile.TemporaryDirectory() as folder:
@@ -583,6 +627,7 @@ class CourseMachine(Kernels):
         assert len(self.buffer) == n
         assert self.buffer.stats()["stale_updates"] == self.ring.stale
         assert self.buffer.beta == pytest.approx(self.beta)
+        assert (self.buffer.alpha, self.buffer.epsilon) == (self.ring.alpha, self.ring.eps)
         assert self.buffer.priority.tolist() == self.ring.priority[:n].tolist()
         np.testing.assert_allclose(self.buffer.buffer.mass.numpy(), self.ring.mass[:n], rtol=1e-6)
         self.buffer.buffer.check_valid()

@@ -30,6 +30,8 @@ _DRAWS = ("independent", "stratified")
 _OF_SHARDS = (*LIVE, "weight_normalization", "new_priority", "draw", "track_draws")
 """Settings that each shard has too."""
 
+_FRAMES = "shards keep whole stacks; PrioritizedReplayBuffer(frames=...) keeps each frame once"
+
 
 def _require_default(name: str, given: object, default: object) -> None:
     """Refuse a way to draw that no shard can follow by itself."""
@@ -38,6 +40,11 @@ def _require_default(name: str, given: object, default: object) -> None:
             f"{name}: expected {default!r}, got {given!r}: a shard does not know what the others"
             " hold, see docs/ray.md"
         )
+
+
+def _refused(name: str) -> Any:
+    """An attribute that is None, and cannot be set."""
+    return validation.fixed(name, lambda self: None, _FRAMES)
 
 
 def _of_rules(name: str, doc: str) -> Any:
@@ -71,6 +78,7 @@ class ShardedReplayBuffer:
         beta_schedule: a `LinearSchedule` of beta, counted in this object's calls of
             `update_priority`.
         uniform_mix, latest: must be 0; docs/ray.md gives the reason.
+        frames, num_envs, num_frames: must be None; shards keep whole stacks.
         layout: as in `PrioritizedReplayBuffer`.
         example: one transition; shards then refuse others from the beginning.
         shard_device: device of the transitions and priorities. For "cuda", ask Ray for GPUs in
@@ -124,6 +132,9 @@ class ShardedReplayBuffer:
         beta_schedule: LinearSchedule | None = None,
         uniform_mix: float = 0.0,
         latest: int = 0,
+        frames: None = None,
+        num_envs: None = None,
+        num_frames: None = None,
         layout: str = "auto",
         example: TensorDictBase | None = None,
         shard_device: torch.device | str | int = "cpu",
@@ -143,6 +154,10 @@ class ShardedReplayBuffer:
         self._num_shards = num_shards = validation.positive_int("num_shards", num_shards)
         _require_default("uniform_mix", uniform_mix, 0)
         _require_default("latest", latest, 0)
+        given = {"frames": frames, "num_envs": num_envs, "num_frames": num_frames}
+        for argument, value in given.items():
+            if value is not None:
+                raise ConfigurationError(f"{argument}: expected None, got {value!r}: {_FRAMES}")
         # Holds settings, and refuses arguments that a shard would refuse; it never gets data
         self._rules = PrioritizedReplayBuffer(
             1,
@@ -320,6 +335,9 @@ class ShardedReplayBuffer:
     """Number of batches in a request to a shard, and of updates in a message to it."""
 
     epsilon = validation.fixed("epsilon", instead="expected eps, which can be set")
+    frames: None = _refused("frames")
+    num_envs: None = _refused("num_envs")
+    num_frames: None = _refused("num_frames")
 
     batch_size: int | None = _of_rules(
         "batch_size", "Default for `sample`; may be set at any time."

@@ -246,6 +246,19 @@ def test_what_needs_to_know_all_shards_is_refused_by_name(name, call, local):
     assert len(buffer.sample(8, by="priority", newest=None)) == 8
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("frames", {"pixels": 4}), ("num_envs", 2), ("num_frames", 90)]
+)
+def test_frames_are_refused_and_the_buffer_that_takes_them_is_named(name, value, local):
+    buffer = local(2)
+    message = rf"^{name}: expected .*PrioritizedReplayBuffer\(frames=...\)"
+    with pytest.raises(ConfigurationError, match=message):
+        ShardedReplayBuffer(2, 64, **{name: value})
+    with pytest.raises(ConfigurationError, match=message):
+        setattr(buffer, name, value)
+    assert getattr(buffer, name) is None
+
+
 def test_a_shard_that_starts_again_is_sent_the_bounds(local):
     buffer = local(2, priority_clip=(1.0, None))
     buffer.priority_clip = (2.0, None)
