@@ -22,7 +22,7 @@ from per_td import (
 from per_td.kernels import reference
 from per_td.memory import Memory, zeros
 from per_td.priorities.table import PriorityTable
-from per_td.storage.frames import GONE, FrameStore
+from per_td.storage.frame_store import GONE, FrameStore
 from per_td.storage.layouts import Field
 from tests.support.frames import KINDS, Game, transitions_of
 from tests.support.processes import forked, kill

@@ -17,7 +17,7 @@ from per_td import (
     SchemaError,
     kernels,
 )
-from per_td.storage.frames import GONE
+from per_td.storage.frame_store import GONE
 from tests.support.frames import KINDS, FrameOracle, Game, frames_of, transitions_of
 from tests.support.machines import CAN_BE, SOAK, TD_ERROR, Kernels, run, soak
 from tests.support.parameters import slow_but

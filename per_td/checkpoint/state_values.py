@@ -13,7 +13,7 @@ from per_td.priorities.distributions import PRIORITIZATIONS
 from per_td.priorities.schedules import as_schedule
 from per_td.priorities.selection import Selection
 from per_td.priorities.table import CHOICES, as_clip, check_choices
-from per_td.storage.frames import depths_of
+from per_td.storage.frame_store import depths_of
 from per_td.storage.leaves import flattened, named
 from per_td.storage.structure import Structure
 

@@ -51,7 +51,7 @@ class Rows(Protocol):
 
 
 class Frames(Protocol):
-    """A ring of frames and what is known of the recent ones; see `per_td.storage.frames`.
+    """A ring of frames and what is known of the recent ones; see `per_td.storage.frame_store`.
 
     Attributes:
         lanes: frames as integers, int64 or uint8 [size + 1, words]; the last row is a spare one.

@@ -11,7 +11,7 @@ from per_td import validation
 from per_td.errors import CheckpointError, ConfigurationError, IndexRangeError, SchemaError
 from per_td.kernels.reference import Runs
 from per_td.memory import Memory
-from per_td.storage.frames import GONE, FrameStore, depths_of, size_of
+from per_td.storage.frame_store import GONE, FrameStore, depths_of, size_of
 from per_td.storage.layouts import Field
 from per_td.storage.leaves import Key, Leaves, flattened, named, nested
 from per_td.storage.moves import Move

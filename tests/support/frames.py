@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
-from per_td.storage.frames import LOOK_BACK
+from per_td.storage.frame_store import LOOK_BACK
 
 
 class FrameOracle:

@@ -18,9 +18,8 @@ from per_td.errors import PerTdError
 from per_td.kernels import flags as option
 from per_td.kernels import reference
 from per_td.kernels.cpu import draw as draws
-from per_td.kernels.cpu import frames as frame_kernels
+from per_td.kernels.cpu import frame_search, update
 from per_td.kernels.cpu import rows as row_kernels
-from per_td.kernels.cpu import update
 from per_td.kernels.cpu.compiling import Kernel
 from per_td.kernels.cpu.records import FRAMES, ROWS, TREES
 from per_td.kernels.parts import Distribution, Frames, Rows, Trees
@@ -532,7 +531,7 @@ def store_frames(
     found, oldest = [torch.empty_like(places), torch.empty_like(places)], torch.empty_like(low)
     to = array("q", map(Tensor.data_ptr, found))
     where = sources.buffer_info()[0], _address(env.contiguous(), torch.int64, n), n
-    if not frame_kernels.store(record.address, *where, to.buffer_info()[0], oldest.data_ptr()):
+    if not frame_search.store(record.address, *where, to.buffer_info()[0], oldest.data_ptr()):
         raise PerTdError(f"env: expected numbers below {frames.envs}, got others")
     increment_version(frames.lanes)
     return found, oldest

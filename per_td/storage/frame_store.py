@@ -10,7 +10,7 @@ from torch import Tensor
 from per_td import kernels, validation
 from per_td.errors import ConfigurationError, SchemaError
 from per_td.kernels import reference
-from per_td.kernels.frames import factors
+from per_td.kernels.frame_search import factors
 from per_td.memory import Memory, allocating
 from per_td.storage.layouts import Field
 from per_td.storage.leaves import Key, flattened, named

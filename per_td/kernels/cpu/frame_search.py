@@ -1,4 +1,4 @@
-"""Compiled storing of frames, each once; `per_td.kernels.frames` describes it.
+"""Compiled storing of frames, each once; `per_td.kernels.frame_search` describes it.
 
 Frames come in an order: after those that the last stack of an environment showed come the next
 ones. So most are compared with one frame, and need no hash.
