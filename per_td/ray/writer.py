@@ -41,8 +41,8 @@ class Writer:
 
     Args:
         shards: the actors.
-        first: number of the shard to begin with, modulo their number. Give each writer another one,
-            so that they do not write to the same shard at the same time.
+        first: number of the shard to begin with, modulo their number. Give each writer a different
+            one, so that they do not write to the same shard at the same time.
         timeout_s: seconds to wait for a shard before the next is tried.
 
     Raises:
