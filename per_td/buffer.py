@@ -458,7 +458,7 @@ class PrioritizedReplayBuffer(Copied):
     def extend_leaves(
         self, leaves: Leaves, priority: Any = None, mask: Any = None, env: Any = None
     ) -> Tensor:
-        """Do the same as `extend` for tensors by key, where a key is a tuple of names."""
+        """Do the same as `extend` for leaves: tensors by key, where a key is a tuple of names."""
         with self._lock:
             leaves, n = self._storage.check_leaves(leaves)
             leaves = self._storage.with_env(leaves, n, env)
@@ -612,7 +612,7 @@ class PrioritizedReplayBuffer(Copied):
             return self._storage.batch(rows, beside)
 
     def sample_leaves(self, batch_size: int | None = None) -> tuple[Leaves, Tensor, Tensor]:
-        """Draw as `sample` does, without a TensorDict.
+        """Draw as `sample` does, and return leaves: tensors by key, without a TensorDict.
 
         Args:
             batch_size: number of transitions B. None: that of the constructor.

@@ -61,7 +61,7 @@ class Writer:
         """Write transitions to one shard; once this returns, the shard has acknowledged them.
 
         If a shard is lost or late, the next one gets the transitions. The first one may have
-        written them before it failed: a batch is in the buffer at least once.
+        written them before it failed: they are in the buffer at least once.
 
         Args:
             transitions: TensorDict [n], or a dict of tensors or arrays [n, ...].
