@@ -1,6 +1,6 @@
 """Hindsight experience replay with prioritized draws: TorchRL's HERReplayBuffer, per_td's sampler.
 
-    pip install -c constraints.txt -e .
+    pip install -c constraints.txt -e ".[torchrl]"
     python examples/her_torchrl.py                  # DQN on 12 bits, with hindsight goals
     python examples/her_torchrl.py --her-ratio 0    # the same agent without them
 

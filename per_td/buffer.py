@@ -122,17 +122,17 @@ class PrioritizedReplayBuffer(Copied):
             per batch, up to 2^24 slots. "auto": the faster one.
         weight_normalization: "batch" divides the weights by the largest in the batch, "buffer" by
             the largest that any transition in the buffer would get. "none" does not divide.
-        new_priority: priority of new transitions: the largest in the buffer ("buffer_max"), or the
-            largest that the buffer ever held ("ever_max"); 1 if there is none.
+        new_priority: priority of new transitions. "buffer_max": the largest in the buffer.
+            "ever_max": the largest that the buffer ever held. If there is none, 1.
         prioritization: "proportional", or "rank": P(i) in proportion to rank(i)^-alpha, where the
             transition with the largest priority has rank 1 (the paper's second variant). See
             docs/rank_based.md.
-        sort_interval: with "rank", how many priorities change before the ranks are exact again.
-            None: as many as there are transitions.
+        sort_interval: with "rank", number of priority changes after which the ranks are made exact
+            again. None: the number of transitions, and at least 256.
         device: device of transitions and priorities. None is torch's default device.
-        generator: source of all random draws, on the same device. None is torch's own, which
-            `torch.manual_seed` seeds. torch.compile cannot trace another generator, and breaks
-            `sample` into several graphs.
+        generator: source of all random draws, on the device of the priorities. None is torch's own,
+            which `torch.manual_seed` seeds. torch.compile cannot trace another generator, and
+            breaks `sample` into several graphs.
         layout: how transitions lie in memory. "columns": one tensor per key. "records": one block,
             transition after transition, which needs fewer memory accesses per transition. "auto":
             the faster one for their size. The batches are equal: new tensors in each case.
@@ -141,16 +141,16 @@ class PrioritizedReplayBuffer(Copied):
             memory of the host, for more than fits on a CUDA device. See docs/memory.md.
         folder: folder of the files of "memmap". None: the system's folder for temporary files. The
             files have no names and disappear with the buffer.
-        example: one transition, a TensorDict of batch size []. The buffer then allocates memory at
-            once, otherwise with the first data.
+        example: one transition, a TensorDict of batch size []. With it, the buffer allocates memory
+            at once; without it, at the first write.
         priority_clip: (low, high), of which one may be None. Updates set the priority
             clamp(|TD error| + eps, low, high). With (1.0, None), eps=0 and alpha=0.4, this is LAP
             (Fujimoto et al. 2020, arXiv 2007.06049). A new value holds for later updates.
         uniform_mix: share u of the draws that are uniform over all transitions of positive
             priority: P(i) = (1 - u) p_i^alpha / sum_k p_k^alpha + u / N.
         latest: the k newest transitions are the last k of every batch (combined experience replay,
-            Zhang & Sutton 2017, arXiv 1712.01275). A draw replaces a newest transition whose
-            priority is 0.
+            Zhang & Sutton 2017, arXiv 1712.01275). If the priority of one of these is 0, a draw
+            takes its place.
         track_draws: count how often each transition was drawn. Batches then contain "draw_count",
             int32 [B], which includes the current draw.
         beta_schedule: a `LinearSchedule` of beta, counted in calls of `update_priority`. None: beta
@@ -181,8 +181,8 @@ class PrioritizedReplayBuffer(Copied):
             a stack, such as {"pixels": 4}. You write whole stacks [n, 4, ...] at the key and at
             ("next", key), and batches contain the same stacks. The buffer looks for a frame in the
             last 32 writes of the same environment. If frames run out before slots do, as after many
-            short episodes, the oldest transitions retire: they keep their slots and are never
-            drawn again. Not with `num_buffers`. See docs/frames.md.
+            short episodes, the oldest transitions retire: they are never drawn again, and keep
+            their slots until these are overwritten. Not with `num_buffers`. See docs/frames.md.
         num_envs: with `frames`, the number of environments that you write in turn. None is 1.
         num_frames: with `frames`, the number of frames kept for each key. None: 1.06 times the
             capacity, and one stack for each environment.
@@ -404,8 +404,7 @@ class PrioritizedReplayBuffer(Copied):
                 nested, of tensors or arrays of these shapes. If n exceeds the capacity, the last
                 ones remain, as if you had added them one by one.
             priority: raw priorities, finite and not negative, in the shape of the batch. A
-                transition of priority 0 is never drawn. None: the priority that `new_priority`
-                says.
+                transition of priority 0 is never drawn. None: as `new_priority` sets it.
             mask: with `num_buffers`, bool [S, n]. Nothing is written where it is False.
             env: with `frames`, the environment of each transition, integers [n]. None: all
                 environments in turn, so that n is a multiple of `num_envs`.
@@ -420,8 +419,8 @@ class PrioritizedReplayBuffer(Copied):
                 as it was, and accepts other transitions.
             DiskAllocationError: the same, for the space on a disk.
             PriorityError: `priority` has a wrong shape or dtype, or a value is NaN, infinite or
-                negative. On CUDA, such a value is replaced by the one of `new_priority` and
-                counted in `stats`.
+                negative. On CUDA, the priority of `new_priority` replaces such a value, and `stats`
+                counts it.
             IndexRangeError: `env` is wrong.
             ConfigurationError: `mask` came without `num_buffers`.
         """
@@ -459,7 +458,7 @@ class PrioritizedReplayBuffer(Copied):
     def extend_leaves(
         self, leaves: Leaves, priority: Any = None, mask: Any = None, env: Any = None
     ) -> Tensor:
-        """Do the same as `extend` for tensors by key, where a key is a tuple of names."""
+        """Do the same as `extend` for leaves: tensors by key, where a key is a tuple of names."""
         with self._lock:
             leaves, n = self._storage.check_leaves(leaves)
             leaves = self._storage.with_env(leaves, n, env)
@@ -539,7 +538,7 @@ class PrioritizedReplayBuffer(Copied):
         priority of "ever_max" is forgotten.
 
         Raises:
-            ConfigurationError: the buffer is shared: other processes would not know which
+            ConfigurationError: the buffer is shared; other processes would not know which
                 generations are stale.
         """
         if self._guard is not None:
@@ -573,15 +572,15 @@ class PrioritizedReplayBuffer(Copied):
 
         The weights always follow from the probabilities that were used. A transition of priority 0
         is never drawn. The first draw with by="uniform" or by="inverse" takes O(N): it makes trees
-        that later changes keep up to date. torch.compile breaks that one graph.
+        that later changes keep up to date. At this draw, torch.compile breaks the graph.
 
         Args:
             batch_size: number of transitions B. None: that of the constructor.
             by: "priority": in proportion to the mass. "uniform": all transitions of positive
                 priority are equally probable. "inverse": in proportion to 1 / mass (LA3P, Saglam
                 et al. 2022, arXiv 2209.00532).
-            newest: draw only from this number of newest transitions, which is then N in the weights
-                (ERE, Wang & Ross 2019, arXiv 1906.04009, section 5). None: draw from all.
+            newest: draw only from this number of newest transitions; N in the weights is then this
+                number (ERE, Wang & Ross 2019, arXiv 1906.04009, section 5). None: draw from all.
 
         Returns:
             TensorDict [B], or [S, B] with `num_buffers`: copies of the transitions, and the entries
@@ -590,10 +589,10 @@ class PrioritizedReplayBuffer(Copied):
             With `track_draws` also "draw_count" (int32).
 
         Raises:
-            ConfigurationError: there is no batch size, here or in the constructor, or it is not
-                more than `latest`; or another argument is not accepted.
-            EmptyBufferError: the buffer is empty, or all priorities are 0, or fewer than B
-                transitions can be drawn without replacement.
+            ConfigurationError: there is no batch size, here or in the constructor; it is not larger
+                than `latest`; or another argument is not accepted.
+            EmptyBufferError: the buffer is empty, all priorities are 0, there are fewer transitions
+                than `latest`, or fewer than B can be drawn without replacement.
         """
         usual = newest is None and isinstance(by, str) and by == "priority"
         if self._ahead is not None and usual and batch_size in (None, self._batch):
@@ -613,7 +612,7 @@ class PrioritizedReplayBuffer(Copied):
             return self._storage.batch(rows, beside)
 
     def sample_leaves(self, batch_size: int | None = None) -> tuple[Leaves, Tensor, Tensor]:
-        """Draw as `sample` does, without a TensorDict.
+        """Draw as `sample` does, and return leaves: tensors by key, without a TensorDict.
 
         Args:
             batch_size: number of transitions B. None: that of the constructor.
@@ -708,8 +707,8 @@ class PrioritizedReplayBuffer(Copied):
     def sweep(self, batch_size: int) -> Iterator[TensorDict]:
         """Go once through all transitions that are stored now, in the order of their slots.
 
-        Use it to compute all priorities again. If you write during the sweep, a new transition may
-        take the place of the one that it replaced; its generation tells.
+        Use it to compute all priorities again. If you write during the sweep, a batch may hold a
+        new transition in place of the one that it replaced. Its "generation" shows this.
 
         Args:
             batch_size: number of transitions in each batch; the last batch may be smaller.
@@ -1084,7 +1083,7 @@ class PrioritizedReplayBuffer(Copied):
         """Exponent of the weights, in [0, 1]; may be set at any time.
 
         It is a number, or float64 [S], a copy on the buffer's device, if you set one for each
-        buffer. A `beta_schedule` sets it alone.
+        buffer. With a `beta_schedule`, you cannot set it.
         """
         each = self._priorities.betas
         return self._beta.clone() if each else float(self._beta.view(-1)[0])
@@ -1169,7 +1168,7 @@ class PrioritizedReplayBuffer(Copied):
         """True for transitions that have been drawn since they were written, bool [len], a copy.
 
         Raises:
-            ConfigurationError: the buffer has `num_buffers`, and does not keep it.
+            ConfigurationError: the buffer has `num_buffers`, and does not record this.
         """
         with self._lock:
             self._require_one("replayed")
@@ -1340,14 +1339,15 @@ class PrioritizedReplayBuffer(Copied):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state: transitions, priorities, counters, generator, and some settings.
 
-        Those settings are alpha, beta, eps, `beta_increment`, `priority_clip` and `uniform_mix`;
-        the last two stay as they are where an old state does not have them. All others stay.
+        Those settings are alpha, beta, eps, `beta_increment`, `priority_clip` and `uniform_mix`. If
+        a state of an older version lacks the last two, they stay as they are. All other settings
+        stay.
 
         A `beta_schedule` of this buffer goes on from the number of updates in the state.
 
         If the state has another capacity, the newest transitions that fit are kept, with their
-        priorities and in their order. If one of them moves to another slot, all updates of earlier
-        batches that bring generations are stale.
+        priorities and in their order. If one of them moves to another slot, updates with
+        generations from earlier batches are stale.
 
         Args:
             state: result of `state_dict` of a buffer on any device. The state of a generator on
@@ -1355,8 +1355,8 @@ class PrioritizedReplayBuffer(Copied):
 
         Raises:
             CheckpointError: it is not such a state, or has another number of buffers. For a shared
-                buffer also: it has, or once had, another capacity; other processes would not know
-                which transitions moved.
+                buffer also: the state has, or once had, another capacity. Other processes would not
+                know which transitions moved.
             SchemaError: its transitions do not fit those of this buffer.
         """
         checked = states.check(state)
@@ -1440,7 +1440,7 @@ class PrioritizedReplayBuffer(Copied):
                 one.
             device: device of the buffer. None is torch's default device.
             generator: takes over the state of the saved generator, if there was one. None: a new
-                one does, so that the draws go on as they would have.
+                generator takes it over. In both cases the draws go on as they would have.
             storage, folder, shared, threads, prefetch: as in the constructor; a file does not hold
                 them.
 

@@ -32,7 +32,7 @@ def draw(
     replacement: bool = True,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draw indices in proportion to priority^alpha, if you like with a share of uniform draws.
+    """Draw indices in proportion to priority^alpha, optionally with a share of uniform draws.
 
     P(i) = (1 - u) p_i^alpha / sum_k p_k^alpha + u / N, where u is `uniform_mix` and N is the number
     of positive priorities in the row. An index of priority 0 is never drawn.

@@ -130,14 +130,16 @@ class NStepWriter:
     A written transition has the entries of its first step. Its entries under "next", terminated,
     truncated and done are those of its last step, and its reward is the sum above, computed in
     float64. Two entries are added in the shape of the reward: "discount", in the dtype of the
-    reward, and "steps", which is m, int64. The environments follow each other in the order of their
-    rows, and in each environment the oldest transition comes first.
+    reward, and "steps", which is m, int64. Finished transitions are written environment by
+    environment, in the order of the rows, the oldest first.
 
     The pending steps take [num_envs, n, ...] on the device of the rewards, however long episodes
-    are. On CUDA the host waits in each `add` to find out which transitions are finished. It does
-    not wait if the buffer has `num_buffers` and `env` is None: then the buffer gets a mask.
+    are. On CUDA the host waits in each `add` to find out which transitions are finished. The
+    exception: if the buffer has `num_buffers` and `env` is None, the buffer gets a mask, and the
+    host does not wait.
 
-    Use a writer in one thread. A process that you hand a writer gets a copy of the pending steps.
+    Use a writer in one thread. If you send a writer to a process, that process gets a copy of the
+    pending steps.
 
     Args:
         buffer: object with `extend(td)` or `extend(td, priority)`: a `PrioritizedReplayBuffer`, a
@@ -256,8 +258,8 @@ class NStepWriter:
                 gets that of its first step. None leaves it to the buffer. Either all calls bring
                 priorities, or none. To give priorities to finished transitions, hand the writer an
                 object whose `extend(td)` computes them.
-            mask: bool [B]. Rows where it is False are skipped. On CUDA it costs no wait, while
-                `env` does.
+            mask: bool [B]. Rows where it is False are skipped. On CUDA the host does not wait for
+                `mask`, but it waits for `env`.
 
         Returns:
             Result of `buffer.extend`, such as slots; None if no transition was finished.
@@ -616,7 +618,7 @@ class NStepWriter:
         """Take over the pending steps of a writer with the same settings.
 
         Raises:
-            CheckpointError: it is no state from `state_dict`, or of other settings; nothing has
+            CheckpointError: it is not from `state_dict`, or has other settings; nothing has
                 changed.
         """
         checkpoint.require(_FORMAT, state)

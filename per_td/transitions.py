@@ -135,28 +135,28 @@ class TransitionReplayBuffer(Copied):
     weights are divided by the largest of the batch. `self.buffer` is the `PrioritizedReplayBuffer`
     underneath, with all that it offers (saving, settings, statistics).
 
-    An update whose transition has been overwritten since its slot was last drawn here is dropped
-    and counted in `stats`. A slot that was never drawn takes any update, and so does every slot
-    after a state has been loaded, until it is drawn again.
+    An update is stale if its transition has been overwritten since `sample` last drew its slot. It
+    is dropped and counted in `stats`. A slot that was not drawn yet, or not since a state was
+    loaded, takes any update.
 
     Args:
-        capacity: number of transitions kept; beyond it, the oldest makes room.
+        capacity: number of transitions kept. When it is reached, the newest replaces the oldest.
         alpha: exponent of the priorities, at least 0; 0 draws uniformly. May be set at any time.
-            None takes the paper's: 0.6, or 0.7 with "rank".
+            None is the paper's value: 0.6, or 0.7 with prioritization="rank".
         beta: exponent of the weights at first, in [0, 1]. May be set at any time.
         beta_increment: added to beta by each `increase_beta`, up to 1. May be set at any time.
         epsilon: added to |TD error|. May be set at any time.
         n_step: number of steps n that a transition sums up; see `NStepWriter`. With more than 1,
-            `push` needs to know where episodes are cut off, and `sample` has an eighth tensor,
-            discounts, for `target = rewards + discounts * next_values`.
+            `push` needs `truncated`, and `sample` returns an eighth tensor, discounts, for `target
+            = rewards + discounts * next_values`.
         gamma: discount factor of the n-step rewards, in [0, 1]; with n_step=1 it has no effect.
-        num_envs: number of environments whose steps each `push` brings with n_step > 1; with
+        num_envs: with n_step > 1, number of environments; each `push` brings one step of each. With
             n_step=1 it has no effect.
-        draw, method, prioritization, device, generator: those of `PrioritizedReplayBuffer`.
-        frames: None; `PrioritizedReplayBuffer(frames=...)` keeps each frame once.
+        draw, method, prioritization, device, generator: as in `PrioritizedReplayBuffer`.
+        frames: must be None. `PrioritizedReplayBuffer(frames=...)` keeps each frame once.
 
     Raises:
-        ConfigurationError: an argument is not one of those accepted.
+        ConfigurationError: an argument is not accepted.
 
     Example:
         >>> buffer = TransitionReplayBuffer(100)
@@ -284,8 +284,8 @@ class TransitionReplayBuffer(Copied):
         makes a batch of n: each argument then has n rows. With n_step > 1, the rows are the steps
         of the `num_envs` environments, always in the same order.
 
-        Not every row that a vector environment returns is a transition. By default, Gymnasium's
-        return the reset as the row after an episode's end, and ignore its action: leave such rows
+        Not every row that a vector environment returns is a transition. By default, the row after
+        an episode's end in Gymnasium is only the reset, and its action is ignored: leave such rows
         out. With n_step > 1, use `AutoresetMode.SAME_STEP`, and take the true next states from
         `info["final_obs"]`; or use a `PrioritizedReplayBuffer` and an
         `NStepWriter(autoreset="next_step")`.
@@ -296,15 +296,16 @@ class TransitionReplayBuffer(Copied):
                 floating-point numbers [*action], or [n, *action], stored as float32; a single
                 number counts as [1]. The first action fixes the kind and the shape.
             reward: a number, or [n].
-            next_state: observation after it, [*obs] or [n, *obs]; the true one also where an
-                episode ends.
-            done: True if the value after it is 0: terminated, not merely truncated; or [n].
-            truncated: True if the episode was cut off after it, or [n]. With n_step > 1 it must be
-                told, or steps of the next episode would be summed up with those of this one.
+            next_state: observation after the action, [*obs] or [n, *obs]; where an episode ends,
+                its true last observation.
+            done: True if the episode terminated, so that the value of `next_state` is 0; False if
+                it was only truncated; or [n].
+            truncated: True if the episode was cut off after this step, or [n]. Required with n_step
+                > 1: without it, steps of the next episode would be added to those of this one.
 
         Raises:
             SchemaError: shapes or dtypes differ from those pushed before, numbers of rows differ,
-                or `truncated` is not told with n_step > 1; nothing is stored.
+                or `truncated` is missing with n_step > 1; nothing is stored.
             ConfigurationError: with n_step > 1, the rows are not those of `num_envs` environments;
                 nothing is stored.
         """
@@ -352,8 +353,8 @@ class TransitionReplayBuffer(Copied):
         Returns:
             states float32 [B, *obs], actions int64 [B, 1], or float32 [B, *action] where they are
             continuous, rewards float32 [B], next_states float32 [B, *obs], dones float32 [B] (1
-            where terminated), indices int64 [B] and weights float32 [B]. With n_step > 1 rewards
-            are n-step rewards, next_states are n steps on or those at the episode's end, and
+            where terminated), indices int64 [B] and weights float32 [B]. With n_step > 1, rewards
+            are n-step rewards, next_states are those n steps later or at the episode's end, and
             discounts float32 [B] come last: gamma^m for the m steps that were summed up, 0 where
             terminated.
 
@@ -378,7 +379,7 @@ class TransitionReplayBuffer(Copied):
     def update_priorities(self, indices: Any, td_errors: Any) -> None:
         """Set the priorities of `indices` [B] to |td_errors| + epsilon.
 
-        What has been overwritten since its slot was last drawn keeps its priority.
+        Stale updates are dropped and counted in `stats`; see the class.
 
         Args:
             indices: as `sample` gave them, [B].
@@ -417,7 +418,7 @@ class TransitionReplayBuffer(Copied):
         self._forget_draws()
 
     def increase_beta(self) -> None:
-        """Add `beta_increment` to beta, up to 1; once per episode, as taught."""
+        """Add `beta_increment` to beta, up to 1. Call it once per episode, as courses teach."""
         self.buffer.increase_beta()
 
     def _pending_state(self) -> dict[str, Any]:
@@ -425,15 +426,15 @@ class TransitionReplayBuffer(Copied):
         return {} if self.n_step == 1 else {"n_step": self._writer.state_dict()}
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot: tensors and plain values, as `torch.load(weights_only=True)` reads them."""
+        """Return a copy of the state, which `torch.load(weights_only=True)` can read."""
         return self.buffer.state_dict() | self._pending_state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state from `state_dict`; see `PrioritizedReplayBuffer.load_state_dict`.
 
         Raises:
-            CheckpointError: it is not that of such a buffer; nothing has changed.
-            SchemaError: its transitions are not like those in here; nothing has changed.
+            CheckpointError: it is not the state of such a buffer; nothing has changed.
+            SchemaError: its transitions do not fit those of this buffer; nothing has changed.
         """
         self._load(state, "")
 
@@ -457,9 +458,9 @@ class TransitionReplayBuffer(Copied):
         """Take over the state in a file that `save` wrote; see `PrioritizedReplayBuffer.restore`.
 
         Raises:
-            CheckpointError: the file is damaged, or it is not that of such a buffer.
-            SchemaError: its transitions are not like those in here.
-            FileNotFoundError: there is none.
+            CheckpointError: the file is damaged, or not of such a buffer.
+            SchemaError: its transitions do not fit those of this buffer.
+            FileNotFoundError: there is no such file.
         """
         self._load(checkpoint.read(path, states.FORMAT), f"{os.fspath(path)}: ")
 
@@ -472,14 +473,14 @@ class TransitionReplayBuffer(Copied):
         device: torch.device | str | int | None = None,
         generator: torch.Generator | None = None,
     ) -> Self:
-        """A buffer with the settings and the state of a file that `save` wrote.
+        """Make a buffer with the settings and the state in a file that `save` wrote.
 
         Args:
-            path, capacity, device, generator: those of `PrioritizedReplayBuffer.load`.
+            path, capacity, device, generator: as in `PrioritizedReplayBuffer.load`.
 
         Raises:
-            CheckpointError: the file is damaged, or it is not that of such a buffer.
-            FileNotFoundError: there is none.
+            CheckpointError: the file is damaged, or not of such a buffer.
+            FileNotFoundError: there is no such file.
         """
         state = states.check(checkpoint.read(path, states.FORMAT))
         buffer = cls.__new__(cls)

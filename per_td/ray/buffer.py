@@ -62,8 +62,7 @@ class ShardedReplayBuffer:
     Each batch is distributed over the shards in proportion to their total masses. The weights
     follow from the probability with which each transition was drawn. Writers in any actor or task
     write to the shards directly; one learner samples and updates. See docs/ray.md. `len(buffer)` is
-    the number of transitions in the living shards. Used in a `with` statement, it closes at the
-    end.
+    the number of transitions in the living shards. A `with` statement closes the buffer at its end.
 
     Args:
         num_shards: number of shards.
@@ -71,10 +70,10 @@ class ShardedReplayBuffer:
         batch_size: default batch size of `sample`.
         alpha, beta, eps, beta_increment, weight_normalization, priority_clip: as in
             `PrioritizedReplayBuffer`; alpha and beta are numbers.
-        new_priority: as in `PrioritizedReplayBuffer`, but in each shard on its own.
+        new_priority: as in `PrioritizedReplayBuffer`, but each shard knows only its own priorities.
         draw: "independent" or "stratified".
         track_draws: let the shards count how often each transition was drawn. Batches then contain
-            "draw_count", int32 [B], which includes draws of batches that nobody collected.
+            "draw_count", int32 [B], which includes draws of batches that the learner never took.
         beta_schedule: a `LinearSchedule` of beta, counted in this object's calls of
             `update_priority`.
         uniform_mix, latest: must be 0; docs/ray.md gives the reason.
@@ -103,7 +102,7 @@ class ShardedReplayBuffer:
             its capacity.
         fsync: acknowledge a change only when it is on the disk.
         name: keeps the shards alive after this process ends. A later learner with the same name
-            (and Ray namespace) finds them; it must ask for the settings that they have.
+            (and Ray namespace) finds them; it must pass the settings that they have.
         actor_options: Ray's options of the actors, such as num_cpus, num_gpus, resources and
             scheduling_strategy. `max_restarts` is -1 unless given.
 
@@ -444,7 +443,7 @@ class ShardedReplayBuffer:
 
         Returns:
             TensorDict [B] on `device`, shard after shard: the transitions, and the entries "index",
-            "generation" (another one after each start of the shard) and "shard", int64,
+            "generation" (which also changes at each start of the shard) and "shard", int64,
             "priority_weight", float32, and with `track_draws` "draw_count", int32.
 
         Raises:
@@ -566,7 +565,7 @@ class ShardedReplayBuffer:
 
     @property
     def priority(self) -> Tensor:
-        """Raw priorities of all shards, float32 [len], shard after shard; asks them now."""
+        """Raw priorities, float32 [len], shard after shard; this asks all shards."""
         self._updates.send()
         parts = self._get([shard.priority.remote() for shard in self._shards])
         return torch.cat([wire.tensor(part) for part in parts])

@@ -41,8 +41,8 @@ class Writer:
 
     Args:
         shards: the actors.
-        first: number of the shard to begin with, modulo their number. Give each writer another one,
-            so that they do not write to the same shard at the same time.
+        first: number of the shard to begin with, modulo their number. Give each writer a different
+            one, so that they do not write to the same shard at the same time.
         timeout_s: seconds to wait for a shard before the next is tried.
 
     Raises:
@@ -61,7 +61,7 @@ class Writer:
         """Write transitions to one shard; once this returns, the shard has acknowledged them.
 
         If a shard is lost or late, the next one gets the transitions. The first one may have
-        written them before it failed: a batch is in the buffer at least once.
+        written them before it failed: they are in the buffer at least once.
 
         Args:
             transitions: TensorDict [n], or a dict of tensors or arrays [n, ...].

@@ -53,12 +53,12 @@ _OF_SAMPLER = frozenset(
 class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
     """Drop-in for `torchrl.data.TensorDictPrioritizedReplayBuffer`, without a compiled extension.
 
-    It has the same arguments and interface. Batches also contain "index_generation". With it, an
-    update is recognised as stale if its slot holds another element now; it is dropped.
+    It has the same arguments and interface. Batches also contain "index_generation". With it, the
+    buffer recognises and drops stale updates: those whose slot holds another element now.
 
     A one-dimensional `LazyTensorStorage` or `LazyMemmapStorage` of TensorDicts is written and read
     column by column, which is several times faster and gives the same results. This needs a buffer
-    without collate function, sample unit and compilation.
+    without `collate_fn`, `sample_unit` and `compilable`.
 
     Args:
         alpha: exponent of the priorities. Set it later with `buffer.sampler.alpha`.
@@ -86,7 +86,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             False the largest that it ever held.
         priority_clip, uniform_mix, latest, track_draws: as in `per_td.PrioritizedReplayBuffer`.
         sampler: a `per_td.torchrl.PrioritizedSampler` to use as it is, in place of the one that the
-            other arguments describe. Its alpha and beta must be the given ones.
+            other arguments describe. Its alpha and beta must equal `alpha` and `beta`.
 
     Raises:
         ConfigurationError: an argument is not accepted (a ValueError).
@@ -221,7 +221,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         """The sampler, which holds the priorities.
 
         Raises:
-            RuntimeError: this is a writer's process of a buffer with `sync=False`, which has none.
+            RuntimeError: the buffer has `sync=False`, and this process only writes to it.
         """
         if not isinstance(self._sampler, PrioritizedSampler):
             raise RuntimeError(
@@ -293,7 +293,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             The previous writer.
 
         Raises:
-            ConfigurationError: its cursor is negative or no integer.
+            ConfigurationError: its cursor is negative or not an integer.
         """
         with self._replay_lock, self._write_lock:
             self._catch_up()
@@ -573,7 +573,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
     def update_priority(
         self, index: Any, priority: Any, *, mode: str = "set", rate: float = 1.0
     ) -> None:
-        """Set priorities; of equal indices the last update holds, and negative ones are skipped.
+        """Set priorities. If an index repeats, its last update holds; negative ones are skipped.
 
         An update of an empty slot is stale, since its element has been emptied. It is dropped and
         counted in `stats`.
@@ -595,7 +595,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         self._change(PrioritizedSampler.update_priority, index, priority, **as_mode(mode, rate))
 
     def set_priority(self, index: Any, priority: Any, generation: Any = None) -> None:
-        """Set raw priorities as they are: without eps, unit or bounds; 0 is never drawn.
+        """Set raw priorities as they are: without eps, unit or clipping; 0 is never drawn.
 
         Args:
             index: see `update_priority`.

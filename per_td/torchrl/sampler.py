@@ -578,7 +578,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
     def update_priority(
         self, index: Any, priority: Any, *, storage: Storage | None = None, **how: Any
     ) -> None:
-        """Set priorities; of equal indices the last update holds, and negative ones are skipped.
+        """Set priorities. If an index repeats, its last update holds; negative ones are skipped.
 
         An update of an empty slot of `storage` is stale, since its element has been emptied. It is
         dropped and counted in `stale_updates`.
@@ -606,12 +606,13 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         storage: Storage | None = None,
         generation: Tensor | None = None,
     ) -> None:
-        """Set raw priorities as they are: without eps, unit or bounds; see `update_priority`.
+        """Set raw priorities as they are: without eps, unit or clipping; see `update_priority`.
 
         Args:
             index, storage: see `update_priority`.
             priority: finite and not negative, [B], or one number for all.
-            generation: int64 [B], 0 for updates that hold; the others are stale. None: all hold.
+            generation: int64 [B]: 0 marks a valid update, another number a stale one. None: all are
+                valid.
 
         Raises:
             IndexRangeError, PriorityError: as `update_priority`.

@@ -26,8 +26,8 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
     """Drop-in for `torchrl.data.replay_buffers.PrioritizedSliceSampler`, without compiled code.
 
     It draws slices of consecutive records. A slice crosses neither the end of a trajectory nor the
-    place where the ring is being overwritten. It is drawn in proportion to priority^alpha of its
-    first record, among the records that can begin a slice. Draws change no priorities.
+    place where the ring is being overwritten. The first record is drawn in proportion to
+    priority^alpha, among the records that can begin a slice. Draws change no priorities.
 
     You can set these at any time, beside those of `PrioritizedSampler`: `num_slices` or
     `slice_len`, whichever you gave, `cache_values`, `truncated_key`, `init_key`, `strict_length`
@@ -55,12 +55,12 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             their beginning, so that batches may be smaller.
         compile: without effect; for compatibility.
         span: number of records that a slice may lack on the right because its trajectory ends; True
-            is all but the first. A slice never lacks records on the left. Of a tuple or list of
-            two, the second counts.
+            is all but the first. A slice never lacks records on the left. If you pass a tuple or
+            list of two, the second counts.
         draw: "independent", "stratified" or "without_replacement" (different first records).
         weight_normalization: "buffer" as TorchRL, by the smallest priority in the buffer, even if
-            no slice can begin there. "batch": by that of the drawn slices. "none": (S P)^-beta over
-            the S records that can begin a slice.
+            no slice can begin there. "batch": by that of the drawn slices. "none": (M P)^-beta over
+            the M records that can begin a slice.
 
     Raises:
         ConfigurationError: an argument is not accepted (a ValueError).
@@ -325,7 +325,7 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             priority_key: see `first_records`.
 
         Returns:
-            Slots of the first records, int64 [S, ndim], and priorities [S], of S slices.
+            Slots of the first records, int64 [K, ndim], and priorities [K], of K slices.
 
         Raises:
             PriorityError: as `first_records`.
@@ -345,7 +345,7 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             priority_key: entry of the TD errors, in the `td_error_unit`, [R] or [R, k].
 
         Returns:
-            TensorDict [S] of S slices: "index"; at `priority_key` the `reduction` of |TD error|
+            TensorDict [K] of K slices: "index"; at `priority_key` the `reduction` of |TD error|
             over the slice, in the same unit; and "index_generation", if the batch has the
             generations of first records.
 

@@ -195,7 +195,7 @@ class SumTree(Copied):
         Raises:
             ConfigurationError: an argument is not accepted.
             EmptyBufferError: all masses are 0, or, without replacement, fewer than n are positive.
-                On CUDA, the result then has a slot of mass 0, or has repetitions, instead.
+                On CUDA, the result then contains a slot of mass 0 or repetitions instead.
         """
         n = validation.positive_int("n", n)
         validation.one_of("draw", draw, draws.DRAWS)
@@ -222,6 +222,6 @@ class SumTree(Copied):
         """Check that all sums follow from the masses, for tests and bug reports.
 
         Raises:
-            PerTdError: one does not; the error names it.
+            PerTdError: a sum does not follow; the error names it.
         """
         self._trees.check_valid()
