@@ -265,7 +265,7 @@ def test_the_stable_baselines3_recipe_learns():
     pytest.importorskip("stable_baselines3")
     recipe = example("stable_baselines3_dqn")
     figures = recipe.main(recipe.parse_args(["--steps", "30000"]))
-    assert figures["greedy return"] > 100  # 22 by random actions
+    assert figures["greedy return"] > 200  # 22 by random actions
 
 
 def test_her_sets_goals_that_were_reached_later_in_the_same_episode():

@@ -19,7 +19,7 @@ HASHED = (
     "compiling.py",
     "door.py",
     "draw.py",
-    "frames.py",
+    "frame_search.py",
     "memory.py",
     "power.py",
     "records.py",
