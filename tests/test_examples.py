@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.parameters import slow_but
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -20,7 +22,7 @@ SHORT = ["--total-steps", "800", "--eval-every", "400", "--select-episodes", "1"
 SHORT += ["--eval-episodes", "1"]
 
 
-@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("uniform", slow_but([False], [False, True]))
 def test_dqn_cartpole_runs_and_draws_its_picture(uniform, tmp_path, capsys):
     dqn = example("dqn_cartpole")
     arguments = [*SHORT, "--out", str(tmp_path)] + ["--uniform"] * uniform
