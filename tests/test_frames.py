@@ -26,7 +26,7 @@ from per_td.storage.frames import GONE, FrameStore
 from per_td.storage.layouts import Field
 from tests.support.choices import CHOICES
 from tests.support.frames import KINDS, Game, transitions_of
-from tests.support.parameters import slow_but
+from tests.support.parameters import few_of_all, slow_but
 from tests.support.processes import forked, kill
 from tests.test_frames_state_machine import same_bits
 from tests.test_interrupts import InterruptAfter, every_line
@@ -213,7 +213,7 @@ def test_long_episodes_retire_nothing(choice):
 
 @pytest.mark.parametrize(
     ("rated", "choice"),
-    slow_but([(True, CHOICES[0]), (False, CHOICES[1])], itertools.product((False, True), CHOICES)),
+    few_of_all((True, False), CHOICES),
     indirect=["choice"],
 )
 def test_an_interrupted_extend_has_written_all_or_nothing(rated, choice):

@@ -1,7 +1,6 @@
 """Rank-based prioritization beside a naive twin that sorts at every change."""
 
 import math
-from itertools import product
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from per_td import (
 from per_td.priorities.distributions import Rank, order_of
 from tests.support.model import Ring
 from tests.support.oracle import assert_drawn_from, data
-from tests.support.parameters import slow_but
+from tests.support.parameters import few_of_all
 from tests.support.tables import table
 
 DRAWS = ("independent", "stratified", "without_replacement")
@@ -72,10 +71,7 @@ def test_the_order_is_that_of_a_stable_sort(n):
 @pytest.mark.usefixtures("choice")
 @pytest.mark.parametrize(
     ("capacity", "normalization"),
-    slow_but(
-        [(1, "batch"), (7, "buffer"), (32, "none"), (50, "batch"), (50, "buffer")],
-        product((1, 7, 32, 50), ("batch", "buffer", "none")),
-    ),
+    few_of_all((1, 7, 32, 50), ("batch", "buffer", "none")),
 )
 def test_sorted_at_every_change_it_is_a_buffer_that_sorts(capacity, normalization, device):
     """Random operations in lockstep: wrap-around, ties, zeros, repeated indices, stale updates."""
@@ -156,10 +152,7 @@ def test_between_two_sorts_ranks_are_off_by_no_more_than_the_changes_since(devic
 @pytest.mark.usefixtures("choice")
 @pytest.mark.parametrize(
     ("capacity", "interval"),
-    slow_but(
-        [(1, 10), (7, 1), (16, 10), (50, 37), (50, 1000)],
-        product((1, 7, 16, 50), (1, 10, 37, 1000)),
-    ),
+    few_of_all((1, 7, 16, 50), (1000, 1, 10, 37)),
 )
 def test_between_two_sorts_it_is_a_buffer_that_counts(capacity, interval, device):
     """Random operations in lockstep, new transitions one by one and many at once."""
