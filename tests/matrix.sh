@@ -19,17 +19,11 @@ cd "$(dirname "$0")/.."
 
 PART=(
     per_td tests/test_package.py tests/test_buffer.py tests/test_draws.py tests/test_weights.py
-    tests/test_functional.py tests/test_frames.py tests/test_many_buffers.py tests/test_selection.py
-    tests/test_transitions.py tests/test_diagnostics.py tests/storage/test_schema.py
-    tests/storage/test_structure.py tests/storage/test_storage.py tests/tree/test_trees.py
-    tests/priorities/test_priorities.py tests/kernels/test_cpu_kernels.py
-    tests/checkpoint/test_checkpoint.py tests/checkpoint/test_files_of_before.py
-    tests/concurrency/test_threads.py
+    tests/test_transitions.py tests/storage/test_schema.py tests/storage/test_structure.py
+    tests/tree/test_trees.py tests/priorities/test_priorities.py tests/kernels/test_cpu_kernels.py
+    tests/checkpoint/test_files_of_before.py tests/concurrency/test_threads.py
 )
-OF_TORCHRL=(
-    tests/torchrl/test_sampler.py tests/torchrl/test_buffer.py tests/torchrl/test_slices.py
-    tests/torchrl/test_in_use.py
-)
+OF_TORCHRL=(tests/torchrl/test_sampler.py tests/torchrl/test_buffer.py tests/torchrl/test_in_use.py)
 TOOLS=(pytest pytest-xdist hypothesis scipy gymnasium)
 MORE=(matplotlib tqdm ale-py ray "stable-baselines3>=2.7" ruff mypy)
 

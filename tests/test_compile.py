@@ -173,17 +173,18 @@ KNOBS = [
     {"latest": 3, "uniform_mix": 0.4, "track_draws": True},
     {"draw": "stratified", "latest": 3},
 ]
+UNIFORM, INVERSE = {"by": "uniform"}, {"by": "inverse", "newest": 9}
+USUAL = [(KNOBS[0], INVERSE), (KNOBS[1], {}), (KNOBS[2], UNIFORM), (KNOBS[3], {})]
+USUAL += [(KNOBS[4], INVERSE)]
 
 
 @pytest.mark.parametrize("normalization", slow_but(["buffer"], ["batch", "buffer", "none"]))
-@pytest.mark.parametrize("how", [{}, {"by": "uniform"}, {"by": "inverse", "newest": 9}], ids=str)
-@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+@pytest.mark.parametrize(
+    ("knobs", "how"), slow_but(USUAL, list(product(KNOBS, ({}, UNIFORM, INVERSE)))[1:]), ids=str
+)
 def test_other_ways_to_draw_are_one_graph_and_weigh_as_without(
     knobs, how, normalization, monkeypatch
 ):
-    if not knobs and not how:
-        pytest.skip("the usual way has tests of its own")
-
     def finer(template, _generator):
         """Take as many random numbers as compiled code does, and make the same of them."""
         return (torch.rand_like(template).mul(2**20).floor() + torch.rand_like(template)) / 2**20
@@ -209,7 +210,7 @@ def test_other_ways_to_draw_are_one_graph_and_weigh_as_without(
     compiled.check_valid()
 
 
-@pytest.mark.parametrize("by", ["uniform", "inverse"])
+@pytest.mark.parametrize("by", slow_but(["inverse"], ["uniform", "inverse"]))
 def test_the_first_draw_of_its_kind_may_be_compiled(by):
     buffer = filled()
     batch = torch.compile(buffer.sample, backend="eager")(16, by=by)
@@ -220,12 +221,19 @@ def test_the_first_draw_of_its_kind_may_be_compiled(by):
     assert len(whole(buffer.sample)(16, by=by)) == 16
 
 
+WAYS = [{}, {"mode": "max", "rate": 0.5}, {"mode": "mean", "rate": 0.1}, None]
+CLIP = (0.5, 2.0)
+
+
 @pytest.mark.parametrize(
-    "given", [{}, {"mode": "max", "rate": 0.5}, {"mode": "mean", "rate": 0.1}, None], ids=str
+    ("given", "clip", "mix"),
+    slow_but(
+        [(WAYS[0], CLIP, 0.5), (WAYS[1], None, 0.5), (WAYS[2], CLIP, 0.0), (None, CLIP, 0.0)],
+        product(WAYS, (None, CLIP), (0.0, 0.5)),
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize("clip", [None, (0.5, 2.0)])
-@pytest.mark.parametrize("mix", [0.0, 0.5])
-def test_every_way_to_set_priorities_is_one_graph_and_ends_as_without(mix, clip, given):
+def test_every_way_to_set_priorities_is_one_graph_and_ends_as_without(given, clip, mix):
     settings = {"priority_clip": clip, "uniform_mix": mix}
     schedule = LinearSchedule(0.4, 1.0, 3)
     plain, compiled = (filled(beta_schedule=schedule, **settings) for _ in range(2))

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.parameters import slow_but
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -32,7 +34,7 @@ SHORT = ["--total-steps", "800", "--eval-every", "400", "--select-episodes", "1"
 SHORT += ["--eval-episodes", "1"]
 
 
-@pytest.mark.parametrize("option", [[], ["--uniform"]])
+@pytest.mark.parametrize("option", slow_but([[]], [[], ["--uniform"]]))
 def test_dqn_cartpole_runs_draws_its_picture_and_ends_with_a_verdict(option, tmp_path, capsys):
     dqn = example("dqn_cartpole")
     table = dqn.main(dqn.parse_args([*SHORT, "--out", str(tmp_path), *option]))

@@ -24,10 +24,15 @@ from per_td.memory import Memory, zeros
 from per_td.priorities.table import PriorityTable
 from per_td.storage.frame_store import GONE, FrameStore
 from per_td.storage.layouts import Field
+from tests.support.choices import CHOICES
 from tests.support.frames import KINDS, Game, transitions_of
+from tests.support.parameters import few_of_all, slow_but
 from tests.support.processes import forked, kill
 from tests.test_frames_state_machine import same_bits
 from tests.test_interrupts import InterruptAfter, every_line
+
+COMPILED_FIRST = pytest.mark.parametrize("choice", slow_but(CHOICES[:1], CHOICES), indirect=True)
+"""With kernels; without them in the slow tests."""
 
 DEPTH = 4
 
@@ -114,7 +119,7 @@ def test_a_frame_is_looked_for_in_the_last_32_writes_of_its_environment(choice):
     assert stored(buffer) == 2 * (DEPTH + 1)
 
 
-@pytest.mark.parametrize("n", [1, 3, 5])
+@pytest.mark.parametrize("n", slow_but([3], [1, 3, 5]))
 def test_the_next_stack_may_be_n_steps_on(n, choice):
     envs, steps = 3, 60
     plain = PrioritizedReplayBuffer(500)
@@ -176,6 +181,7 @@ def test_the_oldest_transitions_retire_when_frames_run_out(prioritization, choic
     buffer.check_valid()
 
 
+@COMPILED_FIRST
 def test_many_short_episodes_retire_transitions_in_parts_of_the_ring(choice):
     buffer = make(1000, num_envs=2)
     games = [Game(DEPTH, (2, 4), torch.uint8, e) for e in range(2)]
@@ -194,6 +200,7 @@ def test_many_short_episodes_retire_transitions_in_parts_of_the_ring(choice):
     buffer.check_valid()
 
 
+@COMPILED_FIRST
 def test_long_episodes_retire_nothing(choice):
     buffer = make(500, num_envs=2)
     games = [Game(DEPTH, (5, 8), torch.uint8, e) for e in range(2)]  # no two frames are alike
@@ -204,7 +211,11 @@ def test_long_episodes_retire_nothing(choice):
     assert (buffer.priority > 0).all()
 
 
-@pytest.mark.parametrize("rated", [False, True])
+@pytest.mark.parametrize(
+    ("rated", "choice"),
+    few_of_all((True, False), CHOICES),
+    indirect=["choice"],
+)
 def test_an_interrupted_extend_has_written_all_or_nothing(rated, choice):
     new = numbered(12, 6)
     priority = torch.full((6,), 2.0) if rated else None
@@ -238,6 +249,7 @@ class InterruptInside(InterruptAfter):
         return super().__call__(frame, event, arg) if inside else None
 
 
+@COMPILED_FIRST
 def test_an_interrupted_extend_of_a_shared_buffer_leaves_nothing_torn(choice, monkeypatch):
     monkeypatch.setattr("tests.test_interrupts.InterruptAfter", InterruptInside)
     new = numbered(12, 6)
@@ -617,8 +629,10 @@ def test_stacks_at_odd_addresses_are_stored(choice):
     assert same_bits(buffer.transitions["next", "pixels"], stacks[1])
 
 
-@pytest.mark.parametrize("num_frames", [None, 13, 300])
-@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize(
+    ("told", "num_frames"),
+    slow_but([(False, None), (True, 13)], itertools.product((False, True), (None, 13, 300))),
+)
 def test_on_cuda_the_host_never_waits(pretended, told, num_frames):
     with pretended.copies():
         buffer = make(20, num_envs=2, num_frames=num_frames, device="cuda")

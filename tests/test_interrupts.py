@@ -14,6 +14,7 @@ import torch
 from per_td import PerTdError, PrioritizedReplayBuffer, kernels
 from tests.support import processes
 from tests.support.choices import CHOICES
+from tests.support.parameters import few_of_all
 from tests.support.processes import torn, transitions
 
 needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
@@ -73,9 +74,11 @@ def every_line(make, call, check, step=1):
         lines += step
 
 
-@pytest.mark.parametrize("rated", [False, True])
-@pytest.mark.parametrize("layout", ["columns", "records"])
-@pytest.mark.parametrize("draw", ["proportional", "rank"])
+@pytest.mark.parametrize(
+    ("draw", "layout", "rated", "choice"),
+    few_of_all(["proportional", "rank"], ["columns", "records"], [False, True], CHOICES),
+    indirect=["choice"],
+)
 def test_an_interrupted_extend_has_written_all_or_nothing(draw, layout, rated, choice):
     new = transitions(range(100, 106))
     priority = torch.full((6,), 2.0) if rated else None
@@ -129,8 +132,16 @@ def test_an_interrupted_change_of_alpha_leaves_masses_that_follow_from_one(choic
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"draw": "stratified"}, {"weight_normalization": "buffer"}, {"weight_normalization": "none"}],
+    ("changes", "choice"),
+    few_of_all(
+        [
+            {"draw": "stratified"},
+            {"weight_normalization": "buffer"},
+            {"weight_normalization": "none"},
+        ],
+        CHOICES,
+    ),
+    indirect=["choice"],
     ids=str,
 )
 def test_an_interrupted_choice_leaves_settings_that_go_together(changes, choice):
@@ -198,8 +209,11 @@ SETTERS = {
 }
 
 
-@pytest.mark.parametrize("draw", ["proportional", "rank"])
-@pytest.mark.parametrize("setter", SETTERS)
+@pytest.mark.parametrize(
+    ("setter", "draw", "choice"),
+    few_of_all(SETTERS, ["proportional", "rank"], CHOICES),
+    indirect=["choice"],
+)
 def test_an_interrupted_way_to_set_priorities_leaves_sides_that_follow(setter, draw, choice):
     def make():
         clip = (0.5, 4.0) if setter == "clip" else None
@@ -219,7 +233,9 @@ def test_an_interrupted_way_to_set_priorities_leaves_sides_that_follow(setter, d
     every_line(make, lambda buffer: SETTERS[setter](buffer, torch.arange(8)), check, step)
 
 
-@pytest.mark.parametrize("rated", [False, True])
+@pytest.mark.parametrize(
+    ("rated", "choice"), few_of_all([False, True], CHOICES), indirect=["choice"]
+)
 def test_an_interrupted_extend_leaves_sides_and_counts_that_follow(rated, choice):
     new = transitions(range(100, 106))
     priority = torch.tensor([2.0, 0.0] * 3) if rated else None
@@ -250,7 +266,7 @@ DRAWN = {
 }
 
 
-@pytest.mark.parametrize("draw", DRAWN)
+@pytest.mark.parametrize(("draw", "choice"), few_of_all(DRAWN, CHOICES), indirect=["choice"])
 def test_an_interrupted_draw_leaves_a_buffer_that_draws(draw, choice):
     def make():
         buffer = PrioritizedReplayBuffer(200, 8, uniform_mix=0.5, latest=2, track_draws=True)
@@ -273,7 +289,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(("name", "choice"), few_of_all(CHANGES, CHOICES), indirect=["choice"])
 def test_an_interrupted_change_of_a_knob_leaves_the_old_one_or_the_new_one(name, choice):
     for value in CHANGES[name]:
 

@@ -22,7 +22,7 @@ from per_td import (
 )
 from tests.support.model import Ring
 from tests.support.oracle import S, assert_drawn_from, data, numbered
-from tests.support.parameters import slow_but
+from tests.support.parameters import few_of_all, slow_but
 
 DRAWS = ("independent", "stratified", "without_replacement")
 WAYS = [(draw, method) for draw in DRAWS for method in ("tree", "multinomial")]
@@ -138,7 +138,11 @@ class Lockstep:
                 buffer.alpha = alpha
 
 
-@pytest.mark.parametrize("new_priority", ["buffer_max", "ever_max"])
+@pytest.mark.parametrize(
+    ("new_priority", "choice"),
+    few_of_all(["buffer_max", "ever_max"], kernels.CHOICES),
+    indirect=["choice"],
+)
 @pytest.mark.parametrize("capacity", slow_but([1, 7, 17, 257], [1, 7, 16, 17, 50, 256, 257]))
 def test_many_buffers_do_what_as_many_separate_ones_do(capacity, new_priority, choice, device):
     both = Lockstep(capacity, device, new_priority=new_priority, weight_normalization="buffer")

@@ -10,6 +10,7 @@ from tensordict import TensorDict
 
 from per_td import PrioritizedReplayBuffer, SumTree, TransitionReplayBuffer, kernels
 from tests.support.choices import CHOICES
+from tests.support.parameters import few_of_all
 
 
 @contextlib.contextmanager
@@ -128,9 +129,11 @@ def played(settings, path, modes) -> list[torch.Tensor]:
     return out
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("mode", [*list(MODES)[1:], "first", "in turns"])
+@pytest.mark.parametrize(
+    ("mode", "settings", "choice"),
+    few_of_all([*list(MODES)[1:], "first", "in turns"], SETTINGS, CHOICES),
+    ids=str,
+)
 def test_every_call_gives_the_same_in_every_mode(mode, settings, choice, tmp_path, monkeypatch):
     monkeypatch.setenv(kernels.VARIABLE, choice)
     expected = played(settings, tmp_path / "usual", [MODES["usual"]])

@@ -29,7 +29,7 @@ from per_td import (
 )
 from tests.support.fuzz import frozen, hostile
 from tests.support.n_steps import Plain, Written, collected, seeded, steps
-from tests.support.parameters import slow_but
+from tests.support.parameters import few_of_all, slow_but
 
 FOLDER = Path(__file__).parent.parent / "docs"
 PAGE = (FOLDER / "vector_loop.md").read_text()
@@ -698,25 +698,11 @@ def pair(**changed) -> dict:
     return td
 
 
-@pytest.mark.parametrize("many", [None, 2])
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "td",
-        "env",
-        "mask",
-        "priority",
-        "observation",
-        "action",
-        "reward",
-        "terminated",
-        "truncated",
-        "done",
-        "next",
-        "flush",
-    ],
-)
+ARGUMENTS = ["td", "env", "mask", "priority", "observation", "action", "reward", "terminated"]
+ARGUMENTS += ["truncated", "done", "next", "flush"]
+
+
+@pytest.mark.parametrize(("name", "first", "many"), few_of_all(ARGUMENTS, [True, False], [None, 2]))
 def test_anything_is_taken_or_named_and_changes_nothing(name, first, many):
     for kind, value in hostile().items():
         prioritized = {"priority": [1.0, 2.0]} if name == "priority" else {}

@@ -15,6 +15,7 @@ from per_td import (
 from per_td.priorities.distributions import Rank, order_of
 from tests.support.model import Ring
 from tests.support.oracle import assert_drawn_from, data
+from tests.support.parameters import few_of_all
 from tests.support.tables import table
 
 DRAWS = ("independent", "stratified", "without_replacement")
@@ -68,8 +69,10 @@ def test_the_order_is_that_of_a_stable_sort(n):
 
 
 @pytest.mark.usefixtures("choice")
-@pytest.mark.parametrize("normalization", ["batch", "buffer", "none"])
-@pytest.mark.parametrize("capacity", [1, 7, 32, 50])
+@pytest.mark.parametrize(
+    ("capacity", "normalization"),
+    few_of_all((1, 7, 32, 50), ("batch", "buffer", "none")),
+)
 def test_sorted_at_every_change_it_is_a_buffer_that_sorts(capacity, normalization, device):
     """Random operations in lockstep: wrap-around, ties, zeros, repeated indices, stale updates."""
     settings = {"sort_interval": 1, "weight_normalization": normalization, "alpha": 0.9}
@@ -147,8 +150,10 @@ def test_between_two_sorts_ranks_are_off_by_no_more_than_the_changes_since(devic
 
 
 @pytest.mark.usefixtures("choice")
-@pytest.mark.parametrize("interval", [1, 10, 37, 1000])
-@pytest.mark.parametrize("capacity", [1, 7, 16, 50])
+@pytest.mark.parametrize(
+    ("capacity", "interval"),
+    few_of_all((1, 7, 16, 50), (1000, 1, 10, 37)),
+)
 def test_between_two_sorts_it_is_a_buffer_that_counts(capacity, interval, device):
     """Random operations in lockstep, new transitions one by one and many at once."""
     settings = {"sort_interval": interval, "weight_normalization": "buffer"}

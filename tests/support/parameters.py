@@ -1,5 +1,7 @@
 """Parameters of which a few are for every run, and the others of the same kind are slow."""
 
+from itertools import product
+
 import pytest
 
 
@@ -14,3 +16,10 @@ def slow_but(usual, cases) -> list:
         )
         for case in cases
     ]
+
+
+def few_of_all(*axes) -> list:
+    """All combinations of the values of some axes, slow but for a few that have each value."""
+    axes = [list(axis) for axis in axes]
+    usual = [tuple(axis[k % len(axis)] for axis in axes) for k in range(max(map(len, axes)))]
+    return slow_but(usual, product(*axes))
