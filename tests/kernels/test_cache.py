@@ -150,8 +150,8 @@ def test_a_kernel_is_compiled_when_it_is_first_called_and_a_long_wait_is_logged(
         assert out[-1] == str([compiled, compiled, "Kernel", "Kernel"])
         if patience == "1e9":
             assert LOGGED not in out
-        elif first:
-            assert out.count(LOGGED) == 1
+        else:  # kernels that are only loaded are not compiled, however long that takes
+            assert out.count(LOGGED) == first
 
 
 def test_a_buffer_with_a_lock_compiles_before_it_is_taken():

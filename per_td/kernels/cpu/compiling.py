@@ -95,11 +95,14 @@ class Kernel:
 
     def _compile(self, finished: threading.Event) -> None:
         """Compile the function, unless an earlier thread has, whose caller was interrupted."""
+        folder = Path(self._made.stats.cache_path)
+        name = f"{self._function.__module__.rpartition('.')[2]}.{self._name}"
         with Kernel._compiling:
             started = time.monotonic()
             late = threading.Timer(max(0.0, _PATIENCE - Kernel._seconds), _tell)
             late.daemon = True
-            late.start()
+            if not any(folder.glob(f"{name}_{_sources()}-*.nbi")):  # else it is only loaded
+                late.start()
             try:
                 if not self._compiled:
                     self._made.compile(self._signature)
@@ -112,8 +115,7 @@ class Kernel:
                 finished.set()
             if self._made.stats.cache_misses:
                 Kernel._seconds += time.monotonic() - started
-                file = self._function.__module__.rpartition(".")[2]
-                _remove_outdated(Path(self._made.stats.cache_path), f"{file}.{self._name}")
+                _remove_outdated(folder, name)
 
 
 def _tell() -> None:
