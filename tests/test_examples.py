@@ -35,7 +35,8 @@ def test_dqn_cartpole_runs_and_draws_its_picture(uniform, tmp_path, capsys):
 
 def test_dqn_cartpole_is_fixed_by_its_seed():
     dqn = example("dqn_cartpole")
-    (one, *first), (two, *second) = (dqn.train(dqn.parse_args(SHORT)) for _ in range(2))
+    arguments = [*SHORT, "--total-steps", "400", "--learning-starts", "200"]
+    (one, *first), (two, *second) = (dqn.train(dqn.parse_args(arguments)) for _ in range(2))
     assert first == second
     assert first[0]
     for ours, theirs in zip(one.parameters(), two.parameters(), strict=True):
