@@ -72,7 +72,8 @@ def test_dqn_cartpole_compares_both_kinds_of_replay_in_one_picture(tmp_path, cap
 
 def test_dqn_cartpole_is_fixed_by_its_seed():
     dqn = example("dqn_cartpole")
-    (one, *first), (two, *second) = (dqn.train(dqn.parse_args(SHORT)) for _ in range(2))
+    arguments = [*SHORT, "--total-steps", "400", "--learning-starts", "200"]
+    (one, *first), (two, *second) = (dqn.train(dqn.parse_args(arguments)) for _ in range(2))
     assert first == second
     assert first[0]
     for ours, theirs in zip(one.parameters(), two.parameters(), strict=True):

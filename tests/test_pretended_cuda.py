@@ -26,12 +26,13 @@ from per_td.draws import DRAWS, METHODS
 from per_td.kernels import reference
 from per_td.priorities.table import NEW_PRIORITIES
 from per_td.weights import NORMALIZATIONS
-from tests.support.parameters import slow_but
+from tests.support.parameters import few_of_all, slow_but
 from tests.support.pretended_cuda import WAITS, HostWaitError, MixedDevicesError
 
 CAPACITY, B, S = 20, 8, 3
 
 WAYS = [way for way in itertools.product(DRAWS, METHODS) if way != ("stratified", "multinomial")]
+TOLD = [way for way in WAYS if way[1] != "auto"]
 
 
 def make(pretended, capacity=CAPACITY, **settings):
@@ -75,19 +76,10 @@ def learn(buffer, batch, shape=(B,), device="cuda:0"):
 
 
 @pytest.mark.parametrize(
-    ("normalization", "new_priority"),
-    slow_but(
-        [
-            *((normalization, NEW_PRIORITIES[0]) for normalization in NORMALIZATIONS),
-            (NORMALIZATIONS[0], NEW_PRIORITIES[1]),
-        ],
-        itertools.product(NORMALIZATIONS, NEW_PRIORITIES),
-    ),
+    ("way", "normalization", "new_priority"), few_of_all(WAYS, NORMALIZATIONS, NEW_PRIORITIES)
 )
-@pytest.mark.parametrize(("draw", "method"), WAYS)
-def test_no_way_to_draw_weigh_and_update_waits(
-    draw, method, normalization, new_priority, pretended
-):
+def test_no_way_to_draw_weigh_and_update_waits(way, normalization, new_priority, pretended):
+    draw, method = way
     buffer = make(
         pretended,
         draw=draw,
@@ -182,9 +174,9 @@ def test_a_default_device_of_cuda_makes_a_buffer_there(pretended):
     assert buffer.device == pretended.device
 
 
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
-@pytest.mark.parametrize(("draw", "method"), [way for way in WAYS if way[1] != "auto"])
-def test_many_buffers_never_wait(draw, method, normalization, pretended):
+@pytest.mark.parametrize(("way", "normalization"), few_of_all(TOLD, NORMALIZATIONS))
+def test_many_buffers_never_wait(way, normalization, pretended):
+    draw, method = way
     buffers = make(
         pretended, num_buffers=S, draw=draw, method=method, weight_normalization=normalization
     )
@@ -208,9 +200,9 @@ def set_each(buffers):
     assert buffers.alpha.shape == buffers.beta.shape == (S,)
 
 
-@pytest.mark.parametrize("normalization", NORMALIZATIONS)
-@pytest.mark.parametrize(("draw", "method"), [way for way in WAYS if way[1] != "auto"])
-def test_many_buffers_whose_settings_differ_never_wait(draw, method, normalization, pretended):
+@pytest.mark.parametrize(("way", "normalization"), few_of_all(TOLD, NORMALIZATIONS))
+def test_many_buffers_whose_settings_differ_never_wait(way, normalization, pretended):
+    draw, method = way
     buffers = make(
         pretended,
         num_buffers=S,
@@ -656,11 +648,11 @@ KNOBS = [
 ]
 
 
-@pytest.mark.parametrize("num_buffers", [None, S])
+@pytest.mark.parametrize("every", slow_but([5], [5, 1]))
+@pytest.mark.parametrize(("draw", "num_buffers"), few_of_all(DRAWS, [None, S]))
 @pytest.mark.parametrize("normalization", slow_but(["buffer"], NORMALIZATIONS))
-@pytest.mark.parametrize("draw", DRAWS)
 def test_no_other_way_to_draw_waits_and_nor_do_the_changes_that_it_follows(
-    draw, normalization, num_buffers, pretended
+    normalization, draw, num_buffers, every, pretended
 ):
     apart = draw == "without_replacement"
     settings = {"draw": draw, "weight_normalization": normalization, "num_buffers": num_buffers}
@@ -671,9 +663,8 @@ def test_no_other_way_to_draw_waits_and_nor_do_the_changes_that_it_follows(
     with pretended.copies():  # memory of the trees on the side
         buffer.sample(by="uniform")
         buffer.sample(by="inverse")
-    for knobs in KNOBS:
-        if apart and (knobs["newest"] or knobs["latest"] or knobs["uniform_mix"]):
-            continue
+    alone = [k for k in KNOBS if not (k["newest"] or k["latest"] or k["uniform_mix"])]
+    for knobs in alone if apart else KNOBS[::every]:
         buffer.latest, buffer.uniform_mix = knobs["latest"], knobs["uniform_mix"]
         batch = buffer.sample(by=knobs["by"], newest=knobs["newest"])
         assert on_device(pretended, batch.to_dict())
@@ -685,9 +676,10 @@ def test_no_other_way_to_draw_waits_and_nor_do_the_changes_that_it_follows(
     assert on_device(pretended, [buffer.draw_count])
 
 
-@pytest.mark.parametrize("device", ["cuda:0", "cpu"])
-@pytest.mark.parametrize("num_buffers", [None, S])
-@pytest.mark.parametrize("clip", [None, (0.5, None), (None, 2.0)])
+@pytest.mark.parametrize(
+    ("clip", "num_buffers", "device"),
+    few_of_all([None, (0.5, None), (None, 2.0)], [None, S], ["cuda:0", "cpu"]),
+)
 def test_no_way_to_set_priorities_waits(clip, num_buffers, device, pretended):
     with pretended.copies():
         schedule = LinearSchedule(0.4, 1.0, 10)

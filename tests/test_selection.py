@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from per_td import ConfigurationError, EmptyBufferError, PrioritizedReplayBuffer
+from tests.support.choices import CHOICES
 from tests.support.oracle import S, assert_drawn_from, data, numbered
-from tests.support.parameters import slow_but
+from tests.support.parameters import few_of_all, slow_but
 from tests.support.processes import deadline
 from tests.support.selections import (
     KNOBS,
@@ -116,8 +117,11 @@ def test_large_buffers_draw_by_the_same_probabilities(capacity, knobs, device, c
     check(buffer, knobs, 40_000)
 
 
-@pytest.mark.parametrize("by", ["priority", "uniform", "inverse"])
-@pytest.mark.parametrize("method", ["tree", "multinomial"])
+@pytest.mark.parametrize(
+    ("by", "method", "choice"),
+    few_of_all(["priority", "uniform", "inverse"], ["tree", "multinomial"], CHOICES),
+    indirect=["choice"],
+)
 @pytest.mark.parametrize("normalization", slow_but(["buffer"], NORMALIZATIONS))
 def test_draws_without_replacement_are_distinct_and_begin_by_the_probabilities(
     normalization, method, by, device, choice

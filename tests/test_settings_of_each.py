@@ -17,7 +17,7 @@ from per_td import (
 )
 from per_td.priorities.table import PriorityTable
 from tests.support.oracle import assert_drawn_from, data, numbered
-from tests.support.parameters import slow_but
+from tests.support.parameters import few_of_all, slow_but
 from tests.support.processes import handed_over, shared, transitions
 
 ALPHAS, BETAS = (0.9, 0.0, 0.37), (0.4, 1.0, 0.83)
@@ -475,8 +475,9 @@ def test_processes_that_share_buffers_see_what_one_of_them_sets(choice):
 # --- torch.compile --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("normalization", ["batch", "buffer", "none"])
+@pytest.mark.parametrize(
+    ("normalization", "count"), few_of_all(["batch", "buffer", "none"], COUNTS)
+)
 def test_compiled_draws_and_updates_follow_each_setting_and_its_changes(normalization, count):
     torch._dynamo.reset()
     buffer = filled(count, method="tree", weight_normalization=normalization)
