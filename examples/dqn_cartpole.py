@@ -235,7 +235,7 @@ def main(args: Args) -> dict:
 
     print(" " * 42, *(f"{name:>12}" for name in table))
     for row in next(iter(table.values())):
-        print(f"{row:42}", *(f"{figures[row]:12,.1f}" for figures in table.values()))
+        print(f"{row:42}", *(f"{round(figures[row], 1):12,}" for figures in table.values()))
     print(f"picture: {picture}")
     for name, figures in table.items():
         mean = figures["mean return of the best network, greedy"]

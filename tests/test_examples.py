@@ -67,7 +67,7 @@ def test_dqn_cartpole_compares_both_kinds_of_replay_in_one_picture(tmp_path, cap
     assert curves["prioritized"] != curves["uniform"]
     assert all(f"SOLVED with {kind} replay" in printed for kind in table)
     [row] = [line for line in printed.splitlines() if line.startswith("training episodes")]
-    assert row.split()[-2:] == [f"{table[kind]['training episodes']:,.1f}" for kind in table]
+    assert row.split()[-2:] == [f"{table[kind]['training episodes']:,}" for kind in table]
 
 
 def test_dqn_cartpole_is_fixed_by_its_seed():
