@@ -92,7 +92,7 @@ def cliffwalk(settings: dict[str, Any]) -> dict[str, NDArray]:
         watch = Watch(CLIFFWALK["at"])
         limit = CLIFFWALK["limit"]
         taken = prioritized(problem, draw_rng, limit, watch=watch, track_draws=True, **settings)
-        updates.append(-float(limit if taken is None else taken))
+        updates.append(-np.inf if taken is None else -float(taken))
         lines.append({key: value.item() for key, value in watch.found.items()})
     figures = {key: np.array([line.get(key, np.nan) for line in lines]) for key in KEYS}
     return {"score": np.array(updates)} | figures
