@@ -23,7 +23,8 @@ MODULES = ["per_td", "per_td.functional", "per_td.torchrl", "per_td.ray"]
 def test_each_block_of_code_runs_alone_as_printed(where, code, tmp_path, monkeypatch):
     if pages.starts_ray(code):
         pytest.skip("tests/ray/test_examples.py runs it, with a cluster")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)  # a checkout, as far as pages use one, but nothing is written there
+    (tmp_path / "examples").symlink_to(pages.ROOT / "examples")
     if "__main__" in code:  # it starts processes, which import the file that they are from
         script = tmp_path / "block.py"
         script.write_text(f"import torch\n\ntorch.manual_seed(0)\n{code}")

@@ -333,7 +333,7 @@ def test_bounds_are_saved_and_loaded(groups, clip, tmp_path):
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     made = make(groups)
     made.load_state_dict(state)
-    assert made.priority_clip is None  # the buffer's own stay
+    assert made.priority_clip == clip
     for wrong in ({"low": 2.0, "high": 1.0}, {"low": 1.0}, "x", {"low": "x", "high": None}):
         damaged = state | {"settings": state["settings"] | {"priority_clip": wrong}}
         with pytest.raises(CheckpointError, match="priority_clip: expected"):

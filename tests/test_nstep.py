@@ -897,7 +897,7 @@ def test_settings_are_fixed_and_shown():
 
 
 def test_the_loop_on_the_page_runs_as_printed_in_25_lines():
-    (block,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    block, *_ = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert sum(bool(line.strip()) for line in block.splitlines()) == 25
     names = {}
     exec(compile(block, "vector_loop.md", "exec"), names)
