@@ -75,6 +75,16 @@ def _shown(value: float | Tensor) -> str:
     return f"[{', '.join(shown if len(shown) <= 4 else [*shown[:2], '...', shown[-1]])}]"
 
 
+def _through(repair: Callable[[], None], tries: int = 100) -> None:
+    """Call a repair, which may be done again, until no further interrupt ends it early."""
+    try:
+        repair()
+    except BaseException:
+        if tries == 1:
+            raise
+        _through(repair, tries - 1)
+
+
 def _void_write(ring: RingStorage, table: PriorityTable, beta: Tensor, note: Note) -> None:
     """Void what a dead process was writing; derive all else from the raw priorities."""
     if note.active:
@@ -484,9 +494,7 @@ class PrioritizedReplayBuffer(Copied):
         except BaseException as error:  # an interrupt, say: what is written needs its priority
             validation.refuse_transform(error)
             if self._guard is None:
-                ring.take_back()
-                self._priorities.rebuild()
-                self._write(leaves, n, index, priority, mask)
+                _through(partial(self._write_again, leaves, n, index, priority, mask))
             raise
         finally:
             self._busy = False
@@ -506,6 +514,14 @@ class PrioritizedReplayBuffer(Copied):
         runs = self._storage.write(leaves, n, mask)
         self._write_priorities(n, index, priority, mask, runs)
         self._priorities.retire(self._storage)
+
+    def _write_again(
+        self, leaves: Leaves, n: int, index: Tensor, priority: Tensor | None, mask: Tensor | None
+    ) -> None:
+        """Write all of what an interrupt left half written."""
+        self._storage.take_back()
+        self._priorities.rebuild()
+        self._write(leaves, n, index, priority, mask)
 
     def _write_priorities(
         self,
@@ -864,7 +880,7 @@ class PrioritizedReplayBuffer(Copied):
                 raise
             except BaseException as error:  # an interrupt, say
                 validation.refuse_transform(error)
-                self._priorities.rebuild()
+                _through(self._priorities.rebuild)
                 raise
             finally:
                 self._busy = False
@@ -1039,7 +1055,7 @@ class PrioritizedReplayBuffer(Copied):
             except PerTdError:
                 raise
             except BaseException:  # an interrupt, say
-                self._priorities.rebuild()
+                _through(self._priorities.rebuild)
                 raise
 
     @property

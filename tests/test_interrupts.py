@@ -428,3 +428,35 @@ if {holder == "another thread"}:
 others[0].acquire()
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("call", ["extend", "update_priority"])
+def test_a_call_is_repaired_though_its_repair_is_interrupted_too(call, monkeypatch):
+    buffer = PrioritizedReplayBuffer(8, 4, eps=0.0)
+    buffer.extend({"x": torch.arange(5.0)})
+    interrupted = []
+
+    def interrupts(method):
+        def interrupt(*arguments, **more):
+            method(*arguments, **more)
+            if len(interrupted) < 3:
+                interrupted.append(None)
+                raise KeyboardInterrupt
+
+        return interrupt
+
+    table = buffer._priorities
+    for name in ("rebuild", "update", "write_runs"):
+        monkeypatch.setattr(table, name, interrupts(getattr(table, name)))
+    calls = {
+        "extend": lambda: buffer.extend({"x": torch.arange(5.0, 9.0)}),
+        "update_priority": lambda: buffer.update_priority([0, 1], [2.0, 3.0]),
+    }
+    with pytest.raises(KeyboardInterrupt):
+        calls[call]()
+    assert len(interrupted) == 3
+    buffer.check_valid()
+    if call == "extend":
+        assert buffer.transitions["x"].tolist() == [8.0, *range(1, 8)]
+    else:
+        assert buffer.priority.tolist() == [2.0, 3.0, 1.0, 1.0, 1.0]
