@@ -14,6 +14,8 @@ from per_td.torchrl import (
     PrioritizedSliceSampler,
     TensorDictPrioritizedReplayBuffer,
 )
+from tests.support.choices import CHOICES
+from tests.support.parameters import few_of_all
 
 KINDS = ["short", "long", "memmap", "2-d", "no sync", "sampler", "slices", "slices of ours"]
 
@@ -187,21 +189,12 @@ def run(kind, mode, folder):
     return seen
 
 
+NAMES = ["float64", "bfloat16", "float16", "inference", "made", "made and filled", "first write"]
+NAMES += ["in turn", "in turn, too"]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "mode",
-    [
-        "float64",
-        "bfloat16",
-        "float16",
-        "inference",
-        "made",
-        "made and filled",
-        "first write",
-        "in turn",
-        "in turn, too",
-    ],
-)
+@pytest.mark.parametrize(("mode", "choice"), few_of_all(NAMES, CHOICES), indirect=["choice"])
 @pytest.mark.filterwarnings("ignore:Loading the storage on an uninitialized")
 def test_every_method_works_the_same_in_every_mode(choice, kind, mode, tmp_path):
     """The same draws and priorities: nothing is made without a dtype."""

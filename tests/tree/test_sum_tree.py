@@ -16,8 +16,9 @@ from per_td import (
     SumTree,
     validation,
 )
+from tests.support.choices import CHOICES
 from tests.support.oracle import CAPACITIES, assert_drawn_from
-from tests.support.parameters import slow_but
+from tests.support.parameters import few_of_all, slow_but
 
 DRAWS = ("independent", "stratified")
 CAPACITIES = slow_but((1, 17, 257, 4097), (*CAPACITIES, 4097))
@@ -154,17 +155,16 @@ def successive(mass: list[float], k: int) -> dict[tuple[int, ...], float]:
     return outcomes
 
 
-@pytest.mark.parametrize(
-    "mass",
-    [
-        [1.0, 1.5, 2.0, 1.25, 0.75],  # 2 n points mostly give n slots
-        [8.0, 0.0, 1.0, 0.5, *[0.0] * 30, 2.0, 0.01],
-        [6e-10, 3e-10, 1.0, 1e-10, 0.0],  # they never do: one slot holds 1 - 1e-9 of the mass
-    ],
-    ids=["even", "uneven", "one"],
-)
+MASSES = {
+    "even": [1.0, 1.5, 2.0, 1.25, 0.75],  # 2 n points mostly give n slots
+    "uneven": [8.0, 0.0, 1.0, 0.5, *[0.0] * 30, 2.0, 0.01],
+    "one": [6e-10, 3e-10, 1.0, 1e-10, 0.0],  # they never do: one slot holds 1 - 1e-9 of the mass
+}
+
+
+@pytest.mark.parametrize(("mass", "choice"), few_of_all(MASSES, CHOICES), indirect=["choice"])
 def test_draws_without_replacement_are_exactly_sequential(mass, trees, choice, device, generator):
-    mass = torch.tensor(mass)
+    mass = torch.tensor(MASSES[mass])
     mass = torch.stack([mass.roll(7 * s) * 10.0**-s for s in range(trees or 1)])
     tree = filled(mass if trees else mass[0], device)
     drawn = [
