@@ -98,6 +98,7 @@ row() { # name, interpreter, constraints or "", what to remove or "", what to in
     fi
     # the tests take per_td from this folder, which `pythonpath` in pyproject.toml names
     "$here/bin/python" -m pytest -q -p no:cacheprovider --junit-xml "$folder/junit.xml" \
+        -W "ignore:the CPU kernels are off" \
         "${tests[@]}" >"$log" 2>&1
     local code=$?
     tail -n 3 "$log"
