@@ -34,7 +34,7 @@ _MOST = 2**48
 
 def can_raise(tensor: Tensor) -> bool:
     """True if a check of values may raise: not on CUDA (the host would wait), nor while tracing."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 def _probe(device: torch.device | str | int | None, dtype: torch.dtype) -> Tensor:

@@ -652,11 +652,12 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             index = first_of_each(index, data.ndim)
         with self._replay_lock, self._write_lock:
             self._catch_up()
-            stamps = None if generation is None else privates.generations(self, sampler.device)
-            if stamps is None or len(stamps) != sampler.max_size:
+            stamps, device = None, sampler.device
+            if generation is not None:
+                stamps = privates.generations(self, sampler.max_size, device)
+            if stamps is None:
                 sampler._follow(storage)
-                stamps = None
-            device, squared = sampler.device, sampler.td_error_unit == "squared"
+            squared = sampler.td_error_unit == "squared"
             shape = None if td_error.is_nested else td_error.shape
             if shape == (rows, 1):
                 td_error = td_error.squeeze(-1)

@@ -63,11 +63,11 @@ def stored(storage: Storage) -> int:
     return len(storage) if isinstance(shared, int) else int(shared.get_obj().value)
 
 
-def generations(buffer: ReplayBuffer, device: torch.device) -> Tensor | None:
-    """Generations of all slots, int64 [capacity], contiguous.
+def generations(buffer: ReplayBuffer, slots: int, device: torch.device) -> Tensor | None:
+    """Generations of all slots, int64 [slots], contiguous.
 
     None where a slot has none of its own, a `GenerationWriter` did not make them for this storage,
-    or they are not on `device`.
+    or they are not as many or not on `device`.
     """
     storage, writer = buffer._storage, buffer._writer
     if type(writer) is not GenerationWriter or writer._storage is not storage or storage.ndim > 1:
@@ -77,7 +77,7 @@ def generations(buffer: ReplayBuffer, device: torch.device) -> Tensor | None:
         found is not None
         and found.device == device
         and found.dtype == torch.int64
-        and found.shape == (storage.max_size,)
+        and found.shape == (slots,)
         and found.is_contiguous()
     )
     return found if fits else None
@@ -217,7 +217,7 @@ def _plain_generations(buffer: ReplayBuffer) -> Tensor | None:
         and buffer._sample_unit is None
         and buffer._collate_fn is _collate_id
     )
-    return generations(buffer, storage.device) if plain else None
+    return generations(buffer, storage.max_size, storage.device) if plain else None
 
 
 def write(

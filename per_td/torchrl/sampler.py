@@ -673,13 +673,15 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         table, capacity = self._table, self._max_capacity
         if size == capacity or validation.can_raise(index):
             try:
-                self._stale += table.update(
+                dropped = table.update(
                     index, td_error, written=size, generation=generation, **settings
                 )
             except IndexRangeError:
                 mask = settings.get("mask")
                 validation.require_slots(index, capacity, mask, what=_SLOTS)
             else:
+                if not isinstance(dropped, int) or dropped:  # adding 0 to a tensor takes time
+                    self._stale += dropped
                 return
         known = torch.zeros_like(index) if generation is None else generation
         empty = (index >= size) & (index < capacity)

@@ -369,5 +369,6 @@ def test_generations_elsewhere_than_the_priorities_are_not_handed_to_their_kerne
     """As with `sampler_device`: addresses on the CPU are nothing to a device."""
     buffer = make()
     buffer.extend(data(20))
-    assert privates.generations(buffer, torch.device("meta")) is None
-    assert privates.generations(buffer, torch.device("cpu")).tolist() == [0] * 20
+    assert privates.generations(buffer, 20, torch.device("meta")) is None
+    assert privates.generations(buffer, 20, torch.device("cpu")).tolist() == [0] * 20
+    assert privates.generations(buffer, 21, torch.device("cpu")) is None
