@@ -1199,7 +1199,9 @@ class PrioritizedReplayBuffer(Copied):
         """
         counts = self._priorities.draw_count
         if counts is None:
-            raise ConfigurationError("draw_count: expected a buffer with track_draws=True")
+            raise ConfigurationError(
+                "draw_count: expected a buffer with track_draws=True, got one with False"
+            )
         with self._lock:
             return counts[self._storage.shown].clone()
 

@@ -578,7 +578,9 @@ class ShardedReplayBuffer:
             ConfigurationError: the buffer was made without `track_draws`.
         """
         if not self.track_draws:
-            raise ConfigurationError("draw_count: expected a buffer with track_draws=True")
+            raise ConfigurationError(
+                "draw_count: expected a buffer with track_draws=True, got one with False"
+            )
         parts = self._get([shard.draw_count.remote() for shard in self._shards])
         return torch.cat([wire.tensor(part) for part in parts])
 

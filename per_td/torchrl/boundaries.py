@@ -101,8 +101,8 @@ def end_flags(
             known = True
     if not known:
         raise KeyError(
-            f"none of the entries {[*ids, *flags]} that could tell trajectories apart is in the"
-            " storage"
+            f"expected one of the entries {[*ids, *flags]}, which tell trajectories apart, got"
+            f" {sorted(data.keys(True, True), key=str)}"
         )
     return end
 

@@ -285,7 +285,8 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         if value == "buffer" != self.weight_normalization and self._is_shared:
             raise ConfigurationError(
                 "weight_normalization: expected 'buffer' to be chosen before the sampler is shared"
-                " with other processes, which would not keep the smallest priority up to date"
+                " with other processes, which would not keep the smallest priority up to date, got"
+                f" {self.weight_normalization!r} there"
             )
         self._table.weight_normalization = value
 
@@ -328,7 +329,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         if self._is_shared and not self._table.has_side(side):
             raise ConfigurationError(
                 f"{name}: expected it to be chosen before the sampler is shared with other"
-                f" processes, which would not keep the {side} masses up to date"
+                f" processes, which would not keep the {side} masses up to date, got {side!r} after"
             )
 
     @contextmanager
@@ -352,7 +353,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             if ever is None:
                 raise ConfigurationError(
                     "newest, latest: expected None and 0 for a storage of several dimensions, or"
-                    " without a ring's order"
+                    f" without a ring's order, got {self.newest} and {self.latest}"
                 )
             written = ever
         index, weight = sample_weighted(
@@ -402,7 +403,9 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             ConfigurationError: the sampler was made without `track_draws`.
         """
         if self._table.draw_count is None:
-            raise ConfigurationError("draw_count: expected a sampler with track_draws=True")
+            raise ConfigurationError(
+                "draw_count: expected a sampler with track_draws=True, got one with False"
+            )
         return self._table.draw_count.clone()
 
     @property

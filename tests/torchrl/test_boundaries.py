@@ -160,7 +160,7 @@ def test_a_loaded_ring_is_still_cut_at_its_cursor(tmp_path):
 @pytest.mark.parametrize(
     ("data", "settings", "error", "message"),
     [
-        ({"x": torch.zeros(4)}, {}, KeyError, "could tell trajectories apart"),
+        ({"x": torch.zeros(4)}, {}, KeyError, r"which tell trajectories apart, got .*'x'"),
         (
             {"next": {"done": torch.zeros(4, 2, dtype=torch.bool)}},
             {},
