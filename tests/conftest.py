@@ -34,15 +34,26 @@ def pytest_configure(config) -> None:
 def pytest_collection_modifyitems(config, items) -> None:
     """Mark as slow what Triton's interpreter runs, but for the kernels' own tests.
 
-    With pytest-xdist, the tests of a Ray cluster go to one worker, which makes it.
+    It runs the same operations for each value of PER_TD_KERNELS: one of them is enough. With
+    pytest-xdist, the tests of a Ray cluster go to one worker, which makes it.
     """
+    seen, twice = set(), []
     for item in items:
         callspec = getattr(item, "callspec", None)
         interpreted = callspec and callspec.params.get("device") == "interpreted"
         if interpreted and not config.getoption("--interpreted"):
             item.add_marker("slow")
+        if interpreted:
+            others = [f"{k}={v!r}" for k, v in callspec.params.items() if k != "choice"]
+            case = (item.parent, item.originalname, *sorted(others))
+            if case in seen:
+                twice.append(item)
+            seen.add(case)
         if item.path.parent.name == "ray" and config.pluginmanager.hasplugin("xdist"):
             item.add_marker(pytest.mark.xdist_group("ray"))
+    dropped = set(twice)
+    items[:] = [item for item in items if item not in dropped]
+    config.hook.pytest_deselected(items=twice)
 
 
 @pytest.fixture(

@@ -142,15 +142,15 @@ def test_apex_runs_with_its_actors():
 @pytest.mark.slow
 def test_rainbow_atari_learns_a_little_and_goes_on_from_its_checkpoint(tmp_path):
     rainbow = example("rainbow_atari")
-    short = {"learning_starts": 1_000, "log_every": 1_000, "save_every": 1_000, "capacity": 4_000}
-    args = rainbow.Args(frames=20_000, out=str(tmp_path), **short)
+    short = {"learning_starts": 400, "log_every": 400, "save_every": 400, "capacity": 1_600}
+    args = rainbow.Args(frames=8_000, out=str(tmp_path), **short)
     line = rainbow.train(args)
-    assert line["size"] == 4_000
+    assert line["size"] == 1_600
     assert 0 < line["loss"] < 1
     assert -21 <= line["return"] <= 21 or line["return"] != line["return"]  # no game has ended
     assert line["stale_updates"] == 0
     assert len((tmp_path / "log.csv").read_text().splitlines()) == 6
-    args.frames, args.resume = 22_000, True
+    args.frames, args.resume = 9_000, True
     rainbow.train(args)
 
 
