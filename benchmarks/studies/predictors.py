@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,11 @@ class Setting:
     name: str
     gain: NDArray
     figures: dict[str, NDArray]
+
+    @cached_property
+    def alone(self) -> dict[str, float]:
+        """Rank correlation of each diagnostic with the gain among these runs; NaN if all equal."""
+        return {key: spearman(values, self.gain) for key, values in self.figures.items()}
 
 
 def gains(scores: NDArray, uniform: NDArray) -> NDArray:
@@ -243,7 +248,7 @@ def across(settings: list[Setting], key: str) -> float:
 
 def within(settings: list[Setting], key: str) -> float:
     """Mean over settings of the rank correlation among its runs."""
-    found = [spearman(one.figures[key], one.gain) for one in settings]
+    found = [one.alone[key] for one in settings]
     return float(np.nanmean(found)) if not np.isnan(found).all() else np.nan
 
 
