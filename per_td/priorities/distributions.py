@@ -3,8 +3,7 @@
 `Proportional` is priority^alpha (Schaul et al. 2015, equation 1). `Rank` is rank^-alpha (section
 3.3), where rank 1 has the largest priority. The ranks are approximate, like those of the paper's
 heap: they are sorted from time to time, and a priority that changes in between gets the rank that
-it would have had at the last sort. docs/rank_based.md gives the error and the cost: a sort of 10^6
-priorities takes 41 ms of a CPU core, some 10 us per 256 changes.
+it would have had at the last sort. docs/rank_based.md gives the error.
 """
 
 from typing import Any
