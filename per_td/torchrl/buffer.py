@@ -30,6 +30,8 @@ from per_td.weights import priority_of
 
 _EPS = 1e-8
 
+_OF_RECORDS = "index", "index_generation"
+
 _OF_SAMPLER = frozenset(
     (
         "alpha",
@@ -604,14 +606,15 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                 overwritten are stale: they are dropped and counted. None: no update is dropped.
 
         Raises:
-            IndexRangeError: as `update_priority`.
+            IndexRangeError: as `update_priority`; or there is not one generation for each index.
             PriorityError: as `update_priority`; a negative priority is refused like NaN.
         """
-        if generation is not None:
-            now = self._writer.generations_of(index)
-            generation = validation.as_index(generation, now.device, "index_generation")
-            generation = (generation != now).long().reshape(-1)  # 0 marks live updates
-        self._change(PrioritizedSampler.set_priority, index, priority, generation=generation)
+        with self._replay_lock, self._write_lock:
+            if generation is not None:
+                now = self._writer.generations_of(index).reshape(-1)
+                generation = _one_each(generation, now)
+                generation = (generation != now).long()  # 0 marks live updates
+            self._change(PrioritizedSampler.set_priority, index, priority, generation=generation)
 
     def _change(
         self, change: Callable[..., None], index: Any, priority: Any, **settings: Any
@@ -631,7 +634,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         record of each slice gets the priority of the slice (see its `slice_priorities`).
 
         Args:
-            data: batch of `sample`, TensorDict [B], with the priority entry.
+            data: batch of `sample`, TensorDict [B], also reshaped, with the priority entry.
             mode, rate: as in `per_td.PrioritizedReplayBuffer.update_priority`.
 
         Raises:
@@ -643,6 +646,9 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         if sampler.reduction == "r2d2" and isinstance(sampler, PrioritizedSliceSampler):
             data = sampler.first_records(data, key)
         td_error, index = required(data, key), required(data, "index")
+        if data.ndim > 1 and self._sample_unit is None:
+            data = privates.unshaped(storage, data.select(key, *_OF_RECORDS, strict=False))
+            td_error, index = data[key], data["index"]
         generation = data.get("index_generation", None)
         plain, rows = storage.ndim == 1, data.batch_size[0] if data.ndim else 1
         if not plain and index.shape[-1:] == (storage.ndim,):
@@ -669,12 +675,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                     generation = generation.reshape(-1)
                 elif generation.ndim != 1:
                     generation = first_of_each(generation, data.ndim)
-                generation = validation.as_index(generation, device, "index_generation")
-                if generation.shape != slot.shape:
-                    raise IndexRangeError(
-                        f"index_generation: expected one for each of {len(slot)} indices,"
-                        f" got {len(generation)}"
-                    )
+                generation = _one_each(generation, slot)
                 if stamps is None or self._sample_unit is not None:  # then 0 marks live updates
                     now = validation.to_device(self._writer.generations_of(index), device)
                     generation, stamps = (generation != now).long(), None
@@ -828,6 +829,20 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         if not self._sync and get_spawning_popen() is not None:
             state["_sampler"] = RandomSampler()  # the priorities stay with the process that samples
         return state
+
+
+def _one_each(generation: Any, slot: Tensor) -> Tensor:
+    """Check and return generations, int64 [B], one for each of `slot` [B], on its device.
+
+    Raises:
+        IndexRangeError: they are no integers, or not as many.
+    """
+    each: Tensor = validation.as_index(generation, slot.device, "index_generation")
+    if each.shape != slot.shape:
+        raise IndexRangeError(
+            f"index_generation: expected one for each of {len(slot)} indices, got {len(each)}"
+        )
+    return each
 
 
 def _emptied(writer: Writer) -> tuple[int, int]:

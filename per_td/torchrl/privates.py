@@ -10,7 +10,7 @@ from operator import is_
 from typing import Any
 
 import torch
-from tensordict import TensorDict, is_tensor_collection, is_tensorclass
+from tensordict import TensorDict, TensorDictBase, is_tensor_collection, is_tensorclass
 from tensordict.nn.utils import _set_dispatch_td_nn_modules
 from tensordict.utils import expand_as_right
 from torch import Tensor
@@ -127,6 +127,20 @@ def check_storage_state(storage: Storage, state: Any) -> None:
         raise CheckpointError(
             f"storage: expected tensors of {expected} slots, got shapes {sorted(shapes)}"
         )
+
+
+def unshaped(storage: Storage, batch: TensorDictBase) -> TensorDictBase:
+    """Undo a reshape of a batch: elements in one dimension, and then those of an element.
+
+    A storage of several dimensions, or one that does not tell the dimensions of its elements,
+    leaves the batch as it is.
+    """
+    data: Any = getattr(storage, "_storage", None)
+    element = data[0] if isinstance(data, list) and data else data
+    if storage.ndim > 1 or not is_tensor_collection(element):
+        return batch
+    last = batch.ndim - 1 - (element.ndim - (element is data))
+    return batch.flatten(0, last) if last > 0 else batch
 
 
 def generations_at(storage: Storage, rows: Tensor) -> Tensor | None:
