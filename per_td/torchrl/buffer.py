@@ -808,6 +808,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         sampler.check_state(sampler.saved(Path(path) / "sampler"))
         if isinstance(self._writer, GenerationWriter):
             self._writer.check_state(self._writer.saved(Path(path) / "writer"))
+        privates.check_saved_storage(self._storage, Path(path) / "storage")
         with self._at_rest():
             super().loads(path)
             fit_cursor(self._writer, self._storage)
