@@ -30,8 +30,6 @@ from per_td.weights import priority_of
 
 _EPS = 1e-8
 
-_OF_RECORDS = "index", "index_generation"
-
 _OF_SAMPLER = frozenset(
     (
         "alpha",
@@ -634,7 +632,9 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         record of each slice gets the priority of the slice (see its `slice_priorities`).
 
         Args:
-            data: batch of `sample`, TensorDict [B], also reshaped, with the priority entry.
+            data: batch of `sample`, TensorDict [B], with the priority entry. If you have reshaped
+                it, flatten it again: as in TorchRL, a row [B, T] counts as one element of a storage
+                of one dimension, the first of the row.
             mode, rate: as in `per_td.PrioritizedReplayBuffer.update_priority`.
 
         Raises:
@@ -646,9 +646,6 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         if sampler.reduction == "r2d2" and isinstance(sampler, PrioritizedSliceSampler):
             data = sampler.first_records(data, key)
         td_error, index = required(data, key), required(data, "index")
-        if data.ndim > 1 and self._sample_unit is None:
-            data = privates.unshaped(storage, data.select(key, *_OF_RECORDS, strict=False))
-            td_error, index = data[key], data["index"]
         generation = data.get("index_generation", None)
         plain, rows = storage.ndim == 1, data.batch_size[0] if data.ndim else 1
         if not plain and index.shape[-1:] == (storage.ndim,):

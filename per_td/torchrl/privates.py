@@ -185,20 +185,6 @@ def _kinds(data: Any) -> dict[str, str]:
     }
 
 
-def unshaped(storage: Storage, batch: TensorDictBase) -> TensorDictBase:
-    """Undo a reshape of a batch: elements in one dimension, and then those of an element.
-
-    A storage of several dimensions, or one that does not tell the dimensions of its elements,
-    leaves the batch as it is.
-    """
-    data: Any = getattr(storage, "_storage", None)
-    element = data[0] if isinstance(data, list) and data else data
-    if storage.ndim > 1 or not is_tensor_collection(element):
-        return batch
-    last = batch.ndim - 1 - (element.ndim - (element is data))
-    return batch.flatten(0, last) if last > 0 else batch
-
-
 def generations_at(storage: Storage, rows: Tensor) -> Tensor | None:
     """Generations of filled rows of a storage, int64 [R] as `rows`; None if it has none."""
     known: Tensor | None = getattr(storage, "_slot_generations", None)

@@ -10,7 +10,7 @@ from torchrl.data import (
 from torchrl.data.replay_buffers import Sequence
 
 from per_td import IndexRangeError, PriorityError, kernels
-from per_td.torchrl import PrioritizedSampler, PrioritizedSliceSampler
+from per_td.torchrl import PrioritizedSampler
 from tests.support.oracle import assert_drawn_from
 from tests.support.replay import ALPHA, BETA, data, learn, make
 
@@ -366,39 +366,3 @@ def test_windows_in_a_storage_of_two_dimensions_may_come_too_late():
     priority = buffer.sampler.priority.view(12, 2)
     for anchor in anchors:
         assert priority[anchor] == (1.0 if anchor in late else 9.0)
-
-
-@pytest.mark.parametrize("storage", [LazyTensorStorage, LazyMemmapStorage, ListStorage])
-@pytest.mark.parametrize("inner", [(), (3,)])
-@pytest.mark.parametrize("each", [(), (2,)])
-def test_a_reshaped_batch_updates_each_of_its_elements(storage, inner, each):
-    """`inner`: batch dimensions of an element; `each`: several TD errors for a place."""
-    buffer = make(storage=storage, alpha=1.0, eps=0.0, draw="without_replacement", batch_size=6)
-    x = torch.arange(20).view(20, *[1] * len(inner)).expand(20, *inner).clone()
-    buffer.extend(TensorDict({"x": x}, [20, *inner]))
-    batch = buffer.sample()
-    index, generation = batch["index"], batch["index_generation"]
-    td_error = torch.rand(6, *inner, *each) + 2
-    late = TensorDict({"x": x[:3] + 50}, [3, *inner])
-    buffer.extend(late)
-    expected = buffer.sampler.priority
-    for slot, value in zip(index.view(6, -1)[:, 0].tolist(), td_error, strict=True):
-        expected[slot] = value.max() if slot >= 3 else expected[slot]
-    batch["td_error"] = td_error
-    buffer.update_tensordict_priority(batch.reshape(2, 3, *inner))
-    assert torch.equal(buffer.sampler.priority, expected)
-    assert buffer.stats()["stale_updates"] == (index.view(6, -1)[:, 0] < 3).sum()
-    assert generation.shape == index.shape
-
-
-@pytest.mark.parametrize("cut", [0, 2])
-def test_a_batch_of_slices_cut_and_reshaped_updates_each_of_its_records(cut):
-    sampler = PrioritizedSliceSampler(20, 1.0, 1.0, eps=0.0, slice_len=5, end_key=("next", "done"))
-    buffer = make(sampler=sampler, alpha=1.0, beta=1.0, batch_size=20)
-    buffer.extend(data(20))
-    batch = buffer.sample().reshape(4, 5)[:, cut:]
-    expected = buffer.sampler.priority
-    batch["td_error"] = batch["x"] + 2.0
-    expected[batch["x"].flatten()] = batch["td_error"].flatten()
-    buffer.update_tensordict_priority(batch)
-    assert torch.equal(buffer.sampler.priority, expected)
