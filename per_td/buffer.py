@@ -724,10 +724,12 @@ class PrioritizedReplayBuffer(Copied):
         """Go once through all transitions that are stored now, in the order of their slots.
 
         Use it to compute all priorities again. If you write during the sweep, a batch may hold a
-        new transition in place of the one that it replaced. Its "generation" shows this.
+        new transition in place of the one that it replaced. Its "generation" shows this. With
+        `frames`, transitions that have retired are left out.
 
         Args:
-            batch_size: number of transitions in each batch; the last batch may be smaller.
+            batch_size: number of transitions in each batch; the last batch may be smaller, and with
+                `frames` others too.
 
         Yields:
             TensorDict [B] or [S, B]: copies of the transitions, "index" and "generation", int64.
@@ -754,7 +756,9 @@ class PrioritizedReplayBuffer(Copied):
             with self._lock:
                 if self._busy:
                     raise self._at_work()
-                slot = torch.arange(start, min(start + batch_size, end), device=self.device)
+                slot = self._storage.slots(start, min(start + batch_size, end))
+                if not len(slot):
+                    continue
                 index = slot.expand(*self._storage.lead, -1).contiguous()
                 rows, generation = self._storage.gather(index)
                 beside = {"index": index, "generation": self._storage.in_batch(generation)}
@@ -1221,7 +1225,8 @@ class PrioritizedReplayBuffer(Copied):
         """The transitions, a TensorDict [len] or [S, capacity] in the buffer's own memory.
 
         Do not write to it. It is locked: it accepts no other keys. None before any data. Buffer s
-        is filled up to `lengths[s]`. With `frames`, all stacks are copied.
+        is filled up to `lengths[s]`. With `frames`, all stacks are copied; those of a transition
+        that has retired, whose priority is 0, hold frames of others.
         """
         data = self._storage.data
         return None if data is None else data[self._storage.shown].lock_()
@@ -1387,6 +1392,7 @@ class PrioritizedReplayBuffer(Copied):
                 self.beta_increment = checked["settings"]["beta_increment"]
             else:
                 self._beta.copy_(self._schedule.at(self._updates))
+                self._priorities.betas = False  # the state may hold one for each buffer
             self._drop_ahead()
 
     def _begin_load(self, state: dict[str, Any], note: Note) -> None:

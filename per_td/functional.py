@@ -95,7 +95,8 @@ def importance_weights(
 
     Args:
         probability: P of each drawn index, in (0, 1], [..., n].
-        size: number of items that the draws were made from.
+        size: number of items that the draws were made from: one, or a tensor [..., 1] of one for
+            each row.
         beta: exponent of the weights, at least 0; 1 corrects the whole bias.
         normalization: "batch" divides by the largest weight in the last dimension, "none" does not
             divide. There is no "buffer" as in `PrioritizedReplayBuffer`: it needs the smallest
@@ -119,14 +120,13 @@ def importance_weights(
             " probability of all items, also those not drawn"
         )
     normalization = validation.one_of("normalization", normalization, ("batch", "none"))
-    if not isinstance(size, Tensor):
-        size = validation.positive_int("size", size)
     beta = _setting("beta", beta)
     probability = _reals("probability", probability)
     if probability.ndim == 0 or probability.shape[-1] == 0:
         raise PriorityError(
             f"probability: expected at least one draw, got shape {[*probability.shape]}"
         )
+    size = _size(size, (*probability.shape[:-1], 1))
     if validation.can_raise(probability):
         wrong = ~((probability > 0) & (probability <= 1 + 1e-6))  # also NaN
         if wrong.any():
@@ -194,6 +194,20 @@ def _setting(name: str, value: Tensor | float, high: float = float("inf")) -> Te
     if isinstance(value, Tensor) and not validation.can_raise(value):
         return value.detach()
     return validation.real(name, value, high=high)
+
+
+def _size(size: Tensor | int, each: tuple[int, ...]) -> Tensor | int:
+    """Check a number of items, or one for each row, of the shape `each`."""
+    if not isinstance(size, Tensor):
+        return validation.positive_int("size", size)
+    if size.ndim and size.shape != each:
+        raise ConfigurationError(
+            f"size: expected one number, or one for each row, shape {[*each]}, got shape"
+            f" {[*size.shape]}"
+        )
+    if validation.can_raise(size) and not (size >= 1).all():
+        raise ConfigurationError(f"size: expected numbers of at least 1, got {size.min().item()}")
+    return size
 
 
 def _probabilities(priority: Tensor, alpha: Tensor | float, uniform_mix: Tensor | float) -> Tensor:

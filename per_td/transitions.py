@@ -505,12 +505,13 @@ def _writer_of(where: str, state: Any, buffer: Any) -> NStepWriter:
     Raises:
         CheckpointError: the state is not that of a `TransitionReplayBuffer`.
     """
-    steps, num_buffers = state.get("n_step"), state["settings"].get("num_buffers")
+    steps, settings = state.get("n_step"), state["settings"]
+    num_buffers, frames = settings.get("num_buffers"), settings.get("frames")
     keys, wanted = set(state["transitions"]), _KEYS if steps is None else _N_STEP_KEYS
-    if num_buffers is not None or (keys and keys != wanted):
+    if num_buffers is not None or frames is not None or (keys and keys != wanted):
         raise CheckpointError(
             f"{where}expected the state of a TransitionReplayBuffer, got transitions of"
-            f" {sorted(keys)}, num_buffers={num_buffers}"
+            f" {sorted(keys)}, num_buffers={num_buffers}, frames={frames}"
         )
     if steps is None:
         return NStepWriter(buffer, 1, _GAMMA, keys=_N_STEP)

@@ -283,6 +283,8 @@ def test_an_interrupted_extend_of_a_shared_buffer_leaves_nothing_torn(choice, mo
         ({"frames": {"next": 4}}, "frames: expected keys beside 'next'"),
         ({"frames": {3: 4}}, "frames: expected keys beside 'next'"),
         ({"frames": {"pixels": 0}}, "frames, 'pixels': expected an integer of at least 1"),
+        ({"frames": {"a": 2, ("a", "b"): 2}}, "frames: expected no key inside of 'a', got"),
+        ({"frames": {"a": {"b": 2}, ("a", "b"): 3}}, "frames: expected each key once, got"),
         ({"num_envs": 0}, "num_envs: expected an integer of at least 1"),
         ({"num_frames": 7}, "num_frames: expected at least 8"),
         ({"num_frames": 2**32}, "num_frames: expected at most"),
@@ -441,6 +443,52 @@ def test_a_file_of_whole_stacks_is_read_into_a_buffer_that_keeps_frames_once(cap
     assert stored(buffer) < 2 * len(buffer)
     assert buffer.write_count == plain.write_count
     buffer.check_valid()
+
+
+def told_apart(first, n, keys):
+    """Transitions whose stacks of two frames tell the key and the step."""
+    leaves = {}
+    for j, key in enumerate(keys):
+        stack = (
+            1000.0 * j + torch.arange(first, first + n).view(-1, 1, 1) + torch.arange(2.0)[:, None]
+        )
+        leaves |= {key: stack, ("next", *key): stack + 1}
+    return leaves
+
+
+NESTS = [("a",), ("deep", "a"), ("b",), ("deep", "b")]
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 2, 1, 0], [1, 0, 3, 2]])
+@pytest.mark.parametrize("capacity", [12, 7])
+def test_stacks_come_back_under_their_own_keys_in_whatever_order_these_were_told(
+    order, capacity, tmp_path, choice
+):
+    buffer = PrioritizedReplayBuffer(12, frames=dict.fromkeys(NESTS, 2))
+    buffer.extend_leaves(told_apart(0, 17, NESTS))
+    buffer.save(tmp_path / "buffer")
+    other = PrioritizedReplayBuffer(capacity, frames={NESTS[k]: 2 for k in order})
+    other.restore(tmp_path / "buffer")
+    for made in (other, PrioritizedReplayBuffer.load(tmp_path / "buffer", capacity=capacity)):
+        made.check_valid()
+        kept = told_apart(17 - capacity, capacity, NESTS)
+        held = made.filled_leaves()
+        assert held.keys() == kept.keys()
+        for key, stacks in kept.items():
+            assert torch.equal(held[key].sort(0).values, stacks), key
+
+
+def test_of_whole_stacks_of_a_wrapped_ring_the_oldest_retire():
+    plain = PrioritizedReplayBuffer(40)
+    for start in (0, 30):  # the newest are in the slots 0 to 19
+        plain.extend(numbered(start, 30))
+    buffer = make(40, num_frames=20)
+    buffer.load_state_dict(plain.state_dict())
+    buffer.check_valid()
+    left = buffer.transitions[living(buffer)]
+    assert 0 < len(left) < 20
+    assert sorted(left["step"].tolist()) == [*range(60 - len(left), 60)]
+    assert_right(left)
 
 
 def test_states_that_do_not_fit_change_nothing():

@@ -384,6 +384,10 @@ def test_a_weight_of_what_is_no_probability_is_refused():
         ({"normalization": "buffer"}, "needs the smallest probability"),
         ({"normalization": "max"}, "expected one of batch, none"),
         ({"size": 0}, "size: expected an integer of at least 1"),
+        ({"size": torch.tensor(0)}, "size: expected numbers of at least 1, got 0"),
+        ({"size": torch.tensor([-3])}, "size: expected numbers of at least 1, got -3"),
+        ({"size": torch.tensor(math.nan)}, "size: expected numbers of at least 1, got nan"),
+        ({"size": torch.tensor([2, 3])}, r"shape \[1\], got shape \[2\]"),
         ({"beta": -1.0}, "beta: expected a finite number"),
         ({"beta": "1"}, "beta: expected a finite number"),
     ],
@@ -391,6 +395,18 @@ def test_a_weight_of_what_is_no_probability_is_refused():
 def test_settings_of_weights_that_cannot_be_are_refused(arguments, match):
     with pytest.raises(ConfigurationError, match=match):
         functional.importance_weights(torch.tensor([0.5]), **{"size": 4, "beta": 0.5, **arguments})
+
+
+def test_each_row_may_have_its_own_number_of_items():
+    p = torch.tensor([[0.5, 0.25], [0.2, 0.1]])
+    weight = functional.importance_weights(p, torch.tensor([[4], [7]]), 1.0, normalization="none")
+    expected = [
+        functional.importance_weights(row, n, 1.0, normalization="none")
+        for row, n in zip(p, (4, 7), strict=True)
+    ]
+    assert torch.equal(weight, torch.stack(expected))
+    with pytest.raises(ConfigurationError, match=r"shape \[2, 1\], got shape \[2\]"):
+        functional.importance_weights(p, torch.tensor([4, 7]), 1.0)
 
 
 def test_size_and_beta_may_be_tensors(device):

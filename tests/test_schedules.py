@@ -83,6 +83,16 @@ def test_only_updates_count_and_only_those_that_are_made(choice):
     assert buffer.beta == pytest.approx(0.55)
 
 
+def test_a_state_with_a_beta_of_each_buffer_leaves_a_schedule_its_one():
+    each = PrioritizedReplayBuffer(9, num_buffers=2, beta=[0.1, 0.9])
+    buffer = make(groups=2)
+    buffer.load_state_dict(each.state_dict())
+    assert isinstance(buffer.beta, float)
+    assert buffer.beta == 0.4
+    assert buffer.state_dict()["beta"].shape == ()
+    buffer.check_valid()
+
+
 def test_a_schedule_excludes_other_ways_to_change_beta():
     schedule = LinearSchedule(0.4, 1.0, 4)
     with pytest.raises(ConfigurationError, match="beta_schedule: expected None with beta_incr"):

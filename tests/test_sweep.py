@@ -57,6 +57,22 @@ def test_a_sweep_takes_the_slots_filled_when_it_starts_and_generations_tell_what
     assert buffer.stats()["stale_updates"] == 4
 
 
+def test_a_sweep_leaves_out_transitions_whose_frames_are_gone(choice):
+    buffer = PrioritizedReplayBuffer(40, frames={"pixels": 2}, num_frames=30)
+    step = torch.arange(60.0)
+    stack = 10 * step.view(-1, 1, 1) + torch.arange(2.0).view(1, 2, 1)  # no two share a frame
+    for part in step.long().split(5):
+        pixels = stack[part]
+        buffer.extend({"step": part, "pixels": pixels, "next": {"pixels": pixels + 5}})
+    batches = list(buffer.sweep(7))
+    assert all(0 < len(batch) <= 7 for batch in batches)
+    swept = torch.cat(batches)
+    assert buffer.stats()["retired"] > 0
+    assert swept["index"].tolist() == buffer.priority.nonzero().flatten().tolist()
+    assert torch.equal(swept["pixels"], stack[swept["step"]])
+    assert torch.equal(swept["next", "pixels"], stack[swept["step"]] + 5)
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 50])
 def test_a_sweep_of_many_buffers_says_what_is_filled(batch_size, device, choice):
     buffers = PrioritizedReplayBuffer(10, num_buffers=S, device=device, eps=0.0)

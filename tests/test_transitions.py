@@ -641,3 +641,9 @@ def test_a_file_of_several_environments_goes_on_with_them(tmp_path):
     assert (loaded.num_envs, loaded.n_step) == (3, 3)
     loaded.push(STATES, [1, 0, 1], np.ones(3), STATES, [True] * 3, [False] * 3)
     assert sorted(loaded.sample(90)[2].tolist())[::89] == [1.0, 1.5]
+
+
+def test_an_empty_file_of_a_buffer_with_frames_is_refused(tmp_path):
+    PrioritizedReplayBuffer(9, frames={"state": 3}).save(tmp_path / "frames")
+    with pytest.raises(CheckpointError, match=r"frames=\{'state': 3\}"):
+        TransitionReplayBuffer.load(tmp_path / "frames")

@@ -241,6 +241,11 @@ class FrameRing(RingStorage):
         low = self._stores[0].low.index_select(0, index.clamp(0, self.capacity - 1))
         return torch.where(low == GONE, -1, now) if now.shape == low.shape else now
 
+    def slots(self, start: int, end: int) -> Tensor:
+        """See `RingStorage.slots`."""
+        slot = super().slots(start, end)
+        return slot[self._stores[0].low[start:end] != GONE]
+
     def check_valid(self) -> None:
         """See `RingStorage.check_valid`."""
         super().check_valid()
@@ -299,8 +304,9 @@ class FrameRing(RingStorage):
             return
         for store in self._stores:
             store.forget()
-        for k, entry in given["stores"].items():
-            store = self._stores[int(k)]
+        depths = depths_of(state["settings"]["frames"])  # maybe in another order than here
+        for key, entry in zip(depths, given["stores"].values(), strict=False):
+            store = self._by_key[key]
             found = store.restore(entry, [leaves[key] for key in store.keys], move)
             leaves.update(zip(store.keys, found, strict=True))
         self._restore_leaves(leaves, moves, structure)
@@ -310,17 +316,21 @@ class FrameRing(RingStorage):
         """`restore` has allocated the memory."""
 
     def _write_again(self, leaves: Leaves, move: Move) -> None:
-        """Write whole transitions in their new order, as if of each environment in turn."""
+        """Write whole transitions, the oldest first, as if of each environment in turn."""
         for store in self._stores:
             store.forget()
-        self.set_count(0)
-        step = self.num_envs * max(1, 1024 // self.num_envs)
-        for part in move.parts if leaves else ():
-            for start in range(part.start, part.stop, step):
-                end = min(start + step, part.stop)
+        number, parts = move.written - move.size, move.parts
+        if number:  # a ring that has wrapped, and stays as it is
+            oldest = number % self.capacity
+            parts = [slice(oldest, move.size), slice(0, oldest)]
+        self.set_count(number)
+        for part in parts if leaves else ():
+            for start in range(part.start, part.stop, 1024):
+                end = min(start + 1024, part.stop)
                 piece = {key: leaf[start:end].to(self.home) for key, leaf in leaves.items()}
-                env = torch.arange(end - start, device=self.home) % self.num_envs
+                env = torch.arange(number, number + end - start, device=self.home) % self.num_envs
                 self.write({**piece, _ENV: env}, end - start)
+                number += end - start
         self.set_count(move.written)
 
 

@@ -13,7 +13,7 @@ from per_td.kernels import reference
 from per_td.kernels.frame_search import factors
 from per_td.memory import Memory, allocating
 from per_td.storage.layouts import Field
-from per_td.storage.leaves import Key, flattened, named
+from per_td.storage.leaves import Key, flattened, named, nested
 from per_td.storage.moves import Move
 
 LOOK_BACK = 32
@@ -35,6 +35,8 @@ _PART = 128
 def depths_of(frames: Any) -> dict[Key, int]:
     """Check the argument `frames`; return the number of frames of a stack by key.
 
+    The keys are in the order of the nested dict that a state holds.
+
     Raises:
         ConfigurationError: it is not a dict of such numbers by key.
     """
@@ -45,12 +47,20 @@ def depths_of(frames: Any) -> dict[Key, int]:
             key = (*(name if isinstance(name, tuple) else (name,)), *rest)
             if not key or not all(isinstance(part, str) for part in key) or key[0] == "next":
                 raise ConfigurationError(f"frames: expected keys beside 'next', got {name!r}")
+            if key in depths:
+                raise ConfigurationError(f"frames: expected each key once, got {named(key)} again")
             depths[key] = validation.positive_int(f"frames, {named(key)}", number)
     if not depths:
         raise ConfigurationError(
             f"frames: expected the frames of a stack by key, as {{'pixels': 4}}, got {frames!r}"
         )
-    return depths
+    for key in depths:
+        for end in range(1, len(key)):
+            if key[:end] in depths:
+                raise ConfigurationError(
+                    f"frames: expected no key inside of {named(key[:end])}, got {named(key)}"
+                )
+    return flattened(nested(depths.items()))  # type: ignore[arg-type,return-value]
 
 
 def size_of(num_frames: int | None, capacity: int, depth: int, envs: int) -> int:

@@ -19,6 +19,11 @@ class Move(NamedTuple):
     written: int
     moved: bool
 
+    @property
+    def size(self) -> int:
+        """Number of transitions that stay."""
+        return sum(part.stop - part.start for part in self.parts)
+
     @classmethod
     def between(cls, written: int, old: int, new: int) -> "Move":
         """Plan the move from capacity `old`, after `written` transitions, to capacity `new`."""

@@ -372,6 +372,10 @@ class RingStorage:
         """
         return None
 
+    def slots(self, start: int, end: int) -> Tensor:
+        """The slots from `start` up to `end`, int64 [n], but for those retired."""
+        return torch.arange(start, end, device=self.device)
+
     def bury(self, dead: Tensor) -> None:
         """Retire the slots `dead`, and count them."""
 

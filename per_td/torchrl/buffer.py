@@ -604,14 +604,15 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                 overwritten are stale: they are dropped and counted. None: no update is dropped.
 
         Raises:
-            IndexRangeError: as `update_priority`.
+            IndexRangeError: as `update_priority`; or there is not one generation for each index.
             PriorityError: as `update_priority`; a negative priority is refused like NaN.
         """
-        if generation is not None:
-            now = self._writer.generations_of(index)
-            generation = validation.as_index(generation, now.device, "index_generation")
-            generation = (generation != now).long().reshape(-1)  # 0 marks live updates
-        self._change(PrioritizedSampler.set_priority, index, priority, generation=generation)
+        with self._replay_lock, self._write_lock:
+            if generation is not None:
+                now = self._writer.generations_of(index).reshape(-1)
+                generation = _one_each(generation, now)
+                generation = (generation != now).long()  # 0 marks live updates
+            self._change(PrioritizedSampler.set_priority, index, priority, generation=generation)
 
     def _change(
         self, change: Callable[..., None], index: Any, priority: Any, **settings: Any
@@ -631,7 +632,9 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         record of each slice gets the priority of the slice (see its `slice_priorities`).
 
         Args:
-            data: batch of `sample`, TensorDict [B], with the priority entry.
+            data: batch of `sample`, TensorDict [B], with the priority entry. If you have reshaped
+                it, flatten it again: as in TorchRL, a row [B, T] counts as one element of a storage
+                of one dimension, the first of the row.
             mode, rate: as in `per_td.PrioritizedReplayBuffer.update_priority`.
 
         Raises:
@@ -669,12 +672,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                     generation = generation.reshape(-1)
                 elif generation.ndim != 1:
                     generation = first_of_each(generation, data.ndim)
-                generation = validation.as_index(generation, device, "index_generation")
-                if generation.shape != slot.shape:
-                    raise IndexRangeError(
-                        f"index_generation: expected one for each of {len(slot)} indices,"
-                        f" got {len(generation)}"
-                    )
+                generation = _one_each(generation, slot)
                 if stamps is None or self._sample_unit is not None:  # then 0 marks live updates
                     now = validation.to_device(self._writer.generations_of(index), device)
                     generation, stamps = (generation != now).long(), None
@@ -807,6 +805,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         sampler.check_state(sampler.saved(Path(path) / "sampler"))
         if isinstance(self._writer, GenerationWriter):
             self._writer.check_state(self._writer.saved(Path(path) / "writer"))
+        privates.check_saved_storage(self._storage, Path(path) / "storage")
         with self._at_rest():
             super().loads(path)
             fit_cursor(self._writer, self._storage)
@@ -828,6 +827,20 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         if not self._sync and get_spawning_popen() is not None:
             state["_sampler"] = RandomSampler()  # the priorities stay with the process that samples
         return state
+
+
+def _one_each(generation: Any, slot: Tensor) -> Tensor:
+    """Check and return generations, int64 [B], one for each of `slot` [B], on its device.
+
+    Raises:
+        IndexRangeError: they are no integers, or not as many.
+    """
+    each: Tensor = validation.as_index(generation, slot.device, "index_generation")
+    if each.shape != slot.shape:
+        raise IndexRangeError(
+            f"index_generation: expected one for each of {len(slot)} indices, got {len(each)}"
+        )
+    return each
 
 
 def _emptied(writer: Writer) -> tuple[int, int]:

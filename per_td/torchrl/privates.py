@@ -6,11 +6,13 @@ storage, writer and sampler as by TorchRL's methods, with the same results.
 
 import math
 from array import array
+from contextlib import suppress
 from operator import is_
+from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDict, is_tensor_collection, is_tensorclass
+from tensordict import TensorDict, TensorDictBase, is_tensor_collection, is_tensorclass
 from tensordict.nn.utils import _set_dispatch_td_nn_modules
 from tensordict.utils import expand_as_right
 from torch import Tensor
@@ -18,7 +20,9 @@ from torchrl.data.replay_buffers import ReplayBuffer
 from torchrl.data.replay_buffers.storages import (
     LazyMemmapStorage,
     LazyTensorStorage,
+    ListStorage,
     Storage,
+    TensorStorage,
     _collate_id,
 )
 from torchrl.data.replay_buffers.utils import _pin_memory
@@ -107,11 +111,12 @@ def require_writable(storage: Storage) -> None:
 
 
 def check_storage_state(storage: Storage, state: Any) -> None:
-    """Refuse the state of a storage whose numbers cannot be.
+    """Refuse the state of a storage whose numbers cannot be, or of other elements.
 
     Raises:
         CheckpointError: the number of elements is not an integer from 0 up to the storage's size,
-            or its tensors are not of that size.
+            or its tensors are not of that size; or elements are a list in one of both only, or
+            `require_alike` refuses them.
     """
     if not isinstance(state, dict):
         raise CheckpointError(f"storage: expected a dictionary, got {type(state).__name__}")
@@ -127,6 +132,57 @@ def check_storage_state(storage: Storage, state: Any) -> None:
         raise CheckpointError(
             f"storage: expected tensors of {expected} slots, got shapes {sorted(shapes)}"
         )
+    if isinstance(storage, TensorStorage) and isinstance(data, list):
+        raise CheckpointError("storage: expected elements as tensors, got a list of elements")
+    if type(storage) is ListStorage and leaves and not isinstance(data, list):
+        raise CheckpointError("storage: expected a list of elements, got elements as tensors")
+    require_alike(storage, data)
+
+
+def check_saved_storage(storage: Storage, folder: Path) -> None:
+    """Refuse the files of a storage of tensordicts whose elements `require_alike` refuses.
+
+    Raises:
+        CheckpointError: see there.
+    """
+    data: Any = {}
+    if isinstance(getattr(storage, "_storage", None), TensorDictBase):
+        with suppress(OSError, ValueError, RuntimeError, KeyError):  # TorchRL refuses other files
+            data = TensorDict.load_memmap(folder).state_dict()
+    require_alike(storage, data)
+
+
+def require_alike(storage: Storage, data: Any) -> None:
+    """Refuse elements of other keys, shapes or dtypes than those that a storage has.
+
+    TorchRL converts the numbers to the dtype of the storage, and keeps old numbers at other keys.
+
+    Args:
+        storage: a storage; without memory, it takes any elements.
+        data: the elements in a state, a dict of tensors or a tensor.
+
+    Raises:
+        CheckpointError: they are others.
+    """
+    if not isinstance(storage, TensorStorage) or not storage.initialized:
+        return
+    wanted, got = _kinds(storage.state_dict()["_storage"]), _kinds(data)
+    if got and wanted != got:
+        name = next(n for n in {**wanted, **got} if wanted.get(n) != got.get(n))
+        raise CheckpointError(
+            f"storage: expected {wanted.get(name, 'no entry')} at {name!r}, as in the elements that"
+            f" are stored, got {got.get(name, 'no entry')}"
+        )
+
+
+def _kinds(data: Any) -> dict[str, str]:
+    """The dtype and the shape of each tensor in the state of a storage."""
+    entries = data if isinstance(data, dict) else {"": data}
+    return {
+        name: f"{leaf.dtype} {list(leaf.shape)}"
+        for name, leaf in entries.items()
+        if isinstance(leaf, Tensor)
+    }
 
 
 def generations_at(storage: Storage, rows: Tensor) -> Tensor | None:

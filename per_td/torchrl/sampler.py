@@ -717,10 +717,11 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         Raises:
             CheckpointError: it is of another kind or capacity, or a value is wrong.
         """
-        if state_dict.get("format") != _FORMAT:
-            raise CheckpointError(
-                f"expected the state of a {_FORMAT}, got the keys {sorted(state_dict)}"
-            )
+        if not isinstance(state_dict, dict) or state_dict.get("format") != _FORMAT:
+            got = type(state_dict).__name__
+            if isinstance(state_dict, dict):
+                got = f"the keys {sorted(map(str, state_dict))}"
+            raise CheckpointError(f"expected the state of a {_FORMAT}, got {got}")
         if (capacity := state_dict.get("max_capacity")) != self._max_capacity:
             raise CheckpointError(
                 f"expected a state of max_capacity {self._max_capacity}, got {capacity}"

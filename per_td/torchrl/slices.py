@@ -13,6 +13,7 @@ from torchrl.data.replay_buffers.storages import Storage
 
 from per_td import validation
 from per_td.errors import ConfigurationError, EmptyBufferError
+from per_td.priorities.selection import Selection
 from per_td.torchrl import boundaries, privates, slice_batches
 from per_td.torchrl.sampler import PrioritizedSampler, unravelled
 from per_td.torchrl.td_errors import as_key
@@ -156,6 +157,12 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
     )
 
     _marks_replayed = False  # which records a slice has depends on where trajectories end
+
+    def _select(self, **changes: Any) -> None:
+        for name, value in changes.items():
+            if value != Selection._field_defaults[name]:
+                raise _by_first_records(name, value)
+        super()._select(**changes)
 
     def _require_mix(self, value: Any) -> None:
         if value:

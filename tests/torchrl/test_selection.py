@@ -156,6 +156,25 @@ def test_priorities_are_set_as_they_are():
     assert buffer.sampler.priority[1:3].tolist() == [2.0, 1.0]
 
 
+def test_priorities_take_one_generation_for_each_index():
+    buffer = filled()
+    index, generation = torch.arange(6), torch.zeros(6, dtype=torch.int64)
+    before = buffer.sampler.priority
+    for wrong in (generation[:1], generation[:3], torch.zeros(7, dtype=torch.int64)):
+        with pytest.raises(IndexRangeError, match=rf"for each of 6 indices, got {len(wrong)}"):
+            buffer.set_priority(index, torch.full((6,), 9.0), wrong)
+    with pytest.raises(IndexRangeError, match=r"for each of 6 indices, got 5"):
+        buffer.set_priority(index.unsqueeze(-1), torch.full((6,), 9.0), generation[:5])
+    assert torch.equal(buffer.sampler.priority, before)
+    assert buffer.stats()["stale_updates"] == 0
+    current = torch.ones(6, dtype=torch.int64)  # slots 0 to 6 have been written twice
+    buffer.set_priority(index.unsqueeze(-1), torch.full((6,), 9.0), current)
+    assert (buffer.sampler.priority[:6] == 9).all()
+    buffer.set_priority(7, 5.0, 0)
+    assert buffer.sampler.priority[7] == 5
+    assert buffer.stats()["stale_updates"] == 0
+
+
 @pytest.mark.parametrize("way", ["short", "long"])
 def test_updates_can_decay_and_average(way):
     buffer = filled(way)
@@ -182,6 +201,16 @@ def test_slices_are_drawn_by_priority_alone(name):
     sampler = PrioritizedSliceSampler(N, 1.0, 0.5, slice_len=4)
     with pytest.raises(ConfigurationError, match=name):
         setattr(sampler, name, {"by": "uniform"}.get(name, 1))
+
+
+@pytest.mark.parametrize("how", [{"by": "uniform"}, {"by": "inverse"}, {"newest": 5}])
+def test_a_buffer_of_slices_refuses_other_ways_to_draw(how):
+    sampler = PrioritizedSliceSampler(N, 0.7, 0.5, slice_len=2, end_key=("next", "done"))
+    buffer = make(sampler=sampler, batch_size=4)
+    buffer.extend(data(N))
+    with pytest.raises(ConfigurationError, match=f"{next(iter(how))}: expected slices"):
+        buffer.sample(**how)
+    assert len(buffer.sample()) == 4
 
 
 def test_the_order_of_a_storage_of_several_dimensions_is_not_known():

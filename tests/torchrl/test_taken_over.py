@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDict
 from torch import multiprocessing
 from torchrl.data import (
+    LazyMemmapStorage,
     LazyTensorStorage,
     ListStorage,
     TensorDictReplayBuffer,
@@ -457,3 +458,60 @@ def test_lists_may_be_emptied_and_taken_over_too():
     state["_storage"] = {"_storage": [1] * 11}
     with pytest.raises(CheckpointError, match="storage: expected 0 to 10 elements, got 11"):
         buffer.load_state_dict(state)
+
+
+KINDS = {
+    "another dtype": {"x": torch.arange(6) + 0.5},
+    "another shape": {"x": torch.arange(12).view(6, 2)},
+    "another key": {"y": torch.arange(6)},
+    "one key more": {"x": torch.arange(6), "y": torch.arange(6)},
+    "no key": {"nest": {"x": torch.arange(6)}},
+}
+
+
+def of_kind(kind, storage=LazyTensorStorage):
+    buffer = make(10, storage=storage)
+    buffer.extend(TensorDict(kind, [6]))
+    return buffer
+
+
+@pytest.mark.parametrize("storage", [LazyTensorStorage, LazyMemmapStorage])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["state", "folder"])
+def test_elements_of_another_kind_are_refused_and_change_nothing(way, kind, storage, tmp_path):
+    source = of_kind(KINDS[kind], storage)
+    buffer = of_kind({"x": torch.arange(6) + 50})
+    buffer.update_priority(2, 7.0)
+    before = everything(buffer)
+    source.dumps(tmp_path)
+    with pytest.raises(CheckpointError, match=r"storage: expected .* as in the elements that are"):
+        buffer.load_state_dict(source.state_dict()) if way == "state" else buffer.loads(tmp_path)
+    assert everything(buffer) == before
+    new = make(10)  # without data, it takes any
+    new.load_state_dict(source.state_dict()) if way == "state" else new.loads(tmp_path)
+    assert set(new[:].keys(True, True)) == set(source[:].keys(True, True))
+
+
+@pytest.mark.parametrize(
+    ("to", "words"), [(ListStorage, "a list of"), (LazyTensorStorage, "as ten")]
+)
+def test_lists_and_tensors_of_elements_are_not_taken_for_each_other(to, words):
+    source = of_kind(
+        {"x": torch.arange(6)}, LazyTensorStorage if to is ListStorage else ListStorage
+    )
+    buffer = of_kind({"x": torch.arange(6) + 50}, to)
+    before = len(buffer), buffer[:]["x"].tolist(), buffer.sampler.priority.tolist()
+    with pytest.raises(CheckpointError, match=f"storage: expected .*{words}"):
+        buffer.load_state_dict(source.state_dict())
+    assert (len(buffer), buffer[:]["x"].tolist(), buffer.sampler.priority.tolist()) == before
+
+
+@pytest.mark.parametrize("wrong", [None, 3, [1], {1: 2}])
+def test_the_state_of_a_sampler_that_is_none_is_refused(wrong):
+    buffer = of_kind({"x": torch.arange(6)})
+    before = everything(buffer)
+    with pytest.raises(CheckpointError, match="expected the state of a per_td"):
+        buffer.sampler.load_state_dict(wrong)
+    with pytest.raises(CheckpointError, match="expected the state of a per_td"):
+        buffer.load_state_dict(buffer.state_dict() | {"_sampler": wrong})
+    assert everything(buffer) == before
