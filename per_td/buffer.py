@@ -163,8 +163,8 @@ class PrioritizedReplayBuffer(Copied):
             takes its place.
         track_draws: count how often each transition was drawn. Batches then contain "draw_count",
             int32 [B], which includes the current draw.
-        beta_schedule: a `LinearSchedule` of beta, counted in calls of `update_priority`. It replaces
-            the argument `beta`. None: beta changes by `increase_beta`, or when you set it.
+        beta_schedule: a `LinearSchedule` of beta, counted in calls of `update_priority`; `beta` is
+            not used then. None: beta changes by `increase_beta`, or when you set it.
         num_buffers: S makes S buffers of `capacity` slots each in one set of tensors, for S runs
             in lockstep. Every argument and result gets a leading dimension [S], and an index is a
             slot in its own buffer. Each buffer has its own slots, priorities, draws and divisor of
