@@ -247,9 +247,9 @@ def across(settings: list[Setting], key: str) -> float:
 
 
 def within(settings: list[Setting], key: str) -> float:
-    """Mean over settings of the rank correlation among its runs."""
+    """Mean over settings of the rank correlation among its runs; NaN for one or two settings."""
     found = [one.alone[key] for one in settings]
-    return float(np.nanmean(found)) if not np.isnan(found).all() else np.nan
+    return float(np.nanmean(found)) if np.isfinite(found).sum() > 2 else np.nan
 
 
 def with_interval(
