@@ -64,15 +64,26 @@ def _interval(values: tuple[Any, ...], digits: int) -> str:
     return f"{middle} [{low}, {high}]"
 
 
+def _quarter(runs: Runs, k: int) -> NDArray:
+    """Mean return over quarter `k`, from 0, of the frames, [S]."""
+    frames = runs.about["settings"]["frames"]
+    return runs.mean_return(k * frames // 4, (k + 1) * frames // 4)
+
+
 def _last(runs: Runs) -> NDArray:
     """Mean return over the last quarter of the frames, [S]."""
-    frames = runs.about["settings"]["frames"]
-    return runs.mean_return(int(0.75 * frames), frames)
+    return _quarter(runs, 3)
 
 
 def _all(runs: Runs) -> NDArray:
     """Mean over all windows: the area under the curve, [S]."""
     return runs.windows()[1].mean(1)
+
+
+def _by_quarters(runs: Runs, uniform: Runs) -> list[str]:
+    """P(better than uniform) in each quarter of the frames."""
+    pairs = [(_quarter(runs, k), _quarter(uniform, k)) for k in range(4)]
+    return [_interval(improvement_interval([pair]), 2) for pair in pairs]
 
 
 def tables(records: dict[str, dict[str, Runs]]) -> str:
@@ -100,6 +111,10 @@ def tables(records: dict[str, dict[str, Runs]]) -> str:
             f"### {game}\n\n{about['runs']} runs of {about['settings']['frames']:,} frames.\n\n"
             + table(head, body)
         )
+        if others := [arm for arm in arms if arm != "uniform" and "uniform" in arms]:
+            body = [[arm, *_by_quarters(arms[arm], arms["uniform"])] for arm in others]
+            head = ["P(better than uniform)", *(f"quarter {k + 1}" for k in range(4))]
+            parts.append(table(head, body))
     body = []
     for arm in ARMS:
         games = [g for g, arms in records.items() if arm in arms and "uniform" in arms]
