@@ -29,14 +29,15 @@ def test_rank_correlations_are_those_of_scipy():
 def test_runs_are_compared_between_settings_and_within_them():
     low, high = setting("a", [1, 2, 3], [0.3, 0.2, 0.1]), setting("a", [4, 5, 6], [0.9, 0.8, 0.7])
     assert predictors.across([low, high], KEY) > 0.4  # the setting with more gains more
-    assert predictors.within([low, high], KEY) == pytest.approx(-1)  # and its runs the other way
+    assert predictors.within([low, high, low], KEY) == pytest.approx(-1)  # its runs the other way
+    assert np.isnan(predictors.within([low, high], KEY))  # too few for an interval
 
 
 def test_what_is_not_known_is_left_out():
     known, unknown = setting("a", [1, 2, 3], [1, 2, 3]), setting("a", [np.nan] * 3, [9, 8, 7])
     assert predictors.across([known, unknown], KEY) == pytest.approx(1)
-    assert predictors.within([known, unknown], KEY) == pytest.approx(1)
-    assert np.isnan(predictors.within([unknown], KEY))
+    assert predictors.within([known, known, known, unknown], KEY) == pytest.approx(1)
+    assert np.isnan(predictors.within([known, known, unknown, unknown], KEY))
 
 
 def test_an_interval_draws_settings_again_within_their_study(monkeypatch):
