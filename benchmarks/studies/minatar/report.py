@@ -80,9 +80,9 @@ def _all(runs: Runs) -> NDArray:
     return runs.windows()[1].mean(1)
 
 
-def _by_quarters(runs: Runs, uniform: Runs) -> list[str]:
-    """P(better than uniform) in each quarter of the frames."""
-    pairs = [(_quarter(runs, k), _quarter(uniform, k)) for k in range(4)]
+def _by_quarters(runs: Runs, baseline: Runs) -> list[str]:
+    """P(better than the baseline) in each quarter of the frames."""
+    pairs = [(_quarter(runs, k), _quarter(baseline, k)) for k in range(4)]
     return [_interval(improvement_interval([pair]), 2) for pair in pairs]
 
 
@@ -111,10 +111,12 @@ def tables(records: dict[str, dict[str, Runs]]) -> str:
             f"### {game}\n\n{about['runs']} runs of {about['settings']['frames']:,} frames.\n\n"
             + table(head, body)
         )
-        if others := [arm for arm in arms if arm != "uniform" and "uniform" in arms]:
-            body = [[arm, *_by_quarters(arms[arm], arms["uniform"])] for arm in others]
-            head = ["P(better than uniform)", *(f"quarter {k + 1}" for k in range(4))]
-            parts.append(table(head, body))
+        for baseline in ("uniform", "uniform, lr x 4"):
+            if baseline in arms and len(arms) > 1:
+                others = [arm for arm in arms if arm != baseline]
+                body = [[arm, *_by_quarters(arms[arm], arms[baseline])] for arm in others]
+                head = [f"P(better than {baseline})", *(f"quarter {k + 1}" for k in range(4))]
+                parts.append(table(head, body))
     body = []
     for arm in ARMS:
         games = [g for g, arms in records.items() if arm in arms and "uniform" in arms]
