@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(config, items) -> None:
     It runs the same operations for each value of PER_TD_KERNELS: one of them is enough. With
     pytest-xdist, the tests of a Ray cluster go to one worker, which makes it.
     """
-    seen, twice = set(), []
+    seen, twice = set(), set()
     for item in items:
         callspec = getattr(item, "callspec", None)
         interpreted = callspec and callspec.params.get("device") == "interpreted"
@@ -47,13 +47,12 @@ def pytest_collection_modifyitems(config, items) -> None:
             others = [f"{k}={v!r}" for k, v in callspec.params.items() if k != "choice"]
             case = (item.parent, item.originalname, *sorted(others))
             if case in seen:
-                twice.append(item)
+                twice.add(item)
             seen.add(case)
         if item.path.parent.name == "ray" and config.pluginmanager.hasplugin("xdist"):
             item.add_marker(pytest.mark.xdist_group("ray"))
-    dropped = set(twice)
-    items[:] = [item for item in items if item not in dropped]
-    config.hook.pytest_deselected(items=twice)
+    items[:] = [item for item in items if item not in twice]
+    config.hook.pytest_deselected(items=[*twice])
 
 
 @pytest.fixture(
