@@ -136,7 +136,8 @@ def check_storage_state(storage: Storage, state: Any) -> None:
         raise CheckpointError("storage: expected elements as tensors, got a list of elements")
     if type(storage) is ListStorage and leaves and not isinstance(data, list):
         raise CheckpointError("storage: expected a list of elements, got elements as tensors")
-    require_alike(storage, data)
+    own: Any = getattr(storage, "_storage", None)
+    require_alike(storage, data, more=isinstance(own, TensorDictBase) and not own.is_locked)
 
 
 def check_saved_storage(storage: Storage, folder: Path) -> None:
@@ -152,14 +153,17 @@ def check_saved_storage(storage: Storage, folder: Path) -> None:
     require_alike(storage, data)
 
 
-def require_alike(storage: Storage, data: Any) -> None:
+def require_alike(storage: Storage, data: Any, *, more: bool = False) -> None:
     """Refuse elements of other keys, shapes or dtypes than those that a storage has.
 
-    TorchRL converts the numbers to the dtype of the storage, and keeps old numbers at other keys.
+    TorchRL converts the numbers to the dtype of the storage, and keeps old numbers at keys that
+    the elements lack. Keys that the storage lacks are lost with files, an error with memory-mapped
+    tensors, and taken up with a state by a tensordict that can grow.
 
     Args:
         storage: a storage; without memory, it takes any elements.
         data: the elements in a state, a dict of tensors or a tensor.
+        more: accept keys that the storage lacks.
 
     Raises:
         CheckpointError: they are others.
@@ -167,8 +171,10 @@ def require_alike(storage: Storage, data: Any) -> None:
     if not isinstance(storage, TensorStorage) or not storage.initialized:
         return
     wanted, got = _kinds(storage.state_dict()["_storage"]), _kinds(data)
-    if got and wanted != got:
-        name = next(n for n in {**wanted, **got} if wanted.get(n) != got.get(n))
+    names = wanted if more else {**wanted, **got}
+    other = [name for name in names if wanted.get(name) != got.get(name)]
+    if got and other:
+        name = other[0]
         raise CheckpointError(
             f"storage: expected {wanted.get(name, 'no entry')} at {name!r}, as in the elements that"
             f" are stored, got {got.get(name, 'no entry')}"

@@ -464,7 +464,6 @@ KINDS = {
     "another dtype": {"x": torch.arange(6) + 0.5},
     "another shape": {"x": torch.arange(12).view(6, 2)},
     "another key": {"y": torch.arange(6)},
-    "one key more": {"x": torch.arange(6), "y": torch.arange(6)},
     "no key": {"nest": {"x": torch.arange(6)}},
 }
 
@@ -490,6 +489,35 @@ def test_elements_of_another_kind_are_refused_and_change_nothing(way, kind, stor
     new = make(10)  # without data, it takes any
     new.load_state_dict(source.state_dict()) if way == "state" else new.loads(tmp_path)
     assert set(new[:].keys(True, True)) == set(source[:].keys(True, True))
+
+
+MORE = {"x": torch.arange(6), "y": torch.arange(6) + 20}
+
+
+@pytest.mark.parametrize("storage", [LazyTensorStorage, LazyMemmapStorage])
+def test_a_state_with_one_key_more_is_taken_up_where_memory_can_grow(storage):
+    buffer = of_kind({"x": torch.arange(6) + 50})
+    buffer.load_state_dict(of_kind(MORE, storage).state_dict())
+    assert buffer[:]["x"].tolist() == MORE["x"].tolist()
+    assert buffer[:]["y"].tolist() == MORE["y"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("way", "storage"),
+    [
+        ("folder", LazyTensorStorage),
+        ("folder", LazyMemmapStorage),
+        ("state", LazyMemmapStorage),  # TorchRL adds no key to it
+    ],
+)
+def test_one_key_more_is_refused_where_it_would_be_lost(way, storage, tmp_path):
+    source = of_kind(MORE)
+    source.dumps(tmp_path)
+    buffer = of_kind({"x": torch.arange(6) + 50}, storage)
+    before = everything(buffer)
+    with pytest.raises(CheckpointError, match="expected no entry at 'y', as in the elements"):
+        buffer.load_state_dict(source.state_dict()) if way == "state" else buffer.loads(tmp_path)
+    assert everything(buffer) == before
 
 
 @pytest.mark.parametrize(
