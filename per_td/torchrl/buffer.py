@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase, is_tensor_collection
+from tensordict import (
+    LazyStackedTensorDict,
+    TensorDict,
+    TensorDictBase,
+    is_tensor_collection,
+    lazy_stack,
+)
 from torch import Tensor
 from torchrl.data import replay_buffers as torchrl_buffers
 from torchrl.data.replay_buffers import ReplayBuffer, TensorDictReplayBuffer
@@ -21,7 +27,6 @@ from per_td import validation
 from per_td.errors import CheckpointError, ConfigurationError, IndexRangeError, PriorityError
 from per_td.priorities.table import as_mode
 from per_td.torchrl import privates
-from per_td.torchrl.plain import as_plain, from_plain
 from per_td.torchrl.sampler import PrioritizedSampler
 from per_td.torchrl.slices import PrioritizedSliceSampler
 from per_td.torchrl.td_errors import as_key, first_of_each, magnitudes, required
@@ -29,6 +34,9 @@ from per_td.torchrl.writer import GenerationWriter, fit_cursor, slots_of
 from per_td.weights import priority_of
 
 _EPS = 1e-8
+
+_ENTRIES, _STACKED = "__entries__", "__stacked__"
+"""Keys in `state_dict` that stand for a TensorDict and a lazy stack."""
 
 _OF_SAMPLER = frozenset(
     (
@@ -753,7 +761,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         """
         with self._at_rest():
             state = dict(super().state_dict())
-        state["_prefetch_state"] = as_plain(state["_prefetch_state"])
+        state["_prefetch_state"] = _as_plain(state["_prefetch_state"])
         return state
 
     @torch.inference_mode(False)
@@ -779,7 +787,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                 validation.positive_int("_batch_size", size)
             except ConfigurationError as error:
                 raise CheckpointError(str(error)) from error
-        ahead = from_plain(state_dict.get("_prefetch_state"))
+        ahead = _from_plain(state_dict.get("_prefetch_state"))
         with self._at_rest():
             super().load_state_dict(state_dict | {"_prefetch_state": ahead})
             fit_cursor(self._writer, self._storage)
@@ -856,3 +864,35 @@ def _checked(sampler: Any) -> PrioritizedSampler:
             " there is TorchRL's TensorDictReplayBuffer"
         )
     return sampler
+
+
+def _as_plain(value: Any) -> Any:
+    """Replace TensorDicts in nested containers by dictionaries; tensors are not copied.
+
+    `torch.load(weights_only=True)` reads dictionaries of tensors, but no TensorDicts.
+    """
+    if isinstance(value, Tensor):
+        return value.as_subclass(Tensor)
+    if type(value) is TensorDict:
+        entries = {name: _as_plain(value.get(name)) for name in value.keys()}  # noqa: SIM118  of a TensorDict
+        return {_ENTRIES: entries, "batch_size": list(value.batch_size), "device": value.device}
+    if type(value) is LazyStackedTensorDict:
+        return {_STACKED: list(map(_as_plain, value.tensordicts)), "dim": value.stack_dim}
+    return _mapped(_as_plain, value)
+
+
+def _from_plain(value: Any) -> Any:
+    """Undo `_as_plain`."""
+    if type(value) is dict and _ENTRIES in value:
+        entries = _mapped(_from_plain, value[_ENTRIES])
+        return TensorDict(entries, value["batch_size"], device=value["device"])
+    if type(value) is dict and _STACKED in value:
+        return lazy_stack(_from_plain(value[_STACKED]), value["dim"])
+    return _mapped(_from_plain, value)
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """`change` applied to each entry of a dict, list or tuple; another value as it is."""
+    if type(value) is dict:
+        return {key: change(entry) for key, entry in value.items()}
+    return type(value)(map(change, value)) if type(value) in (list, tuple) else value
