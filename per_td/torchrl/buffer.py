@@ -414,9 +414,8 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                 return None
             supply = supply and self.priority_key in columns
             priority = self._priorities_of(data, n) if supply else None
-            cache, marks = self._cache, self._sync
             with self._write_lock:
-                written = privates.write(self, cache, columns, rows, n, priority, marks=marks)
+                written = privates.write(self, columns, rows, n, priority)
         if privates.NOTIFIES:
             self._notify_replay_state_change()
         return written
