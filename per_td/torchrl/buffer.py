@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from inspect import signature
 from math import isclose
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
@@ -37,25 +38,6 @@ _EPS = 1e-8
 
 _ENTRIES, _STACKED = "__entries__", "__stacked__"
 """Keys in `state_dict` that stand for a TensorDict and a lazy stack."""
-
-_OF_SAMPLER = frozenset(
-    (
-        "alpha",
-        "beta",
-        "eps",
-        "reduction",
-        "draw",
-        "method",
-        "weight_normalization",
-        "td_error_unit",
-        "max_priority_within_buffer",
-        "priority_clip",
-        "uniform_mix",
-        "latest",
-        "track_draws",
-    )
-)
-"""Settings without effect on the buffer."""
 
 
 class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
@@ -698,13 +680,9 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
     def _anchored(
         self, data: TensorDictBase, slot: Tensor, td_error: Tensor, late: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Replace the records of windows, which a sample unit draws, by their anchors.
+        """Replace the records [B] of windows, which a sample unit draws, by their anchors.
 
-        Args:
-            data: the batch.
-            slot: of its records, int64 [B].
-            td_error: [B].
-            late: 0 for live updates, int64 [B]; None: all are.
+        `late` is 0 for live updates, int64 [B]; None: all are.
         """
         anchored = self._anchor_reduced_priority(data, td_error)
         if anchored is None:
@@ -836,12 +814,14 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         return state
 
 
-def _one_each(generation: Any, slot: Tensor) -> Tensor:
-    """Check and return generations, int64 [B], one for each of `slot` [B], on its device.
+_OF_SAMPLER = frozenset(signature(PrioritizedSampler.__init__).parameters) & frozenset(
+    signature(TensorDictPrioritizedReplayBuffer.__init__).parameters
+)
+"""Settings without effect on the buffer."""
 
-    Raises:
-        IndexRangeError: they are no integers, or not as many.
-    """
+
+def _one_each(generation: Any, slot: Tensor) -> Tensor:
+    """Check and return generations, int64 [B], one for each of `slot` [B], on its device."""
     each: Tensor = validation.as_index(generation, slot.device, "index_generation")
     if each.shape != slot.shape:
         raise IndexRangeError(

@@ -726,10 +726,9 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             CheckpointError: as `check_state`; nothing is changed.
         """
         self.check_state(state_dict)
-        self.alpha, self.beta = state_dict["alpha"], state_dict["beta"]
-        self.eps = state_dict["eps"]
-        for name in ("priority_clip", "uniform_mix"):
-            if name in state_dict:  # not in those of before
+        self.beta = state_dict["beta"]
+        for name in ("alpha", "eps", "priority_clip", "uniform_mix"):
+            if name in state_dict:  # the last two are not in those of before
                 setattr(self._table, name, state_dict[name])
         self._table.restore(state_dict["priority"].to(self.device), state_dict["ever_max"])
         if self._table.draw_count is not None and "draw_count" in state_dict:

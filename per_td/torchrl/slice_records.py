@@ -42,14 +42,13 @@ def end_flags(
 ) -> Tensor:
     """True for the last record of each trajectory, as far as the data says; bool, a new tensor.
 
-    Absent keys are skipped.
+    Absent keys are skipped. If `traj_key` is there, its ids decide alone; otherwise any flag in
+    `end_keys` ends a trajectory. Without either, every known flag and the first known id that is
+    there end one.
 
     Args:
         data: the contents of a storage.
         shape: of the storage, [T, ...].
-        traj_key: holds trajectory ids, which then decide alone; if it is absent, flags do.
-        end_keys: hold flags, of which any ends a trajectory. Without either, every known flag and
-            the first known id that is there end one.
 
     Raises:
         RuntimeError: `data` is not a tensordict, or its entries are not one value per record.
@@ -90,11 +89,7 @@ def end_flags(
 
 
 def given_flags(end: Tensor, shape: torch.Size) -> Tensor:
-    """Flags that a user gave, for all rows or the filled ones, cut to a storage's filled `shape`.
-
-    Raises:
-        RuntimeError: the shape is another.
-    """
+    """Flags that a user gave for all rows or the filled ones, cut to the filled `shape`."""
     if end.ndim != len(shape) or end.shape[1:] != shape[1:] or len(end) < shape[0]:
         raise RuntimeError(
             "ends (or trajectories): expected one value for each record of the storage, shape"
@@ -112,11 +107,7 @@ def longest(end: Tensor) -> int:
 
 
 def right_span(span: bool | int | Sequence[bool | int]) -> tuple[int, bool | int]:
-    """Spans to the left, always off, and to the right.
-
-    Raises:
-        ConfigurationError: one is negative or no number, or there are not two.
-    """
+    """Spans to the left, always off, and to the right."""
     both = tuple(span) if isinstance(span, tuple | list) else (span, span)
     if len(both) != 2 or not all(isinstance(one, int) and one >= 0 for one in both):
         raise ConfigurationError(
@@ -154,9 +145,6 @@ def find_starts(
         missing: so many records may a slice that begins inside a trajectory lack; True: L - 1.
         strict: leave out trajectories shorter than `length`; otherwise their first records may
             begin a slice too.
-
-    Raises:
-        ConfigurationError: nothing would be left of a slice.
     """
     if missing is not True and missing >= length:
         raise ConfigurationError(
@@ -201,11 +189,7 @@ def _in_short_ones(end: Tensor, length: int) -> Tensor:
 def choose(
     mass: Tensor, n: int, draw: str, method: str, generator: torch.Generator | None
 ) -> Tensor:
-    """Draw n positions, int64 [n], in proportion to masses [S] that serve one draw, in O(S).
-
-    Raises:
-        EmptyBufferError: nothing, or not enough, can be drawn.
-    """
+    """Draw n positions, int64 [n], in proportion to masses [S] that serve one draw, in O(S)."""
     if validation.can_raise(mass) and not mass.any():
         raise EmptyBufferError(f"expected a positive priority, got 0 for all {len(mass)} starts")
     if draws.resolve_method(method, draw, len(mass), mass.device) == "multinomial":
@@ -232,14 +216,13 @@ def marks(
 ) -> dict[NestedKey, Tensor]:
     """The stored flags of R records, joined with the begins and ends of their slices.
 
+    `truncated_key` gets `ends`; "done" beside it the stored flag or `ends`, "terminated" the stored
+    flag. `init_key` gets the stored flag or `begins`, if there is a stored one.
+
     Args:
         data: the contents of the storage; only a tensordict has stored flags.
         where: indices of the records, a tuple of int64 [R].
-        begins: True for the first record of a slice, bool, R in all.
-        ends: True for the last record of a slice, bool, R in all.
-        truncated_key: gets `ends`; "done" beside it the stored flag or `ends`; "terminated" the
-            stored flag. None for none of them.
-        init_key: gets the stored flag or `begins`, if there is a stored one.
+        begins, ends: True for the first and last records of slices, bool, R in all.
     """
 
     def stored(key: NestedKey) -> Tensor | None:
@@ -278,21 +261,10 @@ def _as_shaped(flags: Tensor, like: Tensor | None) -> Tensor:
 def first_records(
     batch: TensorDictBase, key: NestedKey, *, reduction: str, unit: str
 ) -> TensorDict:
-    """The first record of each slice, with |TD error| reduced over what is left of the slice.
+    """The first record of each slice: see `PrioritizedSliceSampler.first_records`.
 
-    Args:
-        batch: [R], slice after slice, or [..., S, L], a slice along the last dimension; with
-            "index" and `START`. Records may have been cut off each slice.
-        key: of the TD errors, one or several values per record.
-        reduction: see `reduce_priority`.
-        unit: of the TD errors, also in the result; see `magnitude`.
-
-    Returns:
-        TensorDict [S] with "index", `key`, and "index_generation" if the batch has that of the
-        first records.
-
-    Raises:
-        PriorityError: there are no TD errors or no slots, or a row of the batch is not one slice.
+    The batch is [R], slice after slice, or [..., S, L], a slice along the last dimension. Each
+    record has one or several values at `key`, in the `unit`.
     """
     records = batch.batch_size.numel()
     if not records:
