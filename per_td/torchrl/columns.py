@@ -4,12 +4,12 @@ Indexing a TensorDict costs several times as much as indexing its tensors. The r
 """
 
 from array import array
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from tensordict import MemoryMappedTensor, TensorDict
+from tensordict.utils import NestedKey
 from torch import Tensor
 
 from per_td import kernels
@@ -66,14 +66,6 @@ def _is_column(value: Tensor, device: torch.device) -> bool:
     )
 
 
-def _keys(node: _Node, prefix: tuple[str, ...] = ()) -> Iterator[str | tuple[str, ...]]:
-    """The names of everything in a node; in a nested one, tuples of names."""
-    for name in (*node.leaves, *node.children):
-        yield (*prefix, name) if prefix else name
-    for name, child in node.children.items():
-        yield from _keys(child, (*prefix, name))
-
-
 def _expected(node: _Node, batch_size: torch.Size) -> _Node:
     """The node of a TensorDict of this batch size, with whole shapes."""
     leaves = {
@@ -126,11 +118,13 @@ class Columns:
     it up, and `gather` reads it like a column.
     """
 
-    def __init__(self, root: _Node, columns: list[Tensor], generation: Tensor) -> None:
+    def __init__(
+        self, root: _Node, columns: list[Tensor], generation: Tensor, keys: set[NestedKey]
+    ) -> None:
         self._root, self._columns, self._generation = root, columns, generation
         self.capacity, self._device = len(generation), generation.device
         self._expected: _Node | None = None  # for the batch size that came last
-        self._keys = set(_keys(root))
+        self._keys = keys  # also those of nested TensorDicts
         self._index = at = root.leaves["index"].place
         self._no_slots = columns[at][:0]
         packed = all(column[:1].is_contiguous() for column in columns)
@@ -146,7 +140,7 @@ class Columns:
         if root is None or root.batch_size or "index" not in root.leaves:
             return None
         fits = root.leaves["index"][1:] == (torch.Size([]), torch.int64)
-        return cls(root, columns, generation) if fits else None
+        return cls(root, columns, generation, set(data.keys(True))) if fits else None
 
     def __contains__(self, key: Any) -> bool:
         """True if there is a column, or a TensorDict of columns, of this name."""
