@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +94,6 @@ def _of_table(name: str, doc: str) -> Any:
     return property(
         lambda self: getattr(self._table, name),
         lambda self, value: setattr(self._table, name, value),
-        doc=doc,
-    )
-
-
-def _choice(name: str, choices: tuple[str, ...], doc: str) -> Any:
-    """A setting that is one of `choices`."""
-    return property(
-        attrgetter(f"_{name}"),
-        lambda self, value: setattr(self, f"_{name}", validation.one_of(name, value, choices)),
         doc=doc,
     )
 
@@ -258,16 +248,23 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             value = validation.real("beta", value, high=1.0)
         self._beta = value
 
-    reduction: str = _choice(
-        "reduction",
-        REDUCTIONS,
-        "Reduction of several TD errors of an element to one priority, in later updates.",
-    )
-    td_error_unit: str = _choice(
-        "td_error_unit",
-        TD_ERROR_UNITS,
-        'Unit of the TD errors of later updates: "abs" or "squared".',
-    )
+    @property
+    def reduction(self) -> str:
+        """Reduction of several TD errors of an element to one priority, in later updates."""
+        return self._reduction
+
+    @reduction.setter
+    def reduction(self, value: str) -> None:
+        self._reduction = validation.one_of("reduction", value, REDUCTIONS)
+
+    @property
+    def td_error_unit(self) -> str:
+        """Unit of the TD errors of later updates: "abs" or "squared"."""
+        return self._td_error_unit
+
+    @td_error_unit.setter
+    def td_error_unit(self, value: str) -> None:
+        self._td_error_unit = validation.one_of("td_error_unit", value, TD_ERROR_UNITS)
 
     @property
     def weight_normalization(self) -> str:
