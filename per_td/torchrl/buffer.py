@@ -3,13 +3,20 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from inspect import signature
 from math import isclose
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase, is_tensor_collection
+from tensordict import (
+    LazyStackedTensorDict,
+    TensorDict,
+    TensorDictBase,
+    is_tensor_collection,
+    lazy_stack,
+)
 from torch import Tensor
 from torchrl.data import replay_buffers as torchrl_buffers
 from torchrl.data.replay_buffers import ReplayBuffer, TensorDictReplayBuffer
@@ -21,7 +28,6 @@ from per_td import validation
 from per_td.errors import CheckpointError, ConfigurationError, IndexRangeError, PriorityError
 from per_td.priorities.table import as_mode
 from per_td.torchrl import privates
-from per_td.torchrl.plain import as_plain, from_plain
 from per_td.torchrl.sampler import PrioritizedSampler
 from per_td.torchrl.slices import PrioritizedSliceSampler
 from per_td.torchrl.td_errors import as_key, first_of_each, magnitudes, required
@@ -30,24 +36,8 @@ from per_td.weights import priority_of
 
 _EPS = 1e-8
 
-_OF_SAMPLER = frozenset(
-    (
-        "alpha",
-        "beta",
-        "eps",
-        "reduction",
-        "draw",
-        "method",
-        "weight_normalization",
-        "td_error_unit",
-        "max_priority_within_buffer",
-        "priority_clip",
-        "uniform_mix",
-        "latest",
-        "track_draws",
-    )
-)
-"""Settings without effect on the buffer."""
+_ENTRIES, _STACKED = "__entries__", "__stacked__"
+"""Keys in `state_dict` that stand for a TensorDict and a lazy stack."""
 
 
 class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedReplayBuffer):
@@ -406,9 +396,8 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                 return None
             supply = supply and self.priority_key in columns
             priority = self._priorities_of(data, n) if supply else None
-            cache, marks = self._cache, self._sync
             with self._write_lock:
-                written = privates.write(self, cache, columns, rows, n, priority, marks=marks)
+                written = privates.write(self, columns, rows, n, priority)
         if privates.NOTIFIES:
             self._notify_replay_state_change()
         return written
@@ -691,13 +680,9 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
     def _anchored(
         self, data: TensorDictBase, slot: Tensor, td_error: Tensor, late: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Replace the records of windows, which a sample unit draws, by their anchors.
+        """Replace the records [B] of windows, which a sample unit draws, by their anchors.
 
-        Args:
-            data: the batch.
-            slot: of its records, int64 [B].
-            td_error: [B].
-            late: 0 for live updates, int64 [B]; None: all are.
+        `late` is 0 for live updates, int64 [B]; None: all are.
         """
         anchored = self._anchor_reduced_priority(data, td_error)
         if anchored is None:
@@ -753,7 +738,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         """
         with self._at_rest():
             state = dict(super().state_dict())
-        state["_prefetch_state"] = as_plain(state["_prefetch_state"])
+        state["_prefetch_state"] = _as_plain(state["_prefetch_state"])
         return state
 
     @torch.inference_mode(False)
@@ -779,7 +764,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                 validation.positive_int("_batch_size", size)
             except ConfigurationError as error:
                 raise CheckpointError(str(error)) from error
-        ahead = from_plain(state_dict.get("_prefetch_state"))
+        ahead = _from_plain(state_dict.get("_prefetch_state"))
         with self._at_rest():
             super().load_state_dict(state_dict | {"_prefetch_state": ahead})
             fit_cursor(self._writer, self._storage)
@@ -829,12 +814,14 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         return state
 
 
-def _one_each(generation: Any, slot: Tensor) -> Tensor:
-    """Check and return generations, int64 [B], one for each of `slot` [B], on its device.
+_OF_SAMPLER = frozenset(signature(PrioritizedSampler.__init__).parameters) & frozenset(
+    signature(TensorDictPrioritizedReplayBuffer.__init__).parameters
+)
+"""Settings without effect on the buffer."""
 
-    Raises:
-        IndexRangeError: they are no integers, or not as many.
-    """
+
+def _one_each(generation: Any, slot: Tensor) -> Tensor:
+    """Check and return generations, int64 [B], one for each of `slot` [B], on its device."""
     each: Tensor = validation.as_index(generation, slot.device, "index_generation")
     if each.shape != slot.shape:
         raise IndexRangeError(
@@ -856,3 +843,35 @@ def _checked(sampler: Any) -> PrioritizedSampler:
             " there is TorchRL's TensorDictReplayBuffer"
         )
     return sampler
+
+
+def _as_plain(value: Any) -> Any:
+    """Replace TensorDicts in nested containers by dictionaries; tensors are not copied.
+
+    `torch.load(weights_only=True)` reads dictionaries of tensors, but no TensorDicts.
+    """
+    if isinstance(value, Tensor):
+        return value.as_subclass(Tensor)
+    if type(value) is TensorDict:
+        entries = {name: _as_plain(value.get(name)) for name in value.keys()}  # noqa: SIM118  of a TensorDict
+        return {_ENTRIES: entries, "batch_size": list(value.batch_size), "device": value.device}
+    if type(value) is LazyStackedTensorDict:
+        return {_STACKED: list(map(_as_plain, value.tensordicts)), "dim": value.stack_dim}
+    return _mapped(_as_plain, value)
+
+
+def _from_plain(value: Any) -> Any:
+    """Undo `_as_plain`."""
+    if type(value) is dict and _ENTRIES in value:
+        entries = _mapped(_from_plain, value[_ENTRIES])
+        return TensorDict(entries, value["batch_size"], device=value["device"])
+    if type(value) is dict and _STACKED in value:
+        return lazy_stack(_from_plain(value[_STACKED]), value["dim"])
+    return _mapped(_from_plain, value)
+
+
+def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
+    """`change` applied to each entry of a dict, list or tuple; another value as it is."""
+    if type(value) is dict:
+        return {key: change(entry) for key, entry in value.items()}
+    return type(value)(map(change, value)) if type(value) in (list, tuple) else value

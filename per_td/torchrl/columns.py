@@ -4,12 +4,12 @@ Indexing a TensorDict costs several times as much as indexing its tensors. The r
 """
 
 from array import array
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from tensordict import MemoryMappedTensor, TensorDict
+from tensordict.utils import NestedKey
 from torch import Tensor
 
 from per_td import kernels
@@ -66,14 +66,6 @@ def _is_column(value: Tensor, device: torch.device) -> bool:
     )
 
 
-def _keys(node: _Node, prefix: tuple[str, ...] = ()) -> Iterator[str | tuple[str, ...]]:
-    """The names of everything in a node; in a nested one, tuples of names."""
-    for name in (*node.leaves, *node.children):
-        yield (*prefix, name) if prefix else name
-    for name, child in node.children.items():
-        yield from _keys(child, (*prefix, name))
-
-
 def _expected(node: _Node, batch_size: torch.Size) -> _Node:
     """The node of a TensorDict of this batch size, with whole shapes."""
     leaves = {
@@ -84,13 +76,9 @@ def _expected(node: _Node, batch_size: torch.Size) -> _Node:
 
 
 def _collect(node: _Node, data: TensorDict, rows: list[Tensor], skip: str | None = None) -> bool:
-    """Fill `rows` with the tensors of `data`. False if `data` has other keys, shapes or dtypes.
+    """Fill `rows`, one place per column, with the tensors of `data`, but for the entry `skip`.
 
-    Args:
-        node: expected.
-        data: the TensorDict.
-        rows: one place per column.
-        skip: an entry that does not matter.
+    False if `data` has other keys, shapes or dtypes than the node.
     """
     leaves, seen = node.leaves, 0
     for name, value in data.items():
@@ -124,20 +112,19 @@ def _assemble(
 
 
 class Columns:
-    """The columns of a storage's TensorDict of batch size [capacity].
+    """The columns of a storage's TensorDict of batch size [capacity], with a leaf "index".
 
-    Args:
-        root: the TensorDict's node, with a leaf "index".
-        columns: its tensors, in the order of the leaves' places.
-        generation: of all slots, int64 [capacity], contiguous, on the same device; `write` counts
-            it up, and `gather` reads it like a column.
+    `generation`, of all slots, int64 [capacity], contiguous, is on the same device: `write` counts
+    it up, and `gather` reads it like a column.
     """
 
-    def __init__(self, root: _Node, columns: list[Tensor], generation: Tensor) -> None:
+    def __init__(
+        self, root: _Node, columns: list[Tensor], generation: Tensor, keys: set[NestedKey]
+    ) -> None:
         self._root, self._columns, self._generation = root, columns, generation
         self.capacity, self._device = len(generation), generation.device
         self._expected: _Node | None = None  # for the batch size that came last
-        self._keys = set(_keys(root))
+        self._keys = keys  # also those of nested TensorDicts
         self._index = at = root.leaves["index"].place
         self._no_slots = columns[at][:0]
         packed = all(column[:1].is_contiguous() for column in columns)
@@ -147,16 +134,13 @@ class Columns:
 
     @classmethod
     def of(cls, data: Any, generation: Tensor) -> "Columns | None":
-        """The columns of `data`, whose rows have these generations.
-
-        None for all but nested TensorDicts of tensors on the generations' device.
-        """
+        """The columns of nested TensorDicts of tensors on the generations' device; or None."""
         columns: list[Tensor] = []
         root = _explore(data, len(generation), generation.device, columns)
         if root is None or root.batch_size or "index" not in root.leaves:
             return None
         fits = root.leaves["index"][1:] == (torch.Size([]), torch.int64)
-        return cls(root, columns, generation) if fits else None
+        return cls(root, columns, generation, set(data.keys(True))) if fits else None
 
     def __contains__(self, key: Any) -> bool:
         """True if there is a column, or a TensorDict of columns, of this name."""
@@ -167,18 +151,11 @@ class Columns:
         return reference if torch.compiler.is_compiling() else self._operations
 
     def rows_of(self, data: Any, *, single: bool = False) -> list[Tensor] | None:
-        """The tensors of `data`, for each column but "index".
+        """The tensors of `data`, a TensorDict [n], or [] if `single`, for each column but "index".
 
-        Args:
-            data: TensorDict [n], or [] if `single`.
-            single: `data` is one row.
-
-        Returns:
-            In the order of the columns, contiguous and on their device: nothing is left to be
-            refused while they are written. None if `data` has other entries, shapes or dtypes.
-
-        Raises:
-            SchemaError: a tensor has no values, or not in memory.
+        They are contiguous and on the columns' device: nothing is left to be refused while they are
+        written. None if `data` has other entries, shapes or dtypes; a SchemaError if a tensor has
+        no values, or not in memory.
         """
         if type(data) is not TensorDict or data.batch_dims != (0 if single else 1):
             return None
@@ -195,15 +172,9 @@ class Columns:
         return rows
 
     def write(self, rows: list[Tensor], start: int, n: int) -> Tensor:
-        """Write rows and their slots, and count up their generations.
+        """Write n rows, from `rows_of`, and their slots, and count up their generations.
 
-        Args:
-            rows: from `rows_of`.
-            start: the first slot.
-            n: number of rows, at most `capacity`.
-
-        Returns:
-            The slots, one after the other and around the end, int64 [n].
+        Returns the slots, int64 [n], from `start` on and around the end.
         """
         rows[self._index] = index = torch.empty(n, dtype=torch.int64, device=self._device)
         runs = array("q", (start, n))
@@ -211,11 +182,7 @@ class Columns:
         return index
 
     def gather(self, index: Tensor) -> tuple[list[Tensor], Tensor]:
-        """The rows `index`, a tensor per column, and their generations.
-
-        Args:
-            index: slots that exist, int64 [B].
-        """
+        """The rows in slots that exist, int64 [B]: a tensor per column, and the generations."""
         found, _ = self._ops.gather(self._drawn, index, written=None)
         *rows, generation = found
         rows.insert(self._index, index)

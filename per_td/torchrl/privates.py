@@ -68,10 +68,9 @@ def stored(storage: Storage) -> int:
 
 
 def generations(buffer: ReplayBuffer, slots: int, device: torch.device) -> Tensor | None:
-    """Generations of all slots, int64 [slots], contiguous.
+    """Generations of all slots, int64 [slots], contiguous, on `device`.
 
-    None where a slot has none of its own, a `GenerationWriter` did not make them for this storage,
-    or they are not as many or not on `device`.
+    None unless a `GenerationWriter` made just these for this storage, of one dimension.
     """
     storage, writer = buffer._storage, buffer._writer
     if type(writer) is not GenerationWriter or writer._storage is not storage or storage.ndim > 1:
@@ -94,11 +93,7 @@ def newest_generation(storage: Storage) -> int:
 
 
 def require_writable(storage: Storage) -> None:
-    """Refuse to write to memory that was made in an inference mode, outside of one.
-
-    Raises:
-        ConfigurationError: the storage holds such memory, to which torch would not write.
-    """
+    """Refuse, by a ConfigurationError, to write outside an inference mode to memory made in one."""
     data: Any = getattr(storage, "_storage", None)
     if torch.is_inference_mode_enabled() or not is_tensor_collection(data):
         return
@@ -111,12 +106,9 @@ def require_writable(storage: Storage) -> None:
 
 
 def check_storage_state(storage: Storage, state: Any) -> None:
-    """Refuse the state of a storage whose numbers cannot be, or of other elements.
+    """Refuse, by a CheckpointError, a state of another size or of other elements than a storage's.
 
-    Raises:
-        CheckpointError: the number of elements is not an integer from 0 up to the storage's size,
-            or its tensors are not of that size; or elements are a list in one of both only, or
-            `require_alike` refuses them.
+    Elements as a list fit no storage of tensors, nor the other way round.
     """
     if not isinstance(state, dict):
         raise CheckpointError(f"storage: expected a dictionary, got {type(state).__name__}")
@@ -141,11 +133,7 @@ def check_storage_state(storage: Storage, state: Any) -> None:
 
 
 def check_saved_storage(storage: Storage, folder: Path) -> None:
-    """Refuse the files of a storage of tensordicts whose elements `require_alike` refuses.
-
-    Raises:
-        CheckpointError: see there.
-    """
+    """Refuse the files of a storage of tensordicts whose elements `require_alike` refuses."""
     data: Any = {}
     if isinstance(getattr(storage, "_storage", None), TensorDictBase):
         with suppress(OSError, ValueError, RuntimeError, KeyError):  # TorchRL refuses other files
@@ -154,19 +142,12 @@ def check_saved_storage(storage: Storage, folder: Path) -> None:
 
 
 def require_alike(storage: Storage, data: Any, *, more: bool = False) -> None:
-    """Refuse elements of other keys, shapes or dtypes than those that a storage has.
+    """Refuse, by a CheckpointError, elements of other keys, shapes or dtypes than a storage has.
 
     TorchRL converts the numbers to the dtype of the storage, and keeps old numbers at keys that
     the elements lack. Keys that the storage lacks are lost with files, an error with memory-mapped
-    tensors, and taken up with a state by a tensordict that can grow.
-
-    Args:
-        storage: a storage; without memory, it takes any elements.
-        data: the elements in a state, a dict of tensors or a tensor.
-        more: accept keys that the storage lacks.
-
-    Raises:
-        CheckpointError: they are others.
+    tensors, and taken up with a state by a tensordict that can grow: `more` accepts them. A storage
+    without memory takes any elements.
     """
     if not isinstance(storage, TensorStorage) or not storage.initialized:
         return
@@ -211,16 +192,11 @@ def revision(storage: Storage) -> int | None:
 
 
 class ColumnCache:
-    """The columns of a buffer's storage, looked up again whenever anything has been replaced.
-
-    Attributes:
-        columns: as found last; None if the data are not in columns.
-        revision: of the storage, when they were found or written.
-    """
+    """The columns of a buffer's storage, looked up again whenever anything has been replaced."""
 
     def __init__(self) -> None:
-        self.columns: Columns | None = None
-        self.revision = -1
+        self.columns: Columns | None = None  # None: the data are not in columns
+        self.revision = -1  # of the storage, when they were found or written
         self._parts: tuple[Any, ...] = (self,)  # a part of no buffer
         self._generation: Tensor | None = None
         self._marks = False
@@ -229,11 +205,7 @@ class ColumnCache:
         """The columns; None if something asks for TorchRL's methods.
 
         That is: a part of another kind or of another size, or data other than TensorDicts of
-        tensors on the storage's device.
-
-        Args:
-            buffer: the buffer.
-            marks: writing marks priorities, so the sampler must be a plain one too.
+        tensors on the storage's device. `marks`: the sampler must be a plain one too.
         """
         storage, sampler = buffer._storage, buffer._sampler
         table = getattr(sampler, "_table", None)  # a PriorityTable
@@ -283,31 +255,14 @@ def _plain_generations(buffer: ReplayBuffer) -> Tensor | None:
 
 
 def write(
-    buffer: ReplayBuffer,
-    cache: ColumnCache,
-    columns: Columns,
-    rows: list[Tensor],
-    n: int,
-    priority: Tensor | None,
-    *,
-    marks: bool,
+    buffer: ReplayBuffer, columns: Columns, rows: list[Tensor], n: int, priority: Tensor | None
 ) -> tuple[int, Tensor]:
-    """Write n rows. The caller holds the buffer's locks and has checked everything.
+    """Write n rows, from `Columns.rows_of`; the first slot, and all slots, int64 [n].
 
-    Args:
-        buffer: a plain buffer.
-        cache: takes up the storage's new revision.
-        columns: from the cache.
-        rows: from `Columns.rows_of`.
-        n: number of rows, at most the storage's capacity.
-        priority: float32 [n], or None for that of new elements.
-        marks: set priorities.
-
-    Returns:
-        The first slot, and all slots, int64 [n].
+    The caller holds the buffer's locks and has checked everything. `priority` is float32 [n], or
+    None for that of new elements.
     """
     storage, writer, capacity = buffer._storage, buffer._writer, columns.capacity
-    table = buffer._sampler._table if marks else None
     # the lock keeps other writers out, so the numbers, which processes share, are read and set past
     # their own locks
     cursor, length = writer._cursor_value.get_obj(), storage._len_value.get_obj()
@@ -321,11 +276,13 @@ def write(
     length.value = min(max(length.value, end), capacity)
     # a change by somebody else in between leaves the revisions unequal, which is safe
     storage._mutation_revision_value.get_obj().value += 1
-    cache.revision += 1
-    if table is not None and priority is None:
-        table.write_runs(array("q", (start, n)))
-    elif table is not None:
-        table.write_new(index, priority)
+    buffer._cache.revision += 1
+    if buffer._sync:
+        table = buffer._sampler._table
+        if priority is None:
+            table.write_runs(array("q", (start, n)))
+        else:
+            table.write_new(index, priority)
     for entity in storage._attached_entities:
         if entity is not buffer:
             entity.mark_update(index)
@@ -335,16 +292,9 @@ def write(
 def read(
     buffer: ReplayBuffer, columns: Columns, n: int, *, apart: bool
 ) -> tuple[TensorDict, dict[str, Any]]:
-    """Draw n elements. The caller holds the locks.
+    """Draw a batch of n elements, and the entries beside them, which `apart` leaves out of it.
 
-    Args:
-        buffer: a plain buffer.
-        columns: from the cache.
-        n: number of elements.
-        apart: leave the entries that are no part of an element out of the batch.
-
-    Returns:
-        The batch, and those entries.
+    The caller holds the locks.
     """
     size = stored(buffer._storage)
     if not size:
@@ -366,10 +316,9 @@ def to_store(transform: Compose, data: Any) -> Any:
 def _is_inverted(transform: Transform) -> bool:
     """False if the inverse of a transform surely leaves everything as it is."""
     inverse = type(transform)._inv_call
-    return not (
-        inverse is _CallableTransform._inv_call
-        or (inverse is Transform._inv_call and not transform.in_keys_inv)
-    )
+    if inverse is Transform._inv_call:
+        return bool(transform.in_keys_inv)
+    return inverse is not _CallableTransform._inv_call
 
 
 def is_changed(buffer: ReplayBuffer) -> bool:
@@ -391,8 +340,7 @@ def changed(buffer: ReplayBuffer, batch: Any, info: dict[str, Any]) -> tuple[Any
 def completed(batch: Any, info: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Put the entries beside a batch into it, on its device.
 
-    Raises:
-        RuntimeError: the transforms made something of another size of it.
+    A RuntimeError if the transforms made something of another size of it.
     """
     if not is_tensor_collection(batch) or is_tensorclass(batch):
         return batch, info

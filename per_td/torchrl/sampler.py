@@ -55,13 +55,8 @@ def _stacked(index: Any, ndim: int) -> Any:
 def flat_index(index: Any, shape: torch.Size | tuple[int, ...], device: torch.device) -> Tensor:
     """Slots of a storage, counted row by row where it has several dimensions, int64 [B].
 
-    Args:
-        index: an int, [B], or for several dimensions [B, ndim] or a tuple of ndim ints or [B].
-        shape: of the storage; the first entry does not matter.
-        device: of the result.
-
-    Raises:
-        IndexRangeError: it holds no integers, or its parts differ in shape.
+    `index` is an int, [B], or for several dimensions [B, ndim] or a tuple of ndim ints or [B]. The
+    first entry of the storage's `shape` does not matter.
     """
     index = validation.as_tensor("index", _stacked(index, len(shape)), IndexRangeError)
     places: Tensor = validation.as_index(index.reshape(-1), device).view(index.shape)
@@ -74,13 +69,9 @@ def flat_index(index: Any, shape: torch.Size | tuple[int, ...], device: torch.de
 
 
 def unravelled(index: Tensor, shape: torch.Size | tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Indices in each dimension of a storage, one int64 [B] each: undoes `flat_index`.
+    """Indices [B] in each dimension of a storage of this shape: undoes `flat_index`, not for -1.
 
     `torch.unravel_index` makes the host wait on CUDA.
-
-    Args:
-        index: int64 [B], not negative.
-        shape: of the storage.
     """
     places = []
     for size in reversed(shape):
@@ -305,11 +296,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         self._table.uniform_mix = value
 
     def _require_mix(self, value: Any) -> None:
-        """Refuse a share with which this sampler cannot draw, and make what it needs.
-
-        Raises:
-            ConfigurationError: it is refused.
-        """
+        """Refuse, by a ConfigurationError, a share of uniform draws; make what others need."""
         if value:
             self._require_side("uniform_mix", "uniform")
         self._table.require_mix(value)
@@ -493,11 +480,8 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
     def _follow(self, storage: Storage | None) -> None:
         """Take up the storage's size, and its device unless the constructor was given one.
 
-        Storages of several dimensions round their size up with the first data.
-
-        Raises:
-            ConfigurationError: the storage has no limited size, or this sampler shares its memory
-                with other processes, which would not know of another size.
+        Storages of several dimensions round their size up with the first data. A ConfigurationError
+        if the size has no limit, or other processes share the memory: they would not know of it.
         """
         device, capacity = self.device, self._max_capacity
         size = capacity if storage is None else slots_of(storage)
@@ -521,8 +505,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         return flat_index(index, shape, self.device)
 
     def _empty(self) -> None:
-        self._table.fill(self._table.raw[:0])
-        self._table.ever_max.zero_()
+        self._table.empty()
 
     def sample(self, storage: Storage, batch_size: int) -> tuple[Any, dict[str, Any]]:
         """Draw indices of the storage in proportion to priority^alpha.
@@ -567,7 +550,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         self._write_new(self._flat(index, storage), None)
 
     def _write_new(self, index: Tensor, priority: Tensor | None) -> None:
-        """Give newly written slots, int64 [n], their priority: [n], or None for that of the new.
+        """Give newly written slots [n] their priority: [n], or None for that of new elements.
 
         Negative indices are skipped: `MaxValueWriter` marks with -1 elements that it left out.
         """
@@ -624,33 +607,22 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
 
     def _change(self, index: Any, priority: Any, storage: Storage | None, **settings: Any) -> None:
         self._follow(storage)
+        size = self._max_capacity if storage is None else len(storage)
         flat = storage is None or storage.ndim == 1
         if flat and validation.are_plain(index, priority, self.device):
             with suppress(IndexRangeError):  # of a negative index, say
-                size = self._max_capacity if storage is None else len(storage)
                 self._update(index, priority, size, **settings)
                 return
-        self._change_any(index, priority, storage, **settings)
-
-    @torch.no_grad()
-    def _change_any(
-        self, index: Any, priority: Any, storage: Storage | None, **settings: Any
-    ) -> None:
-        """`_change` for anything that can be converted, and with negative indices."""
-        index = self._flat(index, storage)
-        priority = validation.as_reals("priority", priority, self.device, torch.float32)
-        if priority.numel() not in (1, index.numel()):
-            raise PriorityError(
-                f"priority: expected one value, or one for each of {index.numel()} indices,"
-                f" got shape {list(priority.shape)}"
-            )
-        self._update(
-            index,
-            priority.reshape(-1).expand(index.shape),
-            self._max_capacity if storage is None else len(storage),
-            mask=index >= 0,
-            **settings,
-        )
+        with torch.no_grad():
+            index = self._flat(index, storage)
+            priority = validation.as_reals("priority", priority, self.device, torch.float32)
+            if priority.numel() not in (1, index.numel()):
+                raise PriorityError(
+                    f"priority: expected one value, or one for each of {index.numel()} indices,"
+                    f" got shape {list(priority.shape)}"
+                )
+            priority = priority.reshape(-1).expand(index.shape)
+            self._update(index, priority, size, mask=index >= 0, **settings)
 
     def _update(
         self,
@@ -661,17 +633,10 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
         generation: Tensor | None = None,
         **settings: Any,
     ) -> None:
-        """Set the priorities of filled slots, and count stale updates.
+        """Run `PriorityTable.update` with these settings, and count stale updates.
 
-        Args:
-            index: slots, int64 [B], on this device.
-            td_error: [B].
-            size: number of filled slots; updates of later ones are stale.
-            generation: int64 [B]; others than those of the slots, `stamps` or 0, are stale.
-            settings: as for `PriorityTable.update`.
-
-        Raises:
-            IndexRangeError, PriorityError: as `update_priority`.
+        Those of the slots from `size` on, which are empty, are stale too; as are those whose
+        `generation`, int64 [B], is not that of the slot, in `stamps` or 0.
         """
         table, capacity = self._table, self._max_capacity
         if size == capacity or validation.can_raise(index):
@@ -679,7 +644,7 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
                 dropped = table.update(
                     index, td_error, written=size, generation=generation, **settings
                 )
-            except IndexRangeError:
+            except IndexRangeError:  # of an empty slot, unless there is no such slot
                 mask = settings.get("mask")
                 validation.require_slots(index, capacity, mask, what=_SLOTS)
             else:
@@ -758,13 +723,11 @@ class PrioritizedSampler(torchrl_buffers.PrioritizedSampler):
             CheckpointError: as `check_state`; nothing is changed.
         """
         self.check_state(state_dict)
-        self.alpha, self.beta = state_dict["alpha"], state_dict["beta"]
-        self.eps = state_dict["eps"]
-        for name in ("priority_clip", "uniform_mix"):
-            if name in state_dict:  # not in those of before
+        self.beta = state_dict["beta"]
+        for name in ("alpha", "eps", "priority_clip", "uniform_mix"):
+            if name in state_dict:  # the last two are not in those of before
                 setattr(self._table, name, state_dict[name])
-        self._table.fill(state_dict["priority"].to(self.device))
-        self._table.ever_max.copy_(state_dict["ever_max"])
+        self._table.restore(state_dict["priority"].to(self.device), state_dict["ever_max"])
         if self._table.draw_count is not None and "draw_count" in state_dict:
             self._table.draw_count.copy_(state_dict["draw_count"])
 

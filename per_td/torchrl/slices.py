@@ -14,7 +14,7 @@ from torchrl.data.replay_buffers.storages import Storage
 from per_td import validation
 from per_td.errors import ConfigurationError, EmptyBufferError
 from per_td.priorities.selection import Selection
-from per_td.torchrl import boundaries, privates, slice_batches
+from per_td.torchrl import privates, slice_records
 from per_td.torchrl.sampler import PrioritizedSampler, unravelled
 from per_td.torchrl.td_errors import as_key
 from per_td.torchrl.writer import last_rows
@@ -143,7 +143,7 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             td_error_unit=td_error_unit,
         )
         self._given_end_keys = self.end_keys if end_key is None else (self.end_key,)
-        self._given_ends = ends if trajectories is None else boundaries.ends_of(trajectories)
+        self._given_ends = ends if trajectories is None else slice_records.ends_of(trajectories)
         self._forget()
 
     _FIXED = (
@@ -172,7 +172,7 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
         if name in ("by", "newest", "latest", "uniform_mix"):
             raise _by_first_records(name, value)
         if name == "span":
-            value = boundaries.right_span(value)
+            value = slice_records.right_span(value)
         elif name in _KEYS and value is not None:
             value = as_key(name, value)
         elif name in ("num_slices", "slice_len"):
@@ -204,9 +204,9 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
 
     def _forget(self) -> None:
         self._cache.clear()  # TorchRL's, which nothing here reads
-        self._starts: tuple[Any, boundaries.Starts | None] = (None, None)
+        self._starts: tuple[Any, slice_records.Starts | None] = (None, None)
 
-    def _starts_in(self, storage: Storage, length: int) -> boundaries.Starts:
+    def _starts_in(self, storage: Storage, length: int) -> slice_records.Starts:
         """The records that may begin a slice of this length, kept if `cache_values` is True."""
         revision = privates.revision(storage)
         key = (id(storage), revision, len(storage), length, self.span, self.strict_length)
@@ -215,15 +215,15 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             return starts
         shape, keys = storage.shape, self._given_end_keys
         if self._given_ends is None:
-            end = boundaries.end_flags(storage[:], shape, traj_key=self.traj_key, end_keys=keys)
+            end = slice_records.end_flags(storage[:], shape, traj_key=self.traj_key, end_keys=keys)
         else:
-            end = boundaries.given_flags(self._given_ends, shape)
-        starts = boundaries.find_starts(
+            end = slice_records.given_flags(self._given_ends, shape)
+        starts = slice_records.find_starts(
             end,
             full=len(storage) == storage.max_size,
             cursor=last_rows(storage),
             length=length,
-            shortest=boundaries.shortest_slice(self.span[1], length),
+            missing=self.span[1],
             strict=self.strict_length,
         )
         if self.cache_values:
@@ -269,15 +269,15 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
         if len(starts.slot) == 0:
             raise EmptyBufferError(
                 f"expected a trajectory of at least {length} records, got at most"
-                f" {boundaries.longest(starts.end)}"
+                f" {slice_records.longest(starts.end)}"
             )
         slot = starts.slot.to(self.device)
         table, mass = self._table, self._table.mass[slot]
-        chosen = slice_batches.choose(mass, n, table.draw, table.method, self._rng)
+        chosen = slice_records.choose(mass, n, table.draw, table.method, self._rng)
         weight = self._weights(mass, chosen, len(storage))
 
         position = torch.arange(length, device=self.device)
-        index = slice_batches.advance(slot[chosen].unsqueeze(-1), position, storage.shape)
+        index = slice_records.advance(slot[chosen].unsqueeze(-1), position, storage.shape)
         start = index[:, :1].expand_as(index)
         begins = (position == 0).expand_as(index)
         ends = (position == length - 1).expand_as(index)
@@ -290,12 +290,12 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             start = start[there]
         where = unravelled(index.reshape(-1), storage.shape)
         keys = self.truncated_key, self.init_key
-        marks = slice_batches.marks(storage[:], where, begins, ends, *keys)
+        marks = slice_records.marks(storage[:], where, begins, ends, *keys)
         start = torch.stack(unravelled(start.reshape(-1), storage.shape), -1)
-        info = {"priority_weight": weight.reshape(-1), slice_batches.START: start} | marks
+        info = {"priority_weight": weight.reshape(-1), slice_records.START: start} | marks
         generation = privates.generations_at(storage, start[:, 0])
         if generation is not None:
-            info[slice_batches.START_GENERATION] = generation
+            info[slice_records.START_GENERATION] = generation
         return where, info
 
     def _weights(self, mass: Tensor, chosen: Tensor, size: int) -> Tensor:
@@ -360,7 +360,7 @@ class PrioritizedSliceSampler(PrioritizedSampler, torchrl_buffers.PrioritizedSli
             PriorityError: there are no TD errors, or "slice_start" is missing; or the batch has
                 several dimensions, and a row holds records of several slices.
         """
-        return slice_batches.first_records(
+        return slice_records.first_records(
             batch, priority_key, reduction=self.reduction, unit=self.td_error_unit
         )
 

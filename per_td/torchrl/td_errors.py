@@ -1,6 +1,7 @@
 """From the TD errors that a loss wrote to one |TD error| per element: pure functions."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -10,66 +11,41 @@ from torch import Tensor
 from per_td import validation
 from per_td.errors import ConfigurationError, PriorityError
 
-REDUCTIONS = ("max", "min", "mean", "median", "sum", "r2d2")
 TD_ERROR_UNITS = ("abs", "squared")
 
 R2D2_ETA = 0.9
 """Share of the maximum in "r2d2" (Kapturowski et al. 2019, R2D2, section 2.3)."""
 
+_REDUCERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "max": lambda rows: rows.amax(1),
+    "min": lambda rows: rows.amin(1),
+    "mean": lambda rows: rows.float().mean(1),
+    "median": lambda rows: rows.median(1).values,  # the lower one of two
+    "sum": lambda rows: rows.sum(1),
+    "r2d2": lambda rows: R2D2_ETA * rows.amax(1) + (1 - R2D2_ETA) * rows.float().mean(1),
+}
+REDUCTIONS = tuple(_REDUCERS)
+
 
 def reduce_priority(priority: Tensor, reduction: str) -> Tensor:
-    """Reduce the priorities of each row to one.
-
-    Args:
-        priority: [n, ...], at least one value per row.
-        reduction: "max", "min", "mean", "median" (the lower one of two), "sum", or "r2d2":
-            0.9 max + 0.1 mean.
-
-    Returns:
-        [n].
-
-    Raises:
-        ConfigurationError: `reduction` is none of these.
-    """
+    """Reduce the priorities of each row, [n, ...], to one, [n]; `reduction` is in `REDUCTIONS`."""
     validation.one_of("reduction", reduction, REDUCTIONS)
     rows = priority.reshape(priority.shape[0], math.prod(priority.shape[1:]))
-    if reduction == "max":
-        return rows.amax(1)
-    if reduction == "min":
-        return rows.amin(1)
-    if reduction == "median":
-        return rows.median(1).values
-    if reduction == "sum":
-        return rows.sum(1)
-    mean = rows.float().mean(1)
-    if reduction == "mean":
-        return mean
-    return R2D2_ETA * rows.amax(1) + (1 - R2D2_ETA) * mean
+    return _REDUCERS[reduction](rows)
 
 
 def magnitude(td_error: Tensor, unit: str) -> Tensor:
-    """|TD error|, detached, float32.
-
-    Args:
-        td_error: any shape and real dtype.
-        unit: "abs" for delta or |delta|, "squared" for delta^2.
-    """
+    """|TD error|, detached, float32, of delta or |delta| ("abs"), or of delta^2 ("squared")."""
     td_error = td_error.detach().float().abs()  # a negative delta^2 is no reason for NaN
     return td_error.sqrt() if unit == "squared" else td_error
 
 
 def magnitudes(td_error: Tensor, rows: int, *, unit: str, reduction: str, key: Any) -> Tensor:
-    """One |TD error| per element, float32 [rows].
-
-    Args:
-        td_error: one or several values per element, elements first, [rows, ...].
-        rows: number of elements.
-        unit: see `magnitude`.
-        reduction: see `reduce_priority`.
-        key: name of the entry, for the error.
+    """One |TD error| per element, float32 [rows], of one or several values for each, [rows, ...].
 
     Raises:
-        PriorityError: the number of values is not a multiple of the number of elements.
+        PriorityError: the number of values is not a multiple of the number of elements; it names
+            the entry `key`.
     """
     if td_error.numel() == rows:
         return magnitude(td_error.reshape(rows), unit)
@@ -90,14 +66,10 @@ def _names(key: Any) -> list[str]:
 
 
 def as_key(name: str, key: Any) -> NestedKey:
-    """Check a key of a TensorDict, and return its plain form: ("a",) is "a".
-
-    Args:
-        name: name of the argument, for the error.
-        key: string, or tuple of keys.
+    """Return the plain form of a key of a TensorDict: ("a",) is "a".
 
     Raises:
-        ConfigurationError: it is neither.
+        ConfigurationError: it is neither a string nor a tuple of keys.
     """
     names = _names(key)
     if not names:
@@ -106,11 +78,7 @@ def as_key(name: str, key: Any) -> NestedKey:
 
 
 def required(data: TensorDictBase, key: Any) -> Tensor:
-    """The entry `key` of `data`.
-
-    Raises:
-        PriorityError: there is none.
-    """
+    """The entry `key` of `data`, or a PriorityError."""
     value: Tensor | None = data.get(key, None)
     if value is None:
         raise PriorityError(
@@ -120,11 +88,9 @@ def required(data: TensorDictBase, key: Any) -> Tensor:
 
 
 def first_of_each(values: Tensor, ndim: int) -> Tensor:
-    """The first value of each element, [B].
+    """The first value of each element, [B], of values repeated to fit the elements, [B, ...].
 
-    Args:
-        values: repeated to fit the elements, [B, ...]; of a single element, [...].
-        ndim: batch dimensions; 0 for a single element.
+    In a batch of `ndim` 0, a single element, they are [...].
     """
     values = values if ndim else values.unsqueeze(0)
     while values.ndim > 1:

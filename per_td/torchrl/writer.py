@@ -22,11 +22,7 @@ _UNLIMITED = 2**40
 
 
 def slots_of(storage: Storage) -> int:
-    """Number of slots of a storage.
-
-    Raises:
-        ConfigurationError: it has no limit, or one beyond any memory.
-    """
+    """Number of slots of a storage; a ConfigurationError if it has no limit."""
     if storage.max_size > _UNLIMITED:
         raise ConfigurationError(
             f"storage: expected a limited size, since every slot has a priority, got a"
@@ -71,13 +67,8 @@ def last_row(storage: Storage) -> int | None:
 def fit_cursor(writer: Any, storage: Storage, *, gapless: bool = True) -> None:
     """Bring the cursor of a writer, if it has one, back into a storage that it will write to.
 
-    Args:
-        writer: the writer.
-        storage: the storage.
-        gapless: bring it back to the end of what is filled, too.
-
-    Raises:
-        ConfigurationError: the cursor is negative or no integer.
+    `gapless`: back to the end of what is filled, too. A ConfigurationError if the cursor is
+    negative or no integer.
     """
     cursor = getattr(writer, "_cursor", None)
     if cursor is None:
@@ -97,15 +88,17 @@ def fit_cursor(writer: Any, storage: Storage, *, gapless: bool = True) -> None:
 def _plain(generation: Any, error: type[PerTdError]) -> Tensor:
     """Generations of others, int64 and contiguous, in memory that may be written to at any time.
 
-    Raises:
-        PerTdError: they are no integers; of the class `error`.
+    An `error` if they are no integers.
     """
     name = "generation"
     if not isinstance(generation, Tensor):
         raise error(f"{name}: expected a tensor, got {type(generation).__name__}")
-    usual = generation.dtype is torch.int64 and type(generation) is Tensor
-    usual = usual and generation.is_contiguous() and not generation.is_meta
-    if usual and not generation.is_inference():
+    if (
+        type(generation) is Tensor
+        and generation.dtype is torch.int64
+        and generation.is_contiguous()
+        and not (generation.is_meta or generation.is_inference())
+    ):
         return generation
     validation.require_plain(name, generation, error)
     if generation.dtype.is_floating_point or generation.dtype.is_complex:
@@ -123,9 +116,6 @@ class GenerationWriter(TensorDictRoundRobinWriter):
     at once and written in place, so the processes that a buffer is sent to share them; TorchRL's
     own may be replaced as they grow. Generations of a storage or a state are brought to the
     storage's size, and a cursor beyond the storage back into it.
-
-    Args:
-        compilable: as in TorchRL; the writer cannot be shared between processes then.
     """
 
     _cursor: int
@@ -152,12 +142,7 @@ class GenerationWriter(TensorDictRoundRobinWriter):
     # --- the storage ------------------------------------------------------------------------------
 
     def register_storage(self, storage: Storage) -> None:
-        """Write to this storage from now on; elements that it holds already have generation 0.
-
-        Raises:
-            ConfigurationError: the cursor is negative, or the generations that the storage brings
-                along are no integers.
-        """
+        """Write to this storage from now on; elements that it holds already have generation 0."""
         generation = getattr(storage, "_slot_generations", None)
         if generation is not None:
             _plain(generation, ConfigurationError)
@@ -166,9 +151,8 @@ class GenerationWriter(TensorDictRoundRobinWriter):
         device = getattr(storage, "device", None)
         if self._generation is None and storage.ndim == 1 and device not in (None, "auto"):
             self._ensure_generation(storage.max_size, 0, device)
-            generation = self._generation
-            if generation is not None:
-                generation[: len(storage)] = self._least + 1
+            if self._generation is not None:
+                self._generation[: len(storage)] = self._least + 1
 
     def exceed(self, generation: int) -> None:
         """Make all generations larger than this one, those of slots to be written from now on too.
@@ -220,12 +204,7 @@ class GenerationWriter(TensorDictRoundRobinWriter):
     # --- state ------------------------------------------------------------------------------------
 
     def check_state(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a state that `load_state_dict` would refuse, before anything else is taken over.
-
-        Raises:
-            CheckpointError: the cursor or the count of writes is missing or no integer of at least
-                0, or the generations are no integers.
-        """
+        """Refuse, by a CheckpointError, a state that `load_state_dict` would refuse."""
         if not isinstance(state_dict, dict):
             raise CheckpointError(f"writer: expected a dictionary, got {type(state_dict).__name__}")
         counts = {"_cursor": state_dict.get("_cursor")}
@@ -236,34 +215,23 @@ class GenerationWriter(TensorDictRoundRobinWriter):
                 number = validation.integer(name, value, 0)
             except ConfigurationError as error:
                 raise CheckpointError(f"writer: {error}") from error
-            bits = self._bits(name)
-            if bits is not None and number >= 2**bits:
+            if self._compilable:
+                continue  # a number of Python
+            bits = 8 * sizeof(getattr(self, f"{name}_value").get_obj()) - 1  # one is the sign's
+            if number >= 2**bits:
                 raise CheckpointError(f"writer: {name}: expected less than 2**{bits}, got {number}")
         if state_dict.get("_generation") is not None:
             _plain(state_dict["_generation"], CheckpointError)
 
-    def _bits(self, name: str) -> int | None:
-        """Bits of a count that processes share, without that of the sign; None for any number."""
-        shared = getattr(self, f"{name}_value")
-        return None if self._compilable else 8 * sizeof(shared.get_obj()) - 1
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state.
-
-        Raises:
-            CheckpointError: as `check_state`; nothing is changed then.
-        """
+        """Take over a state; nothing is changed if `check_state` refuses it."""
         self.check_state(state_dict)
         super().load_state_dict(state_dict)
         if self._storage is not None:
             fit_cursor(self, self._storage, gapless=False)
 
     def loads(self, path: str | Path) -> None:
-        """Take over a state that `dumps` wrote into the folder `path`.
-
-        Raises:
-            CheckpointError: as `check_state`; nothing is changed then.
-        """
+        """Take over a state that `dumps` wrote; nothing is changed if `check_state` refuses it."""
         self.check_state(self.saved(path))
         super().loads(path)
         if self._storage is not None:
@@ -271,11 +239,7 @@ class GenerationWriter(TensorDictRoundRobinWriter):
 
     @staticmethod
     def saved(path: str | Path) -> dict[str, Any]:
-        """Read the counts that `dumps` wrote into the folder `path`.
-
-        Raises:
-            CheckpointError: there are none.
-        """
+        """Read the counts that `dumps` wrote into the folder `path`."""
         try:
             found = json.loads((Path(path).absolute() / "metadata.json").read_text())
             return {"_cursor": found["cursor"], "_write_count": found.get("write_count")}

@@ -14,7 +14,7 @@ from torchrl.envs.transforms import (
     RewardScaling,
 )
 
-from per_td.torchrl.plain import _ENTRIES as ENTRIES
+from per_td.torchrl.buffer import _ENTRIES as ENTRIES
 from tests.support.parameters import slow_but
 from tests.support.replay import data, learn, make, same
 
