@@ -15,8 +15,7 @@ from benchmarks.race import Entry, Part, race
 from benchmarks.workload import BETA, Point, Pool
 from per_td import draws, validation
 from per_td.priorities import sampling
-from per_td.storage import batches
-from per_td.storage.leaves import nested
+from per_td.storage.leaves import nested, tensordict_of
 
 WHOLE, REST = "all of it", "rest"
 NESTED = "- "  # marks parts of the part above, not counted in the rest
@@ -40,7 +39,7 @@ def _sample_parts(own: PerTd, at: dict) -> Parts:
         leaves = nested(zip(storage._leaves, at["leaves"], strict=True))
         added = {"index": at["index"], "generation": at["generation"]}
         leaves.update(added, priority_weight=at["weight"])
-        batches.make(leaves, at["index"].shape, own.cpu)
+        tensordict_of(leaves, at["index"].shape, own.cpu)
 
     return {
         "draw and weights": draw,

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from tensordict import (
     LazyStackedTensorDict,
     TensorDict,
@@ -73,6 +74,20 @@ def flattened(tree: Mapping[str, Any], prefix: Key = ()) -> Leaves:
         key = (*prefix, name)
         out |= flattened(value, key) if isinstance(value, Mapping) else {key: value}
     return out
+
+
+def tensordict_of(
+    tree: dict[str, Any], batch_size: torch.Size, device: torch.device | None
+) -> TensorDict:
+    """Make a TensorDict of checked tensors [*batch_size, ...] on `device`, nested in any way.
+
+    The constructor takes three times as long. It is the fallback, since the other is private.
+    """
+    fast = getattr(TensorDict, "_new_unsafe", None)
+    if fast is None:
+        return TensorDict(tree, batch_size=batch_size, device=device)
+    batch: TensorDict = fast(source=tree, batch_size=batch_size, device=device)
+    return batch
 
 
 def entries_of(batch: Any, *keys: str) -> list[Any]:

@@ -8,8 +8,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase, is_tensorclass
 from torch import Tensor
 
-from per_td.storage import batches
-from per_td.storage.leaves import Key, nested
+from per_td.storage.leaves import Key, nested, tensordict_of
 
 
 class Node(NamedTuple):
@@ -59,7 +58,7 @@ class Structure:
                     at = at.setdefault(name, {})
                 at[key[-1]] = _made(node, at.get(key[-1], {}), size, device)
         tree.update(beside)
-        return batches.make(tree, size, device)
+        return tensordict_of(tree, size, device)
 
     def state(self) -> str:
         """JSON for a file: key, batch and names of each node. A file holds no code, so no class."""
@@ -107,7 +106,7 @@ def _collect(source: Any, key: Key, dims: int, nodes: dict[Key, Node]) -> None:
 
 
 def _made(node: Node, entries: dict[str, Any], size: torch.Size, device: torch.device) -> Any:
-    made = batches.make(entries, torch.Size([*size, *node.batch]), device)
+    made = tensordict_of(entries, torch.Size([*size, *node.batch]), device)
     if node.names is not None:
         made.names = [*[None] * len(size), *node.names]
     return made if node.kind is None else node.kind.from_tensordict(made)

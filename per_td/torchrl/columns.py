@@ -15,7 +15,7 @@ from torch import Tensor
 from per_td import kernels
 from per_td.errors import SchemaError
 from per_td.kernels import reference
-from per_td.storage import batches
+from per_td.storage.leaves import tensordict_of
 from per_td.storage.rows import Rows
 from per_td.validation import plain_rows, require_plain
 
@@ -108,7 +108,7 @@ def _assemble(
     for name, child in node.children.items():
         source[name] = _assemble(child, rows, batch_size, {})
     source.update(extra)
-    return batches.make(source, batch_size + node.batch_size, node.device)
+    return tensordict_of(source, batch_size + node.batch_size, node.device)
 
 
 class Columns:
