@@ -9,9 +9,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from tensordict import TensorDict
 
 from per_td.errors import ConfigurationError
-from per_td.ray.errors import ShardError, raised_by
 from per_td.ray.shard import Shard
-from per_td.ray.structures import Told, tell
+from per_td.ray.wire import ShardError, Told, raised_by, tell
 from per_td.ray.writer import checked
 from per_td.storage.structure import Structure
 

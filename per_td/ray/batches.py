@@ -12,15 +12,11 @@ from ray.exceptions import RayActorError, RayTaskError
 from tensordict import TensorDict
 from torch import Tensor
 
-from per_td.errors import SchemaError
+from per_td.errors import EmptyBufferError, SchemaError
 from per_td.ray import wire
-from per_td.ray.counts import counts_of, probabilities, shares_of
-from per_td.ray.errors import ShardError, raised_by
-from per_td.ray.ledger import Ledger
-from per_td.ray.replies import Replies
+from per_td.ray.exchange import Ledger, Replies
 from per_td.ray.shard import Drawn
-from per_td.ray.structures import Told, understood
-from per_td.ray.wire import Array
+from per_td.ray.wire import Array, ShardError, Told, raised_by, understood
 from per_td.storage.leaves import Key, Leaves
 from per_td.storage.structure import Structure
 from per_td.weights import importance_weights
@@ -288,3 +284,52 @@ def _leaves(parts: list[_Part]) -> Leaves:
 def _kind(drawn: Drawn) -> _Kind:
     """Dtype and shape of each leaf of a transition."""
     return {key: (dtype, values.shape[1:]) for key, dtype, values in drawn.packed}
+
+
+def shares_of(totals: Tensor) -> Tensor:
+    """The share of each shard in all draws, float64 [K], from total masses [K]."""
+    return totals / totals.sum()
+
+
+def counts_of(
+    totals: Tensor, n: int, draw: str = "independent", generator: torch.Generator | None = None
+) -> Tensor:
+    """Spread `n` draws over the shards at random, in proportion to the totals.
+
+    Args:
+        totals: total masses of the shards, float64 [K], not negative; 0 is never drawn.
+        n: number of draws in all shards.
+        draw: "independent": multinomial counts; "stratified": one draw in each of n equal parts of
+            the sum of the totals, so that a count is within 2 of its expectation.
+        generator: source of the random numbers, on the device of `totals`.
+
+    Returns:
+        int64 [K], summing to n.
+
+    Raises:
+        EmptyBufferError: no total is positive.
+    """
+    edges = totals.cumsum(0)
+    if not edges[-1] > 0:
+        raise EmptyBufferError("expected a shard with a positive mass to draw from, got none")
+    point = torch.rand(n, dtype=torch.float64, device=totals.device, generator=generator)
+    if draw == "stratified":
+        point = (torch.arange(n, device=totals.device) + point) / n
+    point = point * edges[-1]
+    shard = torch.searchsorted(edges, point, right=True)
+    last = totals.nonzero()[-1, 0]  # a point may be rounded up to the sum itself
+    return torch.bincount(torch.minimum(shard, last), minlength=len(totals))
+
+
+def probabilities(shard: Tensor, mass: Tensor, *, total: Tensor, counted_with: Tensor) -> Tensor:
+    """Probability q of each transition in one draw, float64 [B].
+
+    Args:
+        shard: of each transition, int64 [B].
+        mass: of each when it was drawn, [B].
+        total: mass of its shard at that moment, float64 [B].
+        counted_with: total masses from which the counts were drawn, float64 [K]; 0 for shards that
+            gave nothing to this batch because they were lost or late.
+    """
+    # Given that a shard gave nothing, the other counts are multinomial with the remaining shares.
+    return shares_of(counted_with)[shard] * mass.double() / total

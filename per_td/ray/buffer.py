@@ -17,12 +17,11 @@ from per_td.buffer import PrioritizedReplayBuffer
 from per_td.errors import ConfigurationError
 from per_td.priorities.schedules import LinearSchedule
 from per_td.priorities.table import as_mode
-from per_td.ray import actors, saving, updates, wire
+from per_td.ray import actors, saving, wire
 from per_td.ray.batches import Batches, Request
-from per_td.ray.errors import ShardError
-from per_td.ray.ledger import Ledger
-from per_td.ray.replies import Replies
+from per_td.ray.exchange import Ledger, Replies, Updates, checked_update
 from per_td.ray.shard import EXACT, LIVE, Report
+from per_td.ray.wire import ShardError
 from per_td.ray.writer import Receipt, Writer
 from per_td.storage.leaves import entries_of
 
@@ -219,7 +218,7 @@ class ShardedReplayBuffer:
         )
         self._ledger = Ledger(num_shards)
         self._replies = Replies(self._shards, self._ledger, self._configure, refresh_s=refresh_s)
-        self._updates = updates.Updates(
+        self._updates = Updates(
             self._shards, self._ledger, self._replies, per_message=self._per_request
         )
         self._batches = Batches(
@@ -531,7 +530,7 @@ class ShardedReplayBuffer:
     ) -> None:
         """Check an update, and have it sent; see `Shard.update` for `how`."""
         capacity = self._settings["capacity"]
-        checked = updates.checked(
+        checked = checked_update(
             index, value, generation, shard, self.num_shards, capacity, exact=how == EXACT
         )
         self._updates.add(*checked, how)

@@ -13,10 +13,9 @@ from per_td.buffer import PrioritizedReplayBuffer
 from per_td.checkpoint import file as checkpoint
 from per_td.checkpoint import state as states
 from per_td.errors import CheckpointError
-from per_td.ray import structures, wire
+from per_td.ray import wire
 from per_td.ray.log import Record, WriteAheadLog
-from per_td.ray.structures import PLAIN, Told
-from per_td.ray.wire import Array, Packed
+from per_td.ray.wire import PLAIN, Array, Packed, Told
 from per_td.storage.leaves import Leaves, count, leaves_of, named
 from per_td.storage.structure import Structure
 
@@ -357,7 +356,7 @@ class Shard:
         """Take the structure of the buffer's transitions, which may come from a file, as told."""
         data = self._buffer.transitions
         if self._told is None and data is not None:
-            self._told = structures.tell(Structure.of(data, 1))
+            self._told = wire.tell(Structure.of(data, 1))
 
     def _write(self, leaves: Leaves, priority: Tensor | None, nodes: str | None) -> Tensor:
         """Write leaves [n, ...]; `nodes` is the structure of the first ones."""

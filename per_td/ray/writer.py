@@ -13,8 +13,7 @@ from torch import Tensor
 from per_td import validation
 from per_td.errors import ConfigurationError, SchemaError
 from per_td.ray import wire
-from per_td.ray.errors import ShardError, raised_by
-from per_td.ray.structures import tell
+from per_td.ray.wire import ShardError, raised_by, tell
 from per_td.storage.leaves import Leaves, count
 from per_td.storage.schema import Schema
 from per_td.storage.structure import Structure
