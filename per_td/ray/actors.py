@@ -31,22 +31,9 @@ def start(
 ) -> tuple[list[Any], list[Any]]:
     """Start an actor per seed; with a name, those that are there already are used.
 
-    Arguments of actors are small and by value: Ray hands them to a restarted one again.
-
-    Args:
-        seeds: of the shards' draws.
-        settings: of each shard's buffer, and an example.
-        folder, name, options: see `ShardedReplayBuffer`.
-        timeout_s: seconds that shards which are there may take to answer.
-        told: the structure of the example.
-        others: other arguments of `Shard`, which shards that are there must have too.
-
-    Returns:
-        All shards, and those of them that were started here.
-
-    Raises:
-        ConfigurationError: shards that are there have other settings, or Ray refuses the options.
-        ShardError: shards that are there do not answer.
+    Arguments of actors are small and by value: Ray hands them to a restarted one again. Shards that
+    are there must have the same `settings` and `others`, arguments of `Shard`. Returns all shards,
+    and those of them that were started here; on an error, those have been ended.
     """
     remote, answers = ray.remote(Shard), []
     shards: list[Any] = []
@@ -88,11 +75,7 @@ def end(shards: list[Any]) -> None:
 
 
 def answers_of(answers: list[Any], timeout_s: float) -> list[Any]:
-    """Wait for the answers of all shards.
-
-    Raises:
-        ShardError: a shard is lost, or takes longer than `timeout_s`.
-    """
+    """Wait for the answers of all shards; ShardError if one is lost, or late after `timeout_s`."""
     try:
         found: list[Any] = ray.get(answers, timeout=timeout_s)
     except (RayActorError, GetTimeoutError) as error:
@@ -103,11 +86,7 @@ def answers_of(answers: list[Any], timeout_s: float) -> list[Any]:
 
 
 def device_of(device: Any) -> torch.device | int:
-    """Check a device of shards, which other machines may have, and this one not.
-
-    Raises:
-        ConfigurationError: no machine has it.
-    """
+    """Check a device of shards, which other machines may have, and this one not."""
     if type(device) is int and device >= 0:
         return device
     try:
@@ -120,11 +99,7 @@ def device_of(device: Any) -> torch.device | int:
 
 
 def small(example: Any) -> tuple[TensorDict, Told]:
-    """Make an example of the same kind that takes little memory, and its structure.
-
-    Raises:
-        SchemaError: the shards cannot store such transitions.
-    """
+    """Make an example of the same kind that takes little memory, and its structure."""
     leaves, structure = checked(example, batched=False)
     told = tell(structure)
     zeros = [

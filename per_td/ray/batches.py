@@ -1,4 +1,11 @@
-"""Batches: draws are spread over the shards, and their parts are joined."""
+"""Batches: draws are spread over the shards, and their parts are joined and weighed.
+
+A shard k is drawn with its share s_k of the total mass, as last heard, and in it a transition i
+with m_i / T_k, from its mass and the shard's total at that moment. One draw therefore picks i with
+probability q_i = s_k m_i / T_k, and weights made from q_i are right also where totals have moved
+since. With current totals s_k = T_k / sum_j T_j, and q_i is the probability of equation 1 in Schaul
+et al. 2015 (arXiv 1511.05952).
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -44,16 +51,8 @@ class Request:
 class Batches:
     """Draws batches from many shards.
 
-    Args:
-        shards: the actors.
-        ledger: knows their totals.
-        replies: takes up reports.
-        draw: "independent" or "stratified".
-        weight_normalization: as for the local buffer.
-        generator: source of the counts.
-        timeout_s: seconds to wait for the shards before their part is drawn from others.
-        device: of the batches.
-        on_late: called before a shard that is late counts as lost.
+    The part of a shard that does not answer within `timeout_s` seconds is drawn from the others;
+    `on_late` is called before it counts as lost.
     """
 
     def __init__(
@@ -84,22 +83,13 @@ class Batches:
 
     @torch.inference_mode(False)
     def request(self, n: int, batches: int = 1) -> Request:
-        """Ask each shard, in one message, for its parts of so many batches of `n`.
-
-        Raises:
-            EmptyBufferError: no living shard has anything to draw.
-            ShardError: no shard is living.
-        """
+        """Ask each shard, in one message, for its parts of so many batches of `n`."""
         totals = self._totals()
         asked = self._ask(totals, [n] * batches)
         return Request(n, totals, asked, deque([] for _ in range(batches)))
 
     def _totals(self) -> Tensor:
-        """The totals as last heard, float64 [K]; if all are 0, ask all shards first.
-
-        Raises:
-            ShardError: none answers.
-        """
+        """The totals as last heard, float64 [K]; if all are 0, ask all shards first."""
         if not self._ledger.total.sum() > 0:
             self._replies.wait(self._timeout_s)
         if not any(self._ledger.living):
@@ -120,16 +110,7 @@ class Batches:
         }
 
     def collect(self, request: Request, beta: float) -> TensorDict:
-        """The next batch of a request; the first waits for the answers.
-
-        Args:
-            request: from `request`, with a batch that has not been collected yet.
-            beta: exponent of the weights.
-
-        Raises:
-            EmptyBufferError: no living shard has anything to draw.
-            ShardError: no shard is living, or shards failed again and again.
-        """
+        """The next batch of a request; the first waits for the answers."""
         if request.asked:
             self._complete(request)
         return self._together(request.batches.popleft(), request.totals, beta)
@@ -170,17 +151,17 @@ class Batches:
             try:
                 drawn = ray.get(answer)
             except RayActorError:
-                failed.add(shard)
                 self._replies.lose(shard)
+                failed.add(shard)
             except RayTaskError as error:
                 raise raised_by(error) from None
             else:
-                empty = not isinstance(drawn, Drawn)
-                self._replies.note(shard, drawn if empty else drawn.report)
-                if empty:
-                    failed.add(shard)
-                else:
+                if isinstance(drawn, Drawn):
+                    self._replies.note(shard, drawn.report)
                     deal(shard, drawn, counts, request.batches)
+                else:  # a report: it has nothing to draw
+                    self._replies.note(shard, drawn)
+                    failed.add(shard)
         return failed
 
     def _together(self, parts: list[_Part], totals: Tensor, beta: float) -> TensorDict:
@@ -247,14 +228,15 @@ def deal(shard: int, drawn: Drawn, counts: list[int], batches: Iterable[list[_Pa
     """Cut what a shard drew, and give each batch its part."""
     end = 0
     for n, parts in zip(counts, batches, strict=True):
-        begin, end = end, end + n
+        at = slice(end, end + n)
+        end = at.stop
         if n:
             part = drawn._replace(
-                packed=wire.rows(drawn.packed, begin, end),
-                slot=drawn.slot[begin:end],
-                generation=drawn.generation[begin:end],
-                mass=drawn.mass[begin:end],
-                draw_count=None if drawn.draw_count is None else drawn.draw_count[begin:end],
+                packed=[(key, dtype, values[at]) for key, dtype, values in drawn.packed],
+                slot=drawn.slot[at],
+                generation=drawn.generation[at],
+                mass=drawn.mass[at],
+                draw_count=None if drawn.draw_count is None else drawn.draw_count[at],
             )
             parts.append((shard, part))
 
@@ -265,11 +247,7 @@ def _joined(parts: list[Array]) -> Tensor:
 
 
 def _leaves(parts: list[_Part]) -> Leaves:
-    """The transitions of all parts.
-
-    Raises:
-        SchemaError: shards hold different kinds of transitions.
-    """
+    """The transitions of all parts, which must be of one kind."""
     first, kind = parts[0][0], _kind(parts[0][1])
     for shard, drawn in parts[1:]:
         if _kind(drawn) != kind:
@@ -294,20 +272,10 @@ def shares_of(totals: Tensor) -> Tensor:
 def counts_of(
     totals: Tensor, n: int, draw: str = "independent", generator: torch.Generator | None = None
 ) -> Tensor:
-    """Spread `n` draws over the shards at random, in proportion to the totals.
+    """Spread `n` draws over the shards at random, in proportion to the totals, float64 [K].
 
-    Args:
-        totals: total masses of the shards, float64 [K], not negative; 0 is never drawn.
-        n: number of draws in all shards.
-        draw: "independent": multinomial counts; "stratified": one draw in each of n equal parts of
-            the sum of the totals, so that a count is within 2 of its expectation.
-        generator: source of the random numbers, on the device of `totals`.
-
-    Returns:
-        int64 [K], summing to n.
-
-    Raises:
-        EmptyBufferError: no total is positive.
+    A total of 0 is never drawn. Returns int64 [K]. "independent": multinomial counts. "stratified":
+    one draw in each of n equal parts of the sum of the totals: a count is within 2 of its mean.
     """
     edges = totals.cumsum(0)
     if not edges[-1] > 0:
@@ -324,12 +292,8 @@ def counts_of(
 def probabilities(shard: Tensor, mass: Tensor, *, total: Tensor, counted_with: Tensor) -> Tensor:
     """Probability q of each transition in one draw, float64 [B].
 
-    Args:
-        shard: of each transition, int64 [B].
-        mass: of each when it was drawn, [B].
-        total: mass of its shard at that moment, float64 [B].
-        counted_with: total masses from which the counts were drawn, float64 [K]; 0 for shards that
-            gave nothing to this batch because they were lost or late.
+    `mass` and `total` (of its shard) are those when it was drawn, [B]; `counted_with` has the
+    totals from which the counts were drawn, float64 [K], 0 for shards that were lost or late: given
+    that a shard gave nothing, the other counts are multinomial with the remaining shares.
     """
-    # Given that a shard gave nothing, the other counts are multinomial with the remaining shares.
     return shares_of(counted_with)[shard] * mass.double() / total

@@ -1,6 +1,7 @@
 """ShardedReplayBuffer: one prioritized buffer over many Ray actors, as the learner sees it."""
 
 import os
+import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -46,13 +47,19 @@ def _refused(name: str) -> Any:
     return validation.fixed(name, lambda self: None, _FRAMES)
 
 
-def _of_rules(name: str, doc: str) -> Any:
-    """A setting that `ShardedReplayBuffer` keeps in its `_rules`, which check it."""
-    return property(
-        lambda self: getattr(self._rules, name),
-        lambda self, value: setattr(self._rules, name, value),
-        doc=doc,
-    )
+def _of_rules(name: str, doc: str, *, sent: bool = False) -> Any:
+    """A setting that `_rules` keeps and checks; a change of one that is `sent` goes to the shards.
+
+    Updates go first: they were made with the value of before.
+    """
+
+    def change(self: "ShardedReplayBuffer", value: Any) -> None:
+        setattr(self._rules, name, value)
+        if sent:
+            self._updates.send()
+            self._configure()
+
+    return property(lambda self: getattr(self._rules, name), change, doc=doc)
 
 
 class ShardedReplayBuffer:
@@ -252,11 +259,7 @@ class ShardedReplayBuffer:
                 self._replies.note(shard, report)
 
     def _get(self, answers: list[Any]) -> list[Any]:
-        """The answers of all shards.
-
-        Raises:
-            ShardError: a shard is lost, or takes longer than `start_timeout_s`.
-        """
+        """The answers of all shards; ShardError if one is lost, or late after `start_timeout_s`."""
         return actors.answers_of(answers, self._start_timeout_s)
 
     def __repr__(self) -> str:
@@ -378,27 +381,10 @@ class ShardedReplayBuffer:
         self._configure()
         self._replies.wait(self._timeout_s)
 
-    @property
-    def eps(self) -> float:
-        """Added to |TD error| by later updates."""
-        return self._rules.eps
-
-    @eps.setter
-    def eps(self, value: float) -> None:
-        self._rules.eps = value
-        self._updates.send()  # they were made with the eps of before
-        self._configure()
-
-    @property
-    def priority_clip(self) -> tuple[float | None, float | None] | None:
-        """Bounds of the priorities that later updates set."""
-        return self._rules.priority_clip
-
-    @priority_clip.setter
-    def priority_clip(self, value: tuple[float | None, float | None] | None) -> None:
-        self._rules.priority_clip = value
-        self._updates.send()  # they were made with the bounds of before
-        self._configure()
+    eps: float = _of_rules("eps", "Added to |TD error| by later updates.", sent=True)
+    priority_clip: tuple[float | None, float | None] | None = _of_rules(
+        "priority_clip", "Bounds of the priorities that later updates set.", sent=True
+    )
 
     def _live(self) -> dict[str, Any]:
         """The settings of shards that may change, as they are now."""
@@ -632,7 +618,8 @@ class ShardedReplayBuffer:
             ShardError: a shard is lost.
             OSError: something cannot be written.
         """
-        folder, token = saving.as_path("folder", folder), saving.new_token()
+        folder = saving.as_path("folder", folder)
+        token = uuid.uuid4().hex[:12]  # the files of one save share it
         folder.mkdir(parents=True, exist_ok=True)
         files = [saving.file_of(folder, k, token) for k in range(self.num_shards)]
         pairs = zip(self._shards, files, strict=True)

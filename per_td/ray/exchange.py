@@ -16,13 +16,12 @@ from per_td.errors import IndexRangeError
 from per_td.ray.shard import Report
 from per_td.ray.wire import Array, ShardError, array, raised_by
 
+_MOST_UNANSWERED = 16
+"""Updates per shard that may be unanswered."""
+
 
 class Ledger:
-    """The last report of every shard; a lost shard has no mass and no transitions.
-
-    Args:
-        num_shards: K.
-    """
+    """The last report of every shard; a lost shard has no mass and no transitions."""
 
     @torch.inference_mode(False)  # whoever made it, reports change these tensors later
     def __init__(self, num_shards: int) -> None:
@@ -70,14 +69,8 @@ class Ledger:
 class Replies:
     """Answers under way: to updates, and to polls of shards that were silent for long.
 
-    A lost shard is polled too: Ray restarts it, and its answer says that it is back.
-
-    Args:
-        shards: the actors.
-        ledger: takes up the reports.
-        on_restart: called with a shard that started anew.
-        refresh_s: age in seconds of a report at which its shard is asked for another.
-        most: number of updates per shard that may be unanswered.
+    A lost shard is polled too: Ray restarts it, and its answer says that it is back. `on_restart`
+    is called with a shard that started anew. Shards silent for `refresh_s` seconds are polled.
     """
 
     def __init__(
@@ -87,13 +80,11 @@ class Replies:
         on_restart: Callable[[int], None],
         *,
         refresh_s: float,
-        most: int = 16,
     ) -> None:
         self._shards = shards
         self._ledger = ledger
         self._on_restart = on_restart
         self._refresh_s = refresh_s
-        self._most = most * len(shards)
         self._polls: dict[Any, int] = {}
         self._updates: dict[Any, tuple[int, int]] = {}
         self.lost_updates = 0
@@ -122,32 +113,27 @@ class Replies:
         self._take(0.0)
 
     def settle(self, timeout_s: float) -> None:
-        """Wait until all updates are answered.
-
-        Raises:
-            ShardError: that took longer than `timeout_s` seconds.
-        """
-        until = time.monotonic() + timeout_s
-        while self._updates:
-            left = until - time.monotonic()
-            if left <= 0:
-                raise ShardError(
-                    f"expected answers to {len(self._updates)} updates within {timeout_s:g} s,"
-                    " got none"
-                )
-            self._take(left, updates_only=True)
+        """Wait until all updates are answered; after `timeout_s`, raise ShardError."""
+        self._drain(0, timeout_s)
+        if self._updates:
+            raise ShardError(
+                f"expected answers to {len(self._updates)} updates within {timeout_s:g} s, got none"
+            )
 
     def make_room(self, timeout_s: float) -> None:
         """Wait while too many updates are under way; after `timeout_s`, count the rest as lost."""
+        most = _MOST_UNANSWERED * len(self._shards)
+        self._drain(most, timeout_s)
+        while len(self._updates) > most:
+            shard, n = self._updates.pop(next(iter(self._updates)))
+            self.lost_updates += n
+            self.lose(shard)
+
+    def _drain(self, most: int, timeout_s: float) -> None:
+        """Wait up to `timeout_s` seconds until at most `most` updates are unanswered."""
         until = time.monotonic() + timeout_s
-        while len(self._updates) > self._most:
-            left = until - time.monotonic()
-            if left <= 0:
-                shard, n = self._updates.pop(next(iter(self._updates)))
-                self.lost_updates += n
-                self.lose(shard)
-            else:
-                self._take(left, updates_only=True)
+        while len(self._updates) > most and (left := until - time.monotonic()) > 0:
+            self._take(left, updates_only=True)
 
     def wait(self, timeout_s: float) -> None:
         """Ask all shards for reports, and wait up to `timeout_s` seconds for them."""
@@ -167,9 +153,8 @@ class Replies:
         some = 1 if timeout_s else len(pending)
         ready, _ = ray.wait(pending, num_returns=some, timeout=timeout_s, fetch_local=False)
         for answer in ready:
-            shard, n = self._updates.pop(answer, (-1, 0))
-            is_poll = shard < 0
-            shard = self._polls.pop(answer) if is_poll else shard
+            update = self._updates.pop(answer, None)
+            shard, n = (self._polls.pop(answer), 0) if update is None else update
             try:
                 self.note(shard, ray.get(answer))
             except RayActorError:
@@ -181,14 +166,7 @@ class Replies:
 
 
 class Updates:
-    """Sends updates to the shards, those of several batches in one message per shard.
-
-    Args:
-        shards: the actors.
-        ledger: knows which of them live.
-        replies: expects the answers.
-        per_message: number of updates to wait for.
-    """
+    """Sends updates to the shards, `per_message` of them in one message to each shard."""
 
     def __init__(
         self, shards: list[Any], ledger: Ledger, replies: Replies, *, per_message: int
@@ -201,17 +179,13 @@ class Updates:
         self._held: dict[int, list[list[Array]]] = {}
         self._how: dict[str, Any] = {}
 
-    def add(self, shard: Tensor, columns: list[Tensor], how: dict[str, Any] | None = None) -> None:
-        """Hold back an update that `checked_update` has made, until there are enough of them.
+    def add(self, shard: Tensor, columns: list[Tensor], how: dict[str, Any]) -> None:
+        """Hold back an update from `checked_update`, until there are enough of them.
 
         One without generations is sent at once: it would hit what is written meanwhile. So is one
-        that depends on the priorities of before, which the updates held back would change.
-
-        Args:
-            shard, columns: from `checked_update`.
-            how: see `Shard.update`; those held back together have the same.
+        that depends on the priorities of before, which the updates held back would change. Those
+        held back together have the same `how`, see `Shard.update`.
         """
-        how = how or {}
         at_once = len(columns) < 3 or "mode" in how
         if at_once or how != self._how:
             self.send()
@@ -230,8 +204,7 @@ class Updates:
             columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
             n = len(columns[0])
             if self._ledger.living[number]:
-                generation = columns[2] if len(columns) > 2 else None
-                answer = self._shards[number].update.remote(*columns[:2], generation, self._how)
+                answer = self._shards[number].update.remote(*columns, how=self._how)
                 self._replies.expect(answer, number, n)
             else:
                 self._replies.lost_updates += n
@@ -249,13 +222,7 @@ def checked_update(
 ) -> tuple[Tensor, list[Tensor]]:
     """Check an update: its shards, and index, value and maybe generation, [B], on the CPU.
 
-    Args:
-        exact: the values are raw priorities, not TD errors.
-
-    Raises:
-        IndexRangeError: shapes differ, or there is no such slot in `capacity`, or no such shard.
-        PriorityError: a value is NaN or infinite, or a priority negative, or the shape or the dtype
-            is wrong.
+    The values are TD errors, or with `exact` raw priorities; `capacity` is that of one shard.
     """
     name = "priority" if exact else "td_error"
     cpu = torch.device("cpu")

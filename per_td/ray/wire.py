@@ -83,11 +83,6 @@ def joined(parts: list[Packed]) -> Packed:
     ]
 
 
-def rows(packed: Packed, begin: int, end: int) -> Packed:
-    """The rows from `begin` up to `end`, in the memory of `packed`."""
-    return [(key, dtype, values[begin:end]) for key, dtype, values in packed]
-
-
 def nbytes(packed: Packed) -> int:
     """Bytes of all numbers."""
     return sum(values.nbytes for _, _, values in packed)
@@ -105,11 +100,7 @@ class Told(NamedTuple):
 
 
 def tell(structure: Structure) -> Told:
-    """Make a structure ready for the wire.
-
-    Raises:
-        SchemaError: a tensorclass cannot be pickled.
-    """
+    """Make a structure ready for the wire; SchemaError if a tensorclass cannot be pickled."""
     kinds = {key: node.kind for key, node in structure.nodes.items() if node.kind is not None}
     nodes = structure.state()
     names = [f"{key}: {kind.__module__}.{kind.__qualname__}" for key, kind in kinds.items()]

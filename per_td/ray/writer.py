@@ -122,18 +122,17 @@ class Writer:
             first = self._next
             self._next = (first + 1) % len(self._shards)
         else:
-            first = _whole(key) % len(self._shards)
+            try:
+                first = operator.index(key) % len(self._shards)
+            except TypeError as error:
+                raise ConfigurationError(f"key: expected an integer, got {key!r}") from error
         order = [(first + k) % len(self._shards) for k in range(len(self._shards))]
         now = time.monotonic()
         return sorted(order, key=lambda shard: self._avoid.get(shard, 0.0) > now)
 
 
 def checked(transitions: Any, *, batched: bool = True) -> tuple[Leaves, Structure]:
-    """The leaves [n, ...] of transitions [n], or of one [], and their structure.
-
-    Raises:
-        SchemaError: a shard cannot store them.
-    """
+    """The leaves [n, ...] of transitions [n], or of one [], and their structure."""
     schema = Schema()
     leaves, _ = schema.check(transitions, batched=batched)
     if ("shard",) in leaves:
@@ -149,15 +148,3 @@ def _priority(priority: Any, n: int) -> Any:
     values = validation.as_values("priority", priority, index).cpu()
     validation.require_finite("priority", values, low=0.0)
     return wire.array(values)
-
-
-def _whole(key: Any) -> int:
-    """A key, any integer of Python, numpy or a tensor.
-
-    Raises:
-        ConfigurationError: it is something else.
-    """
-    try:
-        return int(operator.index(key))
-    except TypeError as error:
-        raise ConfigurationError(f"key: expected an integer, got {key!r}") from error
