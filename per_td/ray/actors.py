@@ -5,12 +5,13 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError
 from tensordict import TensorDict
 
 from per_td.errors import ConfigurationError
+from per_td.ray import wire
 from per_td.ray.shard import Shard
-from per_td.ray.wire import ShardError, Told, raised_by, tell
+from per_td.ray.wire import ShardError, Told, tell
 from per_td.ray.writer import checked
 from per_td.storage.structure import Structure
 
@@ -44,22 +45,19 @@ def start(
             arguments = others | {"folder": place}
             own = {"max_restarts": -1} | options
             if name is not None:
-                own |= {"name": f"{name}-{number}", "lifetime": "detached"}
-            found = None if name is None else _find(own)
-            if found is None:
-                try:
-                    actor = remote.options(**own)
-                    started.append(actor.remote(settings, seed=seed, told=told, **arguments))
-                except (TypeError, ValueError) as error:
-                    found = None if name is None else _find(own)  # another learner was faster
-                    if found is None:
-                        raise ConfigurationError(
-                            f"actor_options: expected options that Ray takes, got {options}:"
-                            f" {error}"
-                        ) from error
-            if found is not None:
-                answers.append(found.differences.remote(settings | arguments))
-            shards.append(started[-1] if found is None else found)
+                own |= {"name": f"{name}-{number}", "lifetime": "detached", "get_if_exists": False}
+            try:
+                actor = remote.options(**own)
+                shard = actor.remote(settings, seed=seed, told=told, **arguments)
+                started.append(shard)
+            except (TypeError, ValueError) as error:
+                shard = None if name is None else _find(own)
+                if shard is None:
+                    raise ConfigurationError(
+                        f"actor_options: expected options that Ray takes, got {options}: {error}"
+                    ) from error
+                answers.append(shard.differences.remote(settings | arguments))
+            shards.append(shard)
         for differences in answers_of(answers, timeout_s):
             _require_none(differences, name)
     except BaseException:
@@ -77,11 +75,9 @@ def end(shards: list[Any]) -> None:
 def answers_of(answers: list[Any], timeout_s: float) -> list[Any]:
     """Wait for the answers of all shards; ShardError if one is lost, or late after `timeout_s`."""
     try:
-        found: list[Any] = ray.get(answers, timeout=timeout_s)
+        found: list[Any] = wire.get(answers, timeout=timeout_s)
     except (RayActorError, GetTimeoutError) as error:
         raise ShardError(f"expected answers of all shards, got {error}") from error
-    except RayTaskError as error:
-        raise raised_by(error) from None
     return found
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 from tensordict import TensorDict
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from per_td.errors import EmptyBufferError, SchemaError
 from per_td.ray import wire
 from per_td.ray.exchange import Ledger, Replies
 from per_td.ray.shard import Drawn
-from per_td.ray.wire import Array, ShardError, Told, raised_by, understood
+from per_td.ray.wire import Array, ShardError, Told, understood
 from per_td.storage.leaves import Key, Leaves
 from per_td.storage.structure import Structure
 from per_td.weights import importance_weights
@@ -149,19 +149,17 @@ class Batches:
         for answer in ready:
             shard, counts = asked[answer]
             try:
-                drawn = ray.get(answer)
+                drawn = wire.get(answer)
             except RayActorError:
                 self._replies.lose(shard)
                 failed.add(shard)
-            except RayTaskError as error:
-                raise raised_by(error) from None
-            else:
-                if isinstance(drawn, Drawn):
-                    self._replies.note(shard, drawn.report)
-                    deal(shard, drawn, counts, request.batches)
-                else:  # a report: it has nothing to draw
-                    self._replies.note(shard, drawn)
-                    failed.add(shard)
+                continue
+            if isinstance(drawn, Drawn):
+                self._replies.note(shard, drawn.report)
+                deal(shard, drawn, counts, request.batches)
+            else:  # a report: it has nothing to draw
+                self._replies.note(shard, drawn)
+                failed.add(shard)
         return failed
 
     def _together(self, parts: list[_Part], totals: Tensor, beta: float) -> TensorDict:
@@ -231,12 +229,14 @@ def deal(shard: int, drawn: Drawn, counts: list[int], batches: Iterable[list[_Pa
         at = slice(end, end + n)
         end = at.stop
         if n:
-            part = drawn._replace(
-                packed=[(key, dtype, values[at]) for key, dtype, values in drawn.packed],
-                slot=drawn.slot[at],
-                generation=drawn.generation[at],
-                mass=drawn.mass[at],
-                draw_count=None if drawn.draw_count is None else drawn.draw_count[at],
+            part = Drawn(
+                drawn.report,
+                [(key, dtype, values[at]) for key, dtype, values in drawn.packed],
+                drawn.slot[at],
+                drawn.generation[at],
+                drawn.mass[at],
+                drawn.told,
+                None if drawn.draw_count is None else drawn.draw_count[at],
             )
             parts.append((shard, part))
 

@@ -440,12 +440,7 @@ class ShardedReplayBuffer:
         """
         _require_default("by", by, "priority")
         _require_default("newest", newest, None)
-        n = self.batch_size if batch_size is None else batch_size
-        if n is None:
-            raise ConfigurationError(
-                "batch_size: expected one in sample() or in the constructor, got none"
-            )
-        n = validation.positive_int("batch_size", n)
+        n = self._rules._batch_size(batch_size)
         self._replies.listen()
         if self._ahead and self._ahead[0].n != n:
             self._ahead.clear()

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 from torch import Tensor
 
 from per_td import validation
 from per_td.errors import IndexRangeError
+from per_td.ray import wire
 from per_td.ray.shard import Report
-from per_td.ray.wire import Array, ShardError, array, raised_by
+from per_td.ray.wire import Array, ShardError, array
 
 _MOST_UNANSWERED = 16
 """Updates per shard that may be unanswered."""
@@ -156,13 +157,11 @@ class Replies:
             update = self._updates.pop(answer, None)
             shard, n = (self._polls.pop(answer), 0) if update is None else update
             try:
-                self.note(shard, ray.get(answer))
+                self.note(shard, wire.get(answer))
             except RayActorError:
                 self.lost_updates += n
                 self._ledger.lose(shard)
                 self._ledger.heard[shard] = time.monotonic()  # polled again in refresh_s
-            except RayTaskError as error:
-                raise raised_by(error) from None
 
 
 class Updates:

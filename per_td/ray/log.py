@@ -189,11 +189,10 @@ def _records(file: BinaryIO) -> Iterator[Record]:
         if end > size:
             break
         payload = file.read(length)
-        if zlib.crc32(payload) == crc:
-            yield _decoded(payload)
-        elif end < size:
+        if zlib.crc32(payload) != crc:
+            if end == size:
+                break
             raise CheckpointError(damage.format(at))
-        else:
-            break
+        yield _decoded(payload)
         at = end
     file.truncate(at)

@@ -14,6 +14,7 @@ import pickle
 from typing import Any, NamedTuple
 
 import numpy as np
+import ray
 import torch
 from ray import cloudpickle
 from ray.exceptions import RayTaskError
@@ -131,7 +132,9 @@ class ShardError(PerTdError, RuntimeError):
     """Shards do not answer, or did not start."""
 
 
-def raised_by(error: RayTaskError) -> Exception:
-    """The error that a shard raised: without Ray's traceback if it is one of per_td's."""
-    cause = error.cause
-    return cause if isinstance(cause, PerTdError) else error
+def get(answers: Any, **options: Any) -> Any:
+    """Call `ray.get`; an error of per_td that a shard raised comes without Ray's traceback."""
+    try:
+        return ray.get(answers, **options)
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, PerTdError) else error) from None

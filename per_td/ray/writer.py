@@ -7,13 +7,13 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError
 from torch import Tensor
 
 from per_td import validation
 from per_td.errors import ConfigurationError, SchemaError
 from per_td.ray import wire
-from per_td.ray.wire import ShardError, raised_by, tell
+from per_td.ray.wire import ShardError, tell
 from per_td.storage.leaves import Leaves, count
 from per_td.storage.schema import Schema
 from per_td.storage.structure import Structure
@@ -91,8 +91,6 @@ class Writer:
                     answer = self._asked(shard, message, given, tell(structure))
             except (RayActorError, GetTimeoutError):
                 self._avoid[shard] = time.monotonic() + _AVOID_S
-            except RayTaskError as error:
-                raise raised_by(error) from None
             else:
                 self._avoid.pop(shard, None)
                 return Receipt(shard, torch.from_numpy(answer[1].copy()))
@@ -114,7 +112,7 @@ class Writer:
         return self._write(*checked(transition, batched=False), priority, None)
 
     def _asked(self, shard: int, *message: Any) -> Any:
-        return ray.get(self._shards[shard].extend.remote(*message), timeout=self._timeout_s)
+        return wire.get(self._shards[shard].extend.remote(*message), timeout=self._timeout_s)
 
     def _order(self, key: int | None) -> list[int]:
         """The shards to be tried: the next in turn, those after it; failed ones last."""
@@ -145,6 +143,6 @@ def _priority(priority: Any, n: int) -> Any:
     if priority is None:
         return None
     index = torch.empty(n, dtype=torch.int64, device="cpu")
-    values = validation.as_values("priority", priority, index).cpu()
+    values = validation.as_values("priority", priority, index)
     validation.require_finite("priority", values, low=0.0)
     return wire.array(values)
