@@ -70,30 +70,19 @@ class _Pending(Copied):
     """All that a writer remembers; replaced as a whole, so that no call does half its work.
 
     Step number t of environment e (counting from 0, for ever) lies in row `e * n + t % n` of
-    `first`. At most n - 1 are pending between calls, so that the row of the next is free.
-
-    Attributes:
-        schema: entries of a step.
-        prioritized: True if steps bring initial priorities.
-        first: entries that a transition takes from its first step, [E * n, ...].
-        last: entries under "next", which it takes from its last, [E * 2, ...]; step t in row
-            `e * 2 + t % 2`.
-        returns: sums of discounted rewards so far, float64 [E, n].
-        priority: initial priorities, float32 [E * n].
-        taken: number of steps ever taken, int64 [E].
-        count: number of steps that are pending, int64 [E].
-        over: True where the next row is that of a reset, bool [E].
+    `first`. At most n - 1 are pending between calls, so that the row of the next is free. Of `last`
+    two steps of an environment are kept, step t in row `e * 2 + t % 2`.
     """
 
-    schema: Schema
-    prioritized: bool
-    first: Leaves
-    last: Leaves
-    returns: Tensor
-    priority: Tensor
-    taken: Tensor
-    count: Tensor
-    over: Tensor
+    schema: Schema  # entries of a step
+    prioritized: bool  # True if steps bring initial priorities
+    first: Leaves  # entries that a transition takes from its first step, [E * n, ...]
+    last: Leaves  # entries under "next", which it takes from its last step, [E * 2, ...]
+    returns: Tensor  # sums of discounted rewards so far, float64 [E, n]
+    priority: Tensor  # initial priorities, float32 [E * n]
+    taken: Tensor  # number of steps ever taken, int64 [E]
+    count: Tensor  # number of steps that are pending, int64 [E]
+    over: Tensor  # True where the next row is that of a reset, bool [E]
 
     def on(self, device: torch.device) -> "_Pending":
         """These steps on `device`."""

@@ -38,14 +38,10 @@ _Asked = dict[Any, tuple[int, list[int]]]
 class Request:
     """Batches under way that were asked for together."""
 
-    n: int
-    """Transitions in each."""
-    totals: Tensor
-    """Total masses of the shards, from which the counts were drawn, float64 [K]."""
-    asked: _Asked
-    """Answers to come; empty once all are there."""
-    batches: deque[list[_Part]]
-    """The parts of each batch that has not been collected yet."""
+    n: int  # transitions in each
+    totals: Tensor  # masses of the shards, from which the counts were drawn, float64 [K]
+    asked: _Asked  # answers to come; empty once all are there
+    batches: deque[list[_Part]]  # the parts of each batch that has not been collected yet
 
 
 class Batches:

@@ -31,22 +31,14 @@ EXACT = {"exact": True}
 class Report(NamedTuple):
     """The state of a shard, which every answer brings."""
 
-    total: float
-    """Sum of all masses."""
-    smallest: float
-    """Smallest positive mass; inf where there is none, and where nobody needs it."""
-    size: int
-    """Number of transitions."""
-    written: int
-    """Transitions ever written."""
-    stale: int
-    """Updates dropped because their transition had been overwritten, or lost with its shard."""
-    refused: int
-    """Invalid priorities refused on CUDA."""
-    epoch: int
-    """A number that changes with each start, after which slots may hold other transitions."""
-    serial: int
-    """Number of the report in this epoch."""
+    total: float  # of all masses
+    smallest: float  # positive mass; inf where there is none, and where nobody needs it
+    size: int  # number of transitions
+    written: int  # transitions ever written
+    stale: int  # updates whose transition had been overwritten, or lost with its shard
+    refused: int  # invalid priorities on CUDA
+    epoch: int  # changes with each start, after which slots may hold other transitions
+    serial: int  # number of the report in this epoch
 
 
 class Drawn(NamedTuple):
@@ -54,16 +46,11 @@ class Drawn(NamedTuple):
 
     report: Report
     packed: Packed
-    slot: Array
-    """int64 [n]."""
-    generation: Array
-    """int64 [n]; generations of different epochs differ."""
-    mass: Array
-    """float32 [n], at the moment of the draw."""
-    told: Told | None = None
-    """The structure of the transitions; None if it is the one that the learner knows."""
-    draw_count: Array | None = None
-    """How often each was drawn, int32 [n]; None if nobody counts."""
+    slot: Array  # int64 [n]
+    generation: Array  # int64 [n]; generations of different epochs differ
+    mass: Array  # float32 [n], at the moment of the draw
+    told: Told | None = None  # the structure; None if it is the one that the learner knows
+    draw_count: Array | None = None  # int32 [n]; None if nobody counts
 
 
 class Shard:
@@ -203,7 +190,7 @@ class Shard:
         if generation is not None:
             named.append((("generation",), "int64", generation))
         if len(index):
-            self._update(named, how)
+            self._update(how, named)
         self._buffer.count_stale(lost)  # once nothing has been refused
         if len(index):
             self._note("update", how, named)
@@ -222,10 +209,8 @@ class Shard:
 
         `asked` has the arguments of this class and, in one dict with them, those of the buffer.
         """
-        now = {name: getattr(self._buffer, name) for name in LIVE}
-        has, wanted = self._settings | now, dict(asked)
-        has["device"] = self._buffer.device
-        wanted["device"] = validation.resolve_device(wanted.get("device", "cpu"))
+        has = self._settings | {name: getattr(self._buffer, name) for name in (*LIVE, "device")}
+        wanted = asked | {"device": validation.resolve_device(asked.get("device", "cpu"))}
         for settings in (has, wanted):
             if settings["checkpoint_every"] is None:
                 settings["checkpoint_every"] = settings["capacity"]
@@ -295,7 +280,7 @@ class Shard:
         if kind == "extend":
             self._write(values, arrays)
         elif kind == "update":
-            self._update(arrays, values)
+            self._update(values, arrays)
         else:
             self._configure(values)
 
@@ -310,7 +295,7 @@ class Shard:
             self._told = wire.tell(Structure.of(data, 1))
 
     def _write(self, values: dict[str, Any], arrays: Packed) -> Tensor:
-        """Write a record of transitions, of which the first have the structure `nodes`."""
+        """Write transitions of a record; priorities come before them, `nodes` with the first."""
         given, nodes = int(values["given"]), values.get("nodes")
         priority = wire.tensor(arrays[0][2]) if given else None
         leaves = wire.unpack(arrays[given:])
@@ -320,8 +305,8 @@ class Shard:
         data = Structure.from_state(nodes).assembled(leaves.items(), {}, size, cpu)
         return self._buffer.extend(data, priority)
 
-    def _update(self, arrays: Packed, how: dict[str, Any]) -> None:
-        """Update priorities: index, value and maybe generation, [B] each; see `update`."""
+    def _update(self, how: dict[str, Any], arrays: Packed) -> None:
+        """Repeat or make an update with index, value and maybe generation, [B] each."""
         index, value, *rest = wire.unpack(arrays).values()
         generation = rest[0] if rest else None
         if how == EXACT:

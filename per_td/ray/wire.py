@@ -92,12 +92,9 @@ def nbytes(packed: Packed) -> int:
 class Told(NamedTuple):
     """A `Structure` for the wire."""
 
-    nodes: str
-    """JSON: see `Structure.state`."""
-    name: str
-    """The nodes and the names of the tensorclasses; equal for equal structures."""
-    classes: bytes
-    """A pickle of the tensorclasses by key; empty if there are none."""
+    nodes: str  # JSON: see `Structure.state`
+    name: str  # the nodes and the names of the tensorclasses; equal for equal structures
+    classes: bytes  # a pickle of the tensorclasses by key; empty if there are none
 
 
 def tell(structure: Structure) -> Told:
