@@ -43,21 +43,20 @@ _KEYS: dict[str, Any] = {
 """Names of the `keys` argument, and TorchRL's keys."""
 
 
-def _key(name: str, value: Any) -> Key:
-    key = (value,) if isinstance(value, str) else value
-    if not (isinstance(key, tuple) and key and all(isinstance(part, str) for part in key)):
-        raise ConfigurationError(
-            f"keys, {name!r}: expected a name or a tuple of names, got {value!r}"
-        )
-    return key
-
-
 def _keys(keys: Any) -> dict[str, Key]:
     """TorchRL's keys, and in their place those that are given."""
     if not isinstance(keys, dict) or (unknown := set(keys) - set(_KEYS)):
         got = sorted(map(str, unknown)) if isinstance(keys, dict) else type(keys).__name__
         raise ConfigurationError(f"keys: expected a dict with any of {[*_KEYS]}, got {got}")
-    given = {name: _key(name, keys.get(name, usual)) for name, usual in _KEYS.items()}
+    given: dict[str, Key] = {}
+    for name, usual in _KEYS.items():
+        value = keys.get(name, usual)
+        key = (value,) if isinstance(value, str) else value
+        if not (isinstance(key, tuple) and key and all(isinstance(part, str) for part in key)):
+            raise ConfigurationError(
+                f"keys, {name!r}: expected a name or a tuple of names, got {value!r}"
+            )
+        given[name] = key
     if given["discount"] == given["steps"]:
         raise ConfigurationError(
             f"keys: expected different ones for discount and steps, got {given['steps']} twice"
