@@ -176,7 +176,7 @@ class Batches:
         weight = importance_weights(
             probability,
             beta,
-            total=torch.ones((), dtype=torch.float64, device="cpu"),
+            total=1.0,
             size=self._ledger.size,
             smallest=self._smallest(totals),
             normalization=self._normalization,
