@@ -23,7 +23,7 @@ from per_td.errors import EmptyBufferError, SchemaError
 from per_td.ray import wire
 from per_td.ray.exchange import Ledger, Replies
 from per_td.ray.shard import Drawn
-from per_td.ray.wire import Array, ShardError, Told, understood
+from per_td.ray.wire import ShardError, Told, understood
 from per_td.storage.leaves import Key, Leaves
 from per_td.storage.structure import Structure
 from per_td.weights import importance_weights
@@ -166,10 +166,13 @@ class Batches:
         def each(values: list[Any], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device="cpu").repeat_interleave(sizes)
 
+        def column(name: str) -> Tensor:  # in memory of its own: parts may be read-only
+            return torch.from_numpy(np.concatenate([getattr(drawn, name) for _, drawn in parts]))
+
         shard = each([shard for shard, _ in parts], torch.int64)
         probability = probabilities(
             shard,
-            _joined([drawn.mass for _, drawn in parts]),
+            column("mass"),
             total=each([drawn.report.total for _, drawn in parts], torch.float64),
             counted_with=totals,
         )
@@ -184,14 +187,13 @@ class Batches:
         leaves = _leaves(parts)
         self._learn(parts)
         beside = {
-            "index": _joined([drawn.slot for _, drawn in parts]),
-            "generation": _joined([drawn.generation for _, drawn in parts]),
+            "index": column("slot"),
+            "generation": column("generation"),
             "shard": shard,
             "priority_weight": weight,
         }
-        counts = [drawn.draw_count for _, drawn in parts if drawn.draw_count is not None]
-        if counts:  # all shards have them, or none
-            beside["draw_count"] = _joined(counts)
+        if parts[0][1].draw_count is not None:  # all shards have them, or none
+            beside["draw_count"] = column("draw_count")
         cpu = torch.device("cpu")
         batch = self._structure.assembled(leaves.items(), beside, shard.shape, cpu)
         return batch if self._device.type == "cpu" else batch.to(self._device)
@@ -235,11 +237,6 @@ def deal(shard: int, drawn: Drawn, counts: list[int], batches: Iterable[list[_Pa
                 None if drawn.draw_count is None else drawn.draw_count[at],
             )
             parts.append((shard, part))
-
-
-def _joined(parts: list[Array]) -> Tensor:
-    """One tensor in memory of its own: the parts may be read-only."""
-    return torch.from_numpy(np.concatenate(parts))
 
 
 def _leaves(parts: list[_Part]) -> Leaves:

@@ -151,20 +151,18 @@ class Shard:
         apart = counts if each else [sum(counts)]
         draws = [self._buffer.draw_leaves(n) for n in apart if n]
         parts = [wire.pack(drawn.leaves) for drawn in draws]
-        slot, generation, mass = (
-            np.concatenate([wire.array(values) for values in column])
-            for column in zip(*((d.slot, d.generation, d.mass) for d in draws), strict=True)
-        )
-        generation += self._epoch << _EPOCH_BITS
-        counted = [wire.array(d.draw_count) for d in draws if d.draw_count is not None]
+
+        def column(name: str) -> Array:
+            return np.concatenate([wire.array(getattr(drawn, name)) for drawn in draws])
+
         return Drawn(
             self.report(),
             parts[0] if len(parts) == 1 else wire.joined(parts),
-            slot,
-            generation,
-            mass,
+            column("slot"),
+            column("generation") + (self._epoch << _EPOCH_BITS),
+            column("mass"),
             None if self._told is None or self._told.name == known else self._told,
-            np.concatenate(counted) if counted else None,
+            column("draw_count") if self._buffer.track_draws else None,
         )
 
     def update(
