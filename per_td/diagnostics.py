@@ -47,13 +47,7 @@ def _places(count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def quantiles(name: str, values: Tensor, size: Tensor) -> dict[str, Tensor]:
-    """Quantiles, interpolated, of the largest `size` values; NaN for none.
-
-    Args:
-        name: first part of the keys.
-        values: [..., n], n at least 1.
-        size: int64 [...], at most n.
-    """
+    """Quantiles, interpolated, of the largest `size` [...] of values [..., n]; NaN for none."""
     ordered = _ascending(values)  # torch.quantile refuses more than 2^24 of them
     low, high, share = _places(size)
     first = (values.shape[-1] - size.clamp(min=1)).unsqueeze(-1)
@@ -62,14 +56,9 @@ def quantiles(name: str, values: Tensor, size: Tensor) -> dict[str, Tensor]:
 
 
 def probabilities(mass: Tensor, uniform_mix: float) -> Tensor:
-    """Probabilities of draws in proportion to mass, a share of them uniform.
+    """Probabilities of draws in proportion to mass, a share of them uniform, float64 [..., n].
 
-    Args:
-        mass: float32 [..., n]; a mass of 0 is never drawn.
-        uniform_mix: that share; see `PrioritizedReplayBuffer`.
-
-    Returns:
-        float64 [..., n]; NaN where all masses are 0.
+    A mass of 0 is never drawn; where all masses are 0, they are NaN.
     """
     share = mass.double()
     share = share / share.sum(-1, keepdim=True)
@@ -81,16 +70,11 @@ def probabilities(mass: Tensor, uniform_mix: float) -> Tensor:
 
 
 def concentration(probability: Tensor, size: Tensor) -> dict[str, Tensor]:
-    """Measures of how unequal the probabilities are.
+    """Measures of how unequal the probabilities, descending, [..., n], of `size` transitions are.
 
-    Args:
-        probability: descending, float64 [..., n], n at least 1.
-        size: number of transitions, int64 [...].
-
-    Returns:
-        "effective_sample_size": 1 / sum P^2, `size` if all are equal and 1 if one transition has
-        everything; "effective_share": that over `size`; "top_1_percent_share": probability of the
-        ceil(size / 100) slots of the largest masses.
+    "effective_sample_size": 1 / sum P^2, `size` if all are equal and 1 if one transition has
+    everything; "effective_share": that over `size`; "top_1_percent_share": probability of the
+    ceil(size / 100) slots of the largest masses.
     """
     effective = probability.square().sum(-1).reciprocal()
     place = torch.arange(probability.shape[-1], device=probability.device)
@@ -108,12 +92,8 @@ def weights(
 ) -> dict[str, Tensor]:
     """Quantiles, interpolated, of the weights of all slots that can be drawn.
 
-    Args:
-        probability: descending, float64 [..., n], n at least 1.
-        size: N, the number of transitions, int64 [...].
-        beta: exponent of the weights, one number, or [S].
-        normalization: "none"; any other divides by the largest weight in the buffer, since that
-            of a batch depends on the draw.
+    `probability` is descending, float64 [..., n]. A `normalization` other than "none" divides by
+    the largest weight in the buffer, since that of a batch depends on the draw.
     """
     count = (probability > 0).sum(-1)  # those of probability 0 come last: they have no weight
     low, high, share = _places(count)
@@ -138,11 +118,8 @@ def ages(mass: Tensor, written: Tensor | int | None) -> dict[str, Tensor]:
     """Quantiles of the age of draws: the number of transitions written since.
 
     A quantile q is the smallest age that a draw exceeds with a probability of at most 1 - q.
-
-    Args:
-        mass: of the slots of a ring, in proportion to the probabilities, [..., n], n at least 1.
-        written: number of transitions ever written to it, int64 [...], or one number; None: nobody
-            knows their order, so the ages are NaN.
+    `mass` is that of the slots of a ring, [..., n]; where nobody knows the number of transitions
+    ever `written` to it, and so their order, the ages are NaN.
     """
     device, n = mass.device, mass.shape[-1]
     if written is None:
@@ -163,30 +140,20 @@ def measure(
     *,
     priority: Tensor,
     mass: Tensor,
-    filled: Tensor | None = None,
+    filled: Tensor | None,
     replayed: Tensor | None,
-    draw_count: Tensor | None = None,
+    draw_count: Tensor | None,
     written: Tensor | int | None,
     beta: Tensor | float,
     normalization: str,
-    uniform_mix: float = 0.0,
+    uniform_mix: float,
 ) -> dict[str, Tensor]:
     """All figures of this module, float32 [...]; NaN for those that an empty buffer lacks.
 
-    Args:
-        priority, mass: priorities and masses of the slots, float32 [..., n]; 0 in empty ones.
-        filled: True for slots that hold a transition, bool [..., n]; None: all do.
-        replayed: True for slots that have been drawn, bool [..., n]; None: nobody knows.
-        draw_count: how often slots have been drawn, int32 [..., n]; None: nobody knows, and there
-            are no figures of it.
-        written: number of transitions ever written, int64 [...], or one number; None: nobody knows
-            in which order.
-        beta: exponent of the weights, one number, or [S].
-        normalization: normalization of the weights.
-        uniform_mix: share of the draws that are uniform.
-
-    Returns:
-        The figures by key; beside them "size", the number of transitions, int64 [...].
+    Tensors are [..., n], one entry per slot: `priority` and `mass` 0 in empty slots, `filled` True
+    in others (None: all are filled), `replayed` True where one has been drawn, `draw_count` int32.
+    `written`, the number of transitions ever written, is one number or int64 [...]. None stands for
+    what nobody knows. Beside the figures is "size", the number of transitions, int64 [...].
     """
     if filled is None:
         filled = torch.ones_like(priority, dtype=torch.bool)

@@ -175,12 +175,7 @@ def resample(
 
 
 def _reals(name: str, values: Tensor) -> Tensor:
-    """Convert `values` to float64 where they are, contiguous and detached.
-
-    Raises:
-        PriorityError: they are not real numbers.
-        ConfigurationError: their device has no float64.
-    """
+    """Convert `values` to float64 where they are, contiguous and detached."""
     device = values.device if isinstance(values, Tensor) else torch.device("cpu")
     if device.type not in ("cpu", "cuda", "meta"):
         validation.resolve_device(device)

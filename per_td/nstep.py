@@ -29,6 +29,7 @@ _FORMAT = "per_td.NStepWriter"
 _VERSION = 1
 _TENSORS = ("returns", "priority", "taken", "count", "over")
 _STATE_KEYS = {"format", "version", "settings", "pending"}
+_FLAGS = ("terminated", "truncated", "done")
 
 _KEYS: dict[str, Any] = {
     "next": "next",
@@ -42,25 +43,20 @@ _KEYS: dict[str, Any] = {
 """Names of the `keys` argument, and TorchRL's keys."""
 
 
-def _key(name: str, value: Any) -> Key:
-    key = (value,) if isinstance(value, str) else value
-    if not (isinstance(key, tuple) and key and all(isinstance(part, str) for part in key)):
-        raise ConfigurationError(
-            f"keys, {name!r}: expected a name or a tuple of names, got {value!r}"
-        )
-    return key
-
-
 def _keys(keys: Any) -> dict[str, Key]:
-    """TorchRL's keys, and in their place those that are given.
-
-    Raises:
-        ConfigurationError: there is no such name, or a key is no name or tuple of names.
-    """
+    """TorchRL's keys, and in their place those that are given."""
     if not isinstance(keys, dict) or (unknown := set(keys) - set(_KEYS)):
         got = sorted(map(str, unknown)) if isinstance(keys, dict) else type(keys).__name__
         raise ConfigurationError(f"keys: expected a dict with any of {[*_KEYS]}, got {got}")
-    given = {name: _key(name, keys.get(name, usual)) for name, usual in _KEYS.items()}
+    given: dict[str, Key] = {}
+    for name, usual in _KEYS.items():
+        value = keys.get(name, usual)
+        key = (value,) if isinstance(value, str) else value
+        if not (isinstance(key, tuple) and key and all(isinstance(part, str) for part in key)):
+            raise ConfigurationError(
+                f"keys, {name!r}: expected a name or a tuple of names, got {value!r}"
+            )
+        given[name] = key
     if given["discount"] == given["steps"]:
         raise ConfigurationError(
             f"keys: expected different ones for discount and steps, got {given['steps']} twice"
@@ -73,41 +69,26 @@ class _Pending(Copied):
     """All that a writer remembers; replaced as a whole, so that no call does half its work.
 
     Step number t of environment e (counting from 0, for ever) lies in row `e * n + t % n` of
-    `first`. At most n - 1 are pending between calls, so that the row of the next is free.
-
-    Attributes:
-        schema: entries of a step.
-        prioritized: True if steps bring initial priorities.
-        first: entries that a transition takes from its first step, [E * n, ...].
-        last: entries under "next", which it takes from its last, [E * 2, ...]; step t in row
-            `e * 2 + t % 2`.
-        returns: sums of discounted rewards so far, float64 [E, n].
-        priority: initial priorities, float32 [E * n].
-        taken: number of steps ever taken, int64 [E].
-        count: number of steps that are pending, int64 [E].
-        over: True where the next row is that of a reset, bool [E].
+    `first`. At most n - 1 are pending between calls, so that the row of the next is free. Of `last`
+    two steps of an environment are kept, step t in row `e * 2 + t % 2`.
     """
 
-    schema: Schema
-    prioritized: bool
-    first: Leaves
-    last: Leaves
-    returns: Tensor
-    priority: Tensor
-    taken: Tensor
-    count: Tensor
-    over: Tensor
+    schema: Schema  # entries of a step
+    prioritized: bool  # True if steps bring initial priorities
+    first: Leaves  # entries that a transition takes from its first step, [E * n, ...]
+    last: Leaves  # entries under "next", which it takes from its last step, [E * 2, ...]
+    returns: Tensor  # sums of discounted rewards so far, float64 [E, n]
+    priority: Tensor  # initial priorities, float32 [E * n]
+    taken: Tensor  # number of steps ever taken, int64 [E]
+    count: Tensor  # number of steps that are pending, int64 [E]
+    over: Tensor  # True where the next row is that of a reset, bool [E]
 
     def on(self, device: torch.device) -> "_Pending":
         """These steps on `device`."""
-        small = {name: getattr(self, name).to(device) for name in _TENSORS}
-        return replace(
-            self, first=_moved(self.first, device), last=_moved(self.last, device), **small
-        )
-
-
-def _moved(leaves: Leaves, device: torch.device) -> Leaves:
-    return {key: leaf.to(device) for key, leaf in leaves.items()}
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in _TENSORS}
+        for name in ("first", "last"):
+            moved[name] = {key: leaf.to(device) for key, leaf in getattr(self, name).items()}
+        return replace(self, **moved)
 
 
 def _write(column: Tensor, row: Tensor, leaf: Tensor) -> None:
@@ -361,7 +342,7 @@ class NStepWriter:
             key: reference.select(column, at * 2 + newest % 2)
             for key, column in pending.last.items()
         }
-        for name in ("terminated", "truncated", "done"):
+        for name in _FLAGS:
             if (field := pending.schema.fields.get(self._keys[name])) is not None:
                 shape = (self.num_envs, *field.shape)
                 leaves[field.key] = torch.full(
@@ -382,15 +363,11 @@ class NStepWriter:
         returns: Tensor,
         finished: Tensor,
     ) -> Any:
-        """Write finished transitions.
+        """Write finished transitions; the pending steps include the last one.
 
-        Args:
-            pending: the pending steps, with the last one.
-            leaves: entries of the last step of each row, [B, ...].
-            at: environment of each row, [B].
-            slots: places of the last n steps in `pending`, oldest first, [B, n].
-            returns: sums of discounted rewards from each of them, [B, n].
-            finished: True for those to be written, bool [B, n].
+        `leaves` [B, ...] are the entries of the last step of each row, `at` [B] its environment,
+        `slots` [B, n] the places of its last n steps in `pending`, oldest first, `returns` [B, n]
+        the sums of discounted rewards from each of them, `finished` [B, n] True for those to write.
         """
         device, keys, schema = finished.device, self._keys, pending.schema
         if self._many:
@@ -449,18 +426,14 @@ class NStepWriter:
 
     def _check_keys(self, leaves: Leaves) -> None:
         """Refuse a first step without the keys that it needs, or with those that are written."""
-        keys, flags = self._keys, ("terminated", "truncated", "done")
-        for name in ("reward", "terminated"):
-            if keys[name] not in leaves:
-                raise self._missing(named(keys[name]), leaves)
-        if keys["truncated"] not in leaves and keys["done"] not in leaves:
-            either = f"{named(keys['truncated'])} or {named(keys['done'])}"
-            raise self._missing(either, leaves)
+        keys = self._keys
+        for needed in (("reward",), ("terminated",), ("truncated", "done")):
+            if not any(keys[name] in leaves for name in needed):
+                raise self._missing(" or ".join(named(keys[name]) for name in needed), leaves)
         if not any(self._is_last(key) for key in leaves):
             raise self._missing(f"an entry at {named(keys['next'])}", leaves)
-        for name in ("reward", *flags):
-            leaf = leaves.get(keys[name])
-            if leaf is None:
+        for name in ("reward", *_FLAGS):
+            if (leaf := leaves.get(keys[name])) is None:
                 continue
             right = leaf.is_floating_point() if name == "reward" else leaf.dtype == torch.bool
             if not right or leaf.shape[1:] not in ((), (1,)):
@@ -490,8 +463,7 @@ class NStepWriter:
         return key[: len(after)] == after and not self._is_known(key)
 
     def _is_known(self, key: Key) -> bool:
-        names = ("reward", "terminated", "truncated", "done")
-        return any(key == self._keys[name] for name in names)
+        return any(key == self._keys[name] for name in ("reward", *_FLAGS))
 
     def _rows_of(self, env: Any, rows: int | None, device: torch.device) -> Tensor:
         """The environment of each row, int64 [B] on `device`; the host looks at what is given."""
@@ -581,9 +553,8 @@ class NStepWriter:
 
     @property
     def _settings(self) -> dict[str, Any]:
-        keys = json.dumps(self._keys)
-        own = {"n": self.n, "gamma": self.gamma, "num_envs": self.num_envs}
-        return own | {"autoreset": self.autoreset, "keys": keys}
+        own = {name: getattr(self, name) for name in ("n", "gamma", "num_envs", "autoreset")}
+        return own | {"keys": json.dumps(self._keys)}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the settings and the pending steps, which `torch.load(weights_only=True)` reads.
@@ -605,12 +576,8 @@ class NStepWriter:
                 "prioritized": kept.prioritized,
                 **{name: getattr(kept, name) for name in _TENSORS},
             }
-        return {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "settings": self._settings,
-            "pending": steps,
-        }
+        head = {"format": _FORMAT, "version": _VERSION}
+        return head | {"settings": self._settings, "pending": steps}
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -637,11 +604,7 @@ class NStepWriter:
             raise CheckpointError(f"pending: expected what a writer saved: {error}") from error
 
     def _checked(self, steps: Any) -> _Pending:
-        """The pending steps of a state, copied.
-
-        Raises:
-            AttributeError, KeyError, TypeError, ValueError: they are not those of such a writer.
-        """
+        """The pending steps of a state, copied; an error of Python's if they are something else."""
         schema, like = Schema(), flattened(steps["like"])
         self._check_keys(schema.check_leaves(like)[0])
         schema.structure = Structure.from_state(steps["structure"])
@@ -658,11 +621,7 @@ class NStepWriter:
 
 
 def _copy_into(wanted: Leaves, got: Leaves) -> None:
-    """Fill tensors from those of a state, which are of the same keys, shapes and dtypes.
-
-    Raises:
-        ValueError: they are not.
-    """
+    """Fill tensors from those of a state; ValueError if keys, shapes or dtypes differ."""
     if wanted.keys() != got.keys():
         raise ValueError(f"expected the keys {[*wanted]}, got {[*got]}")
     for key, leaf in wanted.items():

@@ -22,9 +22,8 @@ import torch
 from benchmarks.arguments import option, parse_args
 from benchmarks.machine import about
 from benchmarks.pages import DOCS, RESULTS, fill, number, save, table
-from per_td.ray.batches import Batches, deal
-from per_td.ray.counts import counts_of, shares_of
-from per_td.ray.ledger import Ledger
+from per_td.ray.batches import Batches, counts_of, deal, shares_of
+from per_td.ray.exchange import Ledger
 from per_td.ray.shard import Drawn, Report
 
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError
 from tensordict import TensorDict
 
 from per_td.errors import ConfigurationError
-from per_td.ray.errors import ShardError, raised_by
+from per_td.ray import wire
 from per_td.ray.shard import Shard
-from per_td.ray.structures import Told, tell
+from per_td.ray.wire import ShardError, Told, tell
 from per_td.ray.writer import checked
 from per_td.storage.structure import Structure
 
@@ -32,22 +32,9 @@ def start(
 ) -> tuple[list[Any], list[Any]]:
     """Start an actor per seed; with a name, those that are there already are used.
 
-    Arguments of actors are small and by value: Ray hands them to a restarted one again.
-
-    Args:
-        seeds: of the shards' draws.
-        settings: of each shard's buffer, and an example.
-        folder, name, options: see `ShardedReplayBuffer`.
-        timeout_s: seconds that shards which are there may take to answer.
-        told: the structure of the example.
-        others: other arguments of `Shard`, which shards that are there must have too.
-
-    Returns:
-        All shards, and those of them that were started here.
-
-    Raises:
-        ConfigurationError: shards that are there have other settings, or Ray refuses the options.
-        ShardError: shards that are there do not answer.
+    Arguments of actors are small and by value: Ray hands them to a restarted one again. Shards that
+    are there must have the same `settings` and `others`, arguments of `Shard`. Returns all shards,
+    and those of them that were started here; on an error, those have been ended.
     """
     remote, answers = ray.remote(Shard), []
     shards: list[Any] = []
@@ -58,22 +45,19 @@ def start(
             arguments = others | {"folder": place}
             own = {"max_restarts": -1} | options
             if name is not None:
-                own |= {"name": f"{name}-{number}", "lifetime": "detached"}
-            found = None if name is None else _find(own)
-            if found is None:
-                try:
-                    actor = remote.options(**own)
-                    started.append(actor.remote(settings, seed=seed, told=told, **arguments))
-                except (TypeError, ValueError) as error:
-                    found = None if name is None else _find(own)  # another learner was faster
-                    if found is None:
-                        raise ConfigurationError(
-                            f"actor_options: expected options that Ray takes, got {options}:"
-                            f" {error}"
-                        ) from error
-            if found is not None:
-                answers.append(found.differences.remote(settings | arguments))
-            shards.append(started[-1] if found is None else found)
+                own |= {"name": f"{name}-{number}", "lifetime": "detached", "get_if_exists": False}
+            try:
+                actor = remote.options(**own)
+                shard = actor.remote(settings, seed=seed, told=told, **arguments)
+                started.append(shard)
+            except (TypeError, ValueError) as error:
+                shard = None if name is None else _find(own)
+                if shard is None:
+                    raise ConfigurationError(
+                        f"actor_options: expected options that Ray takes, got {options}: {error}"
+                    ) from error
+                answers.append(shard.differences.remote(settings | arguments))
+            shards.append(shard)
         for differences in answers_of(answers, timeout_s):
             _require_none(differences, name)
     except BaseException:
@@ -89,26 +73,16 @@ def end(shards: list[Any]) -> None:
 
 
 def answers_of(answers: list[Any], timeout_s: float) -> list[Any]:
-    """Wait for the answers of all shards.
-
-    Raises:
-        ShardError: a shard is lost, or takes longer than `timeout_s`.
-    """
+    """Wait for the answers of all shards; ShardError if one is lost, or late after `timeout_s`."""
     try:
-        found: list[Any] = ray.get(answers, timeout=timeout_s)
+        found: list[Any] = wire.get(answers, timeout=timeout_s)
     except (RayActorError, GetTimeoutError) as error:
         raise ShardError(f"expected answers of all shards, got {error}") from error
-    except RayTaskError as error:
-        raise raised_by(error) from None
     return found
 
 
 def device_of(device: Any) -> torch.device | int:
-    """Check a device of shards, which other machines may have, and this one not.
-
-    Raises:
-        ConfigurationError: no machine has it.
-    """
+    """Check a device of shards, which other machines may have, and this one not."""
     if type(device) is int and device >= 0:
         return device
     try:
@@ -121,11 +95,7 @@ def device_of(device: Any) -> torch.device | int:
 
 
 def small(example: Any) -> tuple[TensorDict, Told]:
-    """Make an example of the same kind that takes little memory, and its structure.
-
-    Raises:
-        SchemaError: the shards cannot store such transitions.
-    """
+    """Make an example of the same kind that takes little memory, and its structure."""
     leaves, structure = checked(example, batched=False)
     told = tell(structure)
     zeros = [

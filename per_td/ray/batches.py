@@ -1,4 +1,11 @@
-"""Batches: draws are spread over the shards, and their parts are joined."""
+"""Batches: draws are spread over the shards, and their parts are joined and weighed.
+
+A shard k is drawn with its share s_k of the total mass, as last heard, and in it a transition i
+with m_i / T_k, from its mass and the shard's total at that moment. One draw therefore picks i with
+probability q_i = s_k m_i / T_k, and weights made from q_i are right also where totals have moved
+since. With current totals s_k = T_k / sum_j T_j, and q_i is the probability of equation 1 in Schaul
+et al. 2015 (arXiv 1511.05952).
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -8,19 +15,15 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 from tensordict import TensorDict
 from torch import Tensor
 
-from per_td.errors import SchemaError
+from per_td.errors import EmptyBufferError, SchemaError
 from per_td.ray import wire
-from per_td.ray.counts import counts_of, probabilities, shares_of
-from per_td.ray.errors import ShardError, raised_by
-from per_td.ray.ledger import Ledger
-from per_td.ray.replies import Replies
+from per_td.ray.exchange import Ledger, Replies
 from per_td.ray.shard import Drawn
-from per_td.ray.structures import Told, understood
-from per_td.ray.wire import Array
+from per_td.ray.wire import ShardError, Told, understood
 from per_td.storage.leaves import Key, Leaves
 from per_td.storage.structure import Structure
 from per_td.weights import importance_weights
@@ -35,29 +38,17 @@ _Asked = dict[Any, tuple[int, list[int]]]
 class Request:
     """Batches under way that were asked for together."""
 
-    n: int
-    """Transitions in each."""
-    totals: Tensor
-    """Total masses of the shards, from which the counts were drawn, float64 [K]."""
-    asked: _Asked
-    """Answers to come; empty once all are there."""
-    batches: deque[list[_Part]]
-    """The parts of each batch that has not been collected yet."""
+    n: int  # transitions in each
+    totals: Tensor  # masses of the shards, from which the counts were drawn, float64 [K]
+    asked: _Asked  # answers to come; empty once all are there
+    batches: deque[list[_Part]]  # the parts of each batch that has not been collected yet
 
 
 class Batches:
     """Draws batches from many shards.
 
-    Args:
-        shards: the actors.
-        ledger: knows their totals.
-        replies: takes up reports.
-        draw: "independent" or "stratified".
-        weight_normalization: as for the local buffer.
-        generator: source of the counts.
-        timeout_s: seconds to wait for the shards before their part is drawn from others.
-        device: of the batches.
-        on_late: called before a shard that is late counts as lost.
+    The part of a shard that does not answer within `timeout_s` seconds is drawn from the others;
+    `on_late` is called before it counts as lost.
     """
 
     def __init__(
@@ -88,22 +79,13 @@ class Batches:
 
     @torch.inference_mode(False)
     def request(self, n: int, batches: int = 1) -> Request:
-        """Ask each shard, in one message, for its parts of so many batches of `n`.
-
-        Raises:
-            EmptyBufferError: no living shard has anything to draw.
-            ShardError: no shard is living.
-        """
+        """Ask each shard, in one message, for its parts of so many batches of `n`."""
         totals = self._totals()
         asked = self._ask(totals, [n] * batches)
         return Request(n, totals, asked, deque([] for _ in range(batches)))
 
     def _totals(self) -> Tensor:
-        """The totals as last heard, float64 [K]; if all are 0, ask all shards first.
-
-        Raises:
-            ShardError: none answers.
-        """
+        """The totals as last heard, float64 [K]; if all are 0, ask all shards first."""
         if not self._ledger.total.sum() > 0:
             self._replies.wait(self._timeout_s)
         if not any(self._ledger.living):
@@ -124,16 +106,7 @@ class Batches:
         }
 
     def collect(self, request: Request, beta: float) -> TensorDict:
-        """The next batch of a request; the first waits for the answers.
-
-        Args:
-            request: from `request`, with a batch that has not been collected yet.
-            beta: exponent of the weights.
-
-        Raises:
-            EmptyBufferError: no living shard has anything to draw.
-            ShardError: no shard is living, or shards failed again and again.
-        """
+        """The next batch of a request; the first waits for the answers."""
         if request.asked:
             self._complete(request)
         return self._together(request.batches.popleft(), request.totals, beta)
@@ -172,19 +145,17 @@ class Batches:
         for answer in ready:
             shard, counts = asked[answer]
             try:
-                drawn = ray.get(answer)
+                drawn = wire.get(answer)
             except RayActorError:
-                failed.add(shard)
                 self._replies.lose(shard)
-            except RayTaskError as error:
-                raise raised_by(error) from None
-            else:
-                empty = not isinstance(drawn, Drawn)
-                self._replies.note(shard, drawn if empty else drawn.report)
-                if empty:
-                    failed.add(shard)
-                else:
-                    deal(shard, drawn, counts, request.batches)
+                failed.add(shard)
+                continue
+            if isinstance(drawn, Drawn):
+                self._replies.note(shard, drawn.report)
+                deal(shard, drawn, counts, request.batches)
+            else:  # a report: it has nothing to draw
+                self._replies.note(shard, drawn)
+                failed.add(shard)
         return failed
 
     def _together(self, parts: list[_Part], totals: Tensor, beta: float) -> TensorDict:
@@ -195,17 +166,20 @@ class Batches:
         def each(values: list[Any], dtype: torch.dtype) -> Tensor:
             return torch.tensor(values, dtype=dtype, device="cpu").repeat_interleave(sizes)
 
+        def column(name: str) -> Tensor:  # in memory of its own: parts may be read-only
+            return torch.from_numpy(np.concatenate([getattr(drawn, name) for _, drawn in parts]))
+
         shard = each([shard for shard, _ in parts], torch.int64)
         probability = probabilities(
             shard,
-            _joined([drawn.mass for _, drawn in parts]),
+            column("mass"),
             total=each([drawn.report.total for _, drawn in parts], torch.float64),
             counted_with=totals,
         )
         weight = importance_weights(
             probability,
             beta,
-            total=torch.ones((), dtype=torch.float64, device="cpu"),
+            total=1.0,
             size=self._ledger.size,
             smallest=self._smallest(totals),
             normalization=self._normalization,
@@ -213,14 +187,13 @@ class Batches:
         leaves = _leaves(parts)
         self._learn(parts)
         beside = {
-            "index": _joined([drawn.slot for _, drawn in parts]),
-            "generation": _joined([drawn.generation for _, drawn in parts]),
+            "index": column("slot"),
+            "generation": column("generation"),
             "shard": shard,
             "priority_weight": weight,
         }
-        counts = [drawn.draw_count for _, drawn in parts if drawn.draw_count is not None]
-        if counts:  # all shards have them, or none
-            beside["draw_count"] = _joined(counts)
+        if parts[0][1].draw_count is not None:  # all shards have them, or none
+            beside["draw_count"] = column("draw_count")
         cpu = torch.device("cpu")
         batch = self._structure.assembled(leaves.items(), beside, shard.shape, cpu)
         return batch if self._device.type == "cpu" else batch.to(self._device)
@@ -251,29 +224,23 @@ def deal(shard: int, drawn: Drawn, counts: list[int], batches: Iterable[list[_Pa
     """Cut what a shard drew, and give each batch its part."""
     end = 0
     for n, parts in zip(counts, batches, strict=True):
-        begin, end = end, end + n
+        at = slice(end, end + n)
+        end = at.stop
         if n:
-            part = drawn._replace(
-                packed=wire.rows(drawn.packed, begin, end),
-                slot=drawn.slot[begin:end],
-                generation=drawn.generation[begin:end],
-                mass=drawn.mass[begin:end],
-                draw_count=None if drawn.draw_count is None else drawn.draw_count[begin:end],
+            part = Drawn(
+                drawn.report,
+                [(key, dtype, values[at]) for key, dtype, values in drawn.packed],
+                drawn.slot[at],
+                drawn.generation[at],
+                drawn.mass[at],
+                drawn.told,
+                None if drawn.draw_count is None else drawn.draw_count[at],
             )
             parts.append((shard, part))
 
 
-def _joined(parts: list[Array]) -> Tensor:
-    """One tensor in memory of its own: the parts may be read-only."""
-    return torch.from_numpy(np.concatenate(parts))
-
-
 def _leaves(parts: list[_Part]) -> Leaves:
-    """The transitions of all parts.
-
-    Raises:
-        SchemaError: shards hold different kinds of transitions.
-    """
+    """The transitions of all parts, which must be of one kind."""
     first, kind = parts[0][0], _kind(parts[0][1])
     for shard, drawn in parts[1:]:
         if _kind(drawn) != kind:
@@ -288,3 +255,38 @@ def _leaves(parts: list[_Part]) -> Leaves:
 def _kind(drawn: Drawn) -> _Kind:
     """Dtype and shape of each leaf of a transition."""
     return {key: (dtype, values.shape[1:]) for key, dtype, values in drawn.packed}
+
+
+def shares_of(totals: Tensor) -> Tensor:
+    """The share of each shard in all draws, float64 [K], from total masses [K]."""
+    return totals / totals.sum()
+
+
+def counts_of(
+    totals: Tensor, n: int, draw: str = "independent", generator: torch.Generator | None = None
+) -> Tensor:
+    """Spread `n` draws over the shards at random, in proportion to the totals, float64 [K].
+
+    A total of 0 is never drawn. Returns int64 [K]. "independent": multinomial counts. "stratified":
+    one draw in each of n equal parts of the sum of the totals: a count is within 2 of its mean.
+    """
+    edges = totals.cumsum(0)
+    if not edges[-1] > 0:
+        raise EmptyBufferError("expected a shard with a positive mass to draw from, got none")
+    point = torch.rand(n, dtype=torch.float64, device=totals.device, generator=generator)
+    if draw == "stratified":
+        point = (torch.arange(n, device=totals.device) + point) / n
+    point = point * edges[-1]
+    shard = torch.searchsorted(edges, point, right=True)
+    last = totals.nonzero()[-1, 0]  # a point may be rounded up to the sum itself
+    return torch.bincount(torch.minimum(shard, last), minlength=len(totals))
+
+
+def probabilities(shard: Tensor, mass: Tensor, *, total: Tensor, counted_with: Tensor) -> Tensor:
+    """Probability q of each transition in one draw, float64 [B].
+
+    `mass` and `total` (of its shard) are those when it was drawn, [B]; `counted_with` has the
+    totals from which the counts were drawn, float64 [K], 0 for shards that were lost or late: given
+    that a shard gave nothing, the other counts are multinomial with the remaining shares.
+    """
+    return shares_of(counted_with)[shard] * mass.double() / total

@@ -1,6 +1,7 @@
 """ShardedReplayBuffer: one prioritized buffer over many Ray actors, as the learner sees it."""
 
 import os
+import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,12 +18,11 @@ from per_td.buffer import PrioritizedReplayBuffer
 from per_td.errors import ConfigurationError
 from per_td.priorities.schedules import LinearSchedule
 from per_td.priorities.table import as_mode
-from per_td.ray import actors, saving, updates, wire
+from per_td.ray import actors, saving, wire
 from per_td.ray.batches import Batches, Request
-from per_td.ray.errors import ShardError
-from per_td.ray.ledger import Ledger
-from per_td.ray.replies import Replies
+from per_td.ray.exchange import Ledger, Replies, Updates, checked_update
 from per_td.ray.shard import EXACT, LIVE, Report
+from per_td.ray.wire import ShardError
 from per_td.ray.writer import Receipt, Writer
 from per_td.storage.leaves import entries_of
 
@@ -47,13 +47,19 @@ def _refused(name: str) -> Any:
     return validation.fixed(name, lambda self: None, _FRAMES)
 
 
-def _of_rules(name: str, doc: str) -> Any:
-    """A setting that `ShardedReplayBuffer` keeps in its `_rules`, which check it."""
-    return property(
-        lambda self: getattr(self._rules, name),
-        lambda self, value: setattr(self._rules, name, value),
-        doc=doc,
-    )
+def _of_rules(name: str, doc: str, *, sent: bool = False) -> Any:
+    """A setting that `_rules` keeps and checks; a change of one that is `sent` goes to the shards.
+
+    Updates go first: they were made with the value of before.
+    """
+
+    def change(self: "ShardedReplayBuffer", value: Any) -> None:
+        setattr(self._rules, name, value)
+        if sent:
+            self._updates.send()
+            self._configure()
+
+    return property(lambda self: getattr(self._rules, name), change, doc=doc)
 
 
 class ShardedReplayBuffer:
@@ -219,7 +225,7 @@ class ShardedReplayBuffer:
         )
         self._ledger = Ledger(num_shards)
         self._replies = Replies(self._shards, self._ledger, self._configure, refresh_s=refresh_s)
-        self._updates = updates.Updates(
+        self._updates = Updates(
             self._shards, self._ledger, self._replies, per_message=self._per_request
         )
         self._batches = Batches(
@@ -253,11 +259,7 @@ class ShardedReplayBuffer:
                 self._replies.note(shard, report)
 
     def _get(self, answers: list[Any]) -> list[Any]:
-        """The answers of all shards.
-
-        Raises:
-            ShardError: a shard is lost, or takes longer than `start_timeout_s`.
-        """
+        """The answers of all shards; ShardError if one is lost, or late after `start_timeout_s`."""
         return actors.answers_of(answers, self._start_timeout_s)
 
     def __repr__(self) -> str:
@@ -379,27 +381,10 @@ class ShardedReplayBuffer:
         self._configure()
         self._replies.wait(self._timeout_s)
 
-    @property
-    def eps(self) -> float:
-        """Added to |TD error| by later updates."""
-        return self._rules.eps
-
-    @eps.setter
-    def eps(self, value: float) -> None:
-        self._rules.eps = value
-        self._updates.send()  # they were made with the eps of before
-        self._configure()
-
-    @property
-    def priority_clip(self) -> tuple[float | None, float | None] | None:
-        """Bounds of the priorities that later updates set."""
-        return self._rules.priority_clip
-
-    @priority_clip.setter
-    def priority_clip(self, value: tuple[float | None, float | None] | None) -> None:
-        self._rules.priority_clip = value
-        self._updates.send()  # they were made with the bounds of before
-        self._configure()
+    eps: float = _of_rules("eps", "Added to |TD error| by later updates.", sent=True)
+    priority_clip: tuple[float | None, float | None] | None = _of_rules(
+        "priority_clip", "Bounds of the priorities that later updates set.", sent=True
+    )
 
     def _live(self) -> dict[str, Any]:
         """The settings of shards that may change, as they are now."""
@@ -455,12 +440,7 @@ class ShardedReplayBuffer:
         """
         _require_default("by", by, "priority")
         _require_default("newest", newest, None)
-        n = self.batch_size if batch_size is None else batch_size
-        if n is None:
-            raise ConfigurationError(
-                "batch_size: expected one in sample() or in the constructor, got none"
-            )
-        n = validation.positive_int("batch_size", n)
+        n = self._rules._batch_size(batch_size)
         self._replies.listen()
         if self._ahead and self._ahead[0].n != n:
             self._ahead.clear()
@@ -531,7 +511,7 @@ class ShardedReplayBuffer:
     ) -> None:
         """Check an update, and have it sent; see `Shard.update` for `how`."""
         capacity = self._settings["capacity"]
-        checked = updates.checked(
+        checked = checked_update(
             index, value, generation, shard, self.num_shards, capacity, exact=how == EXACT
         )
         self._updates.add(*checked, how)
@@ -633,7 +613,8 @@ class ShardedReplayBuffer:
             ShardError: a shard is lost.
             OSError: something cannot be written.
         """
-        folder, token = saving.as_path("folder", folder), saving.new_token()
+        folder = saving.as_path("folder", folder)
+        token = uuid.uuid4().hex[:12]  # the files of one save share it
         folder.mkdir(parents=True, exist_ok=True)
         files = [saving.file_of(folder, k, token) for k in range(self.num_shards)]
         pairs = zip(self._shards, files, strict=True)

@@ -40,15 +40,10 @@ class Record(NamedTuple):
 
 
 class WriteAheadLog:
-    """The files of one shard.
+    """The files of one shard; one process at a time may use their folder.
 
-    Args:
-        folder: of the files; made if need be.
-        fsync: let `append` wait until the disk has the record. Without it an acknowledged record
-            survives the death of the process, but not that of the machine.
-
-    Raises:
-        CheckpointError: another process uses the folder, or a log is damaged.
+    With `fsync`, `append` waits until the disk has the record. Without it an acknowledged record
+    survives the death of the process, but not that of the machine.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, fsync: bool = False) -> None:
@@ -178,11 +173,7 @@ def _decoded(payload: bytes) -> Record:
 
 
 def _records(file: BinaryIO) -> Iterator[Record]:
-    """The whole records of a log; cuts off a torn one at its end.
-
-    Raises:
-        CheckpointError: a record before the last one is damaged.
-    """
+    """The whole records of a log; cuts off a torn one at its end, refuses damage before it."""
     at, size = 0, os.fstat(file.fileno()).st_size
     damage = f"{file.name}: expected a whole record at byte {{}}"
     while at < size:
@@ -198,11 +189,10 @@ def _records(file: BinaryIO) -> Iterator[Record]:
         if end > size:
             break
         payload = file.read(length)
-        if zlib.crc32(payload) == crc:
-            yield _decoded(payload)
-        elif end < size:
+        if zlib.crc32(payload) != crc:
+            if end == size:
+                break
             raise CheckpointError(damage.format(at))
-        else:
-            break
+        yield _decoded(payload)
         at = end
     file.truncate(at)

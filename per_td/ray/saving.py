@@ -1,11 +1,9 @@
 """A whole sharded buffer in a folder: a file per shard, and one of the learner that names them.
 
-Every save has files of its own. That of the learner is replaced last: until then the folder holds
-the save before, whole.
+Every save has files of its own, which share a token. That of the learner is replaced last: until
+then the folder holds the save before, whole.
 """
 
-import os
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +28,22 @@ def as_path(name: str, path: Any) -> Path:
         raise ConfigurationError(f"{name}: expected a path, got {path!r}") from error
 
 
-def new_token() -> str:
-    """A name that the files of one save share."""
-    return uuid.uuid4().hex[:12]
-
-
-def file_of(folder: str | os.PathLike[str], shard: int, token: str) -> str:
+def file_of(folder: Path, shard: int, token: str) -> str:
     """The path of a shard's file, absolute: other processes use it."""
-    return os.fspath(Path(folder).absolute() / f"shard-{shard:05d}-{token}.pt")
+    return str(folder.absolute() / f"shard-{shard:05d}-{token}.pt")
 
 
-def write(folder: str | os.PathLike[str], state: dict[str, Any], token: str) -> None:
+def write(folder: Path, state: dict[str, Any], token: str) -> None:
     """Make the shards' files of this token the save in the folder, and remove older ones."""
-    checkpoint.write(Path(folder) / "learner.pt", {"format": FORMAT, "token": token} | state)
-    for path in Path(folder).glob("shard-*-*.pt"):
+    checkpoint.write(folder / "learner.pt", {"format": FORMAT, "token": token} | state)
+    for path in folder.glob("shard-*-*.pt"):
         if not path.stem.endswith(token):
             path.unlink(missing_ok=True)
 
 
-def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read a state that `write` wrote, and the arguments of a buffer like the one saved.
-
-    Raises:
-        CheckpointError: the file holds something else.
-    """
-    path = Path(folder) / "learner.pt"
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read a state that `write` wrote, and the arguments of a buffer like the one saved."""
+    path = folder / "learner.pt"
     state: dict[str, Any] = checkpoint.read(path, FORMAT)
     missing = [key for key in _KEYS if key not in state]
     settings = state.get("settings")
@@ -63,24 +52,19 @@ def read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]
             f"{path}: expected {', '.join(_KEYS)} with the settings {', '.join(sorted(_SETTINGS))},"
             f" missing: {', '.join(missing) or 'none'}; settings: {settings!r}"
         )
-    arguments = {key: value for key, value in settings.items() if key != "capacity"}
-    arguments |= {key: state[key] for key in ("num_shards", "batch_size", "beta", "beta_increment")}
+    arguments = settings | {
+        key: state[key] for key in ("num_shards", "batch_size", "beta", "beta_increment")
+    }
+    arguments["capacity_per_shard"] = arguments.pop("capacity")
     try:
-        schedule = as_schedule(state.get("beta_schedule"))
+        arguments["beta_schedule"] = as_schedule(state.get("beta_schedule"))
     except ConfigurationError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    return state, arguments | {
-        "capacity_per_shard": settings["capacity"],
-        "beta_schedule": schedule,
-    }
+    return state, arguments
 
 
 def restore(generator: torch.Generator, state: Any) -> None:
-    """Set the generator to a saved state.
-
-    Raises:
-        CheckpointError: it is none.
-    """
+    """Set the generator to a saved state, or raise CheckpointError."""
     try:
         generator.set_state(state)
     except (TypeError, RuntimeError) as error:

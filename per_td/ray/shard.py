@@ -13,10 +13,9 @@ from per_td.buffer import PrioritizedReplayBuffer
 from per_td.checkpoint import file as checkpoint
 from per_td.checkpoint import state as states
 from per_td.errors import CheckpointError
-from per_td.ray import structures, wire
+from per_td.ray import wire
 from per_td.ray.log import Record, WriteAheadLog
-from per_td.ray.structures import PLAIN, Told
-from per_td.ray.wire import Array, Packed
+from per_td.ray.wire import PLAIN, Array, Packed, Told
 from per_td.storage.leaves import Leaves, count, leaves_of, named
 from per_td.storage.structure import Structure
 
@@ -32,22 +31,14 @@ EXACT = {"exact": True}
 class Report(NamedTuple):
     """The state of a shard, which every answer brings."""
 
-    total: float
-    """Sum of all masses."""
-    smallest: float
-    """Smallest positive mass; inf where there is none, and where nobody needs it."""
-    size: int
-    """Number of transitions."""
-    written: int
-    """Transitions ever written."""
-    stale: int
-    """Updates dropped because their transition had been overwritten, or lost with its shard."""
-    refused: int
-    """Invalid priorities refused on CUDA."""
-    epoch: int
-    """A number that changes with each start, after which slots may hold other transitions."""
-    serial: int
-    """Number of the report in this epoch."""
+    total: float  # of all masses
+    smallest: float  # positive mass; inf where there is none, and where nobody needs it
+    size: int  # number of transitions
+    written: int  # transitions ever written
+    stale: int  # updates whose transition had been overwritten, or lost with its shard
+    refused: int  # invalid priorities on CUDA
+    epoch: int  # changes with each start, after which slots may hold other transitions
+    serial: int  # number of the report in this epoch
 
 
 class Drawn(NamedTuple):
@@ -55,32 +46,19 @@ class Drawn(NamedTuple):
 
     report: Report
     packed: Packed
-    slot: Array
-    """int64 [n]."""
-    generation: Array
-    """int64 [n]; generations of different epochs differ."""
-    mass: Array
-    """float32 [n], at the moment of the draw."""
-    told: Told | None = None
-    """The structure of the transitions; None if it is the one that the learner knows."""
-    draw_count: Array | None = None
-    """How often each was drawn, int32 [n]; None if nobody counts."""
+    slot: Array  # int64 [n]
+    generation: Array  # int64 [n]; generations of different epochs differ
+    mass: Array  # float32 [n], at the moment of the draw
+    told: Told | None = None  # the structure; None if it is the one that the learner knows
+    draw_count: Array | None = None  # int32 [n]; None if nobody counts
 
 
 class Shard:
     """A part of a `ShardedReplayBuffer`.
 
     With a folder, every change of the buffer is in a log before it is acknowledged, and a new start
-    goes on where the last one ended, to the bit.
-
-    Args:
-        settings: arguments of `PrioritizedReplayBuffer`, without its generator.
-        seed: of the draws.
-        folder: for checkpoints and the log; None keeps nothing.
-        fsync: see `WriteAheadLog`.
-        checkpoint_every: transitions written between two checkpoints; None: capacity.
-        num_shards: number of shards that there are.
-        told: the structure of the example in `settings`, with its tensorclasses.
+    goes on where the last one ended, to the bit. `settings` are arguments of
+    `PrioritizedReplayBuffer`; `told` is the structure of the example in them, with tensorclasses.
     """
 
     def __init__(
@@ -106,18 +84,15 @@ class Shard:
             "num_shards": num_shards,
         }
         self._told = told
-        self._recall()
-        self._log: WriteAheadLog | None = None
+        self._log = None if folder is None else WriteAheadLog(folder, fsync=fsync)
         self._log_is_behind = False
-        if folder is not None:
-            log = WriteAheadLog(folder, fsync=fsync)
-            if log.checkpoint is not None:
-                self._restore(log.checkpoint)
+        if self._log is not None:
+            if self._log.checkpoint is not None:
+                self._restore(self._log.checkpoint)
             self._due = self._buffer.write_count + self._every
-            for record in log.replay():
+            for record in self._log.replay():
                 self._apply(record)
-            self._log = log
-            self._recall()
+        self._recall()
 
     def _begin_epoch(self) -> None:
         """Make updates for batches drawn before now stale: slots may hold other transitions."""
@@ -144,45 +119,29 @@ class Shard:
     def extend(
         self, packed: Packed, priority: Array | None = None, told: Told | None = PLAIN
     ) -> tuple[Report, Array] | None:
-        """Write transitions; the answer acknowledges them.
+        """Write transitions; the answer, with their slots, int64 [n], acknowledges them.
 
-        Args:
-            packed: the transitions.
-            priority: float32 [n]; None: the largest.
-            told: their structure, which counts if they are the first. None: it has not been looked
-                at; then the first are not written.
-
-        Returns:
-            The report, and their slots, int64 [n]. None if the structure is needed: call again.
-
-        Raises:
-            SchemaError, PriorityError: as for `PrioritizedReplayBuffer.extend`; nothing is written.
+        Their structure, `told`, counts if they are the first. The answer is None, and nothing is
+        written, if it is needed and missing: call again.
         """
-        nodes = None
+        values: dict[str, Any] = {"given": priority is not None}
         if self._told is None:
             if told is None:
                 return None
-            nodes = told.nodes
-        given = None if priority is None else wire.tensor(priority)
-        index = self._write(wire.unpack(packed), given, nodes)
-        extra: Packed = [] if priority is None else [(("priority",), "float32", priority)]
-        values: dict[str, Any] = {"given": priority is not None}
-        if nodes is not None:
-            self._told, values["nodes"] = told, nodes
-        self._note("extend", values, [*extra, *packed])
+            values["nodes"] = told.nodes
+        arrays = packed if priority is None else [(("priority",), "float32", priority), *packed]
+        index = self._write(values, arrays)
+        self._told = self._told or told
+        self._note("extend", values, arrays)
         if self._log is not None and self._buffer.write_count >= self._due:
             self.checkpoint()
         return self.report(), wire.array(index)
 
     def sample(self, counts: list[int], known: str = "") -> Drawn | Report:
-        """Draw for several batches; returns only a report if there is nothing to draw.
+        """Draw `counts` for several batches; returns only a report if there is nothing to draw.
 
-        Args:
-            counts: transitions for each batch, not all 0.
-            known: name of the structure that the learner knows.
-
-        Returns:
-            The transitions of the first batch, then those of the second, and so on.
+        The transitions of the first batch come first, then those of the second, and so on. `known`
+        is the name of the structure that the learner knows.
         """
         if not self._buffer.total_mass > 0:
             return self.report()
@@ -192,22 +151,18 @@ class Shard:
         apart = counts if each else [sum(counts)]
         draws = [self._buffer.draw_leaves(n) for n in apart if n]
         parts = [wire.pack(drawn.leaves) for drawn in draws]
-        packed = parts[0] if len(parts) == 1 else wire.joined(parts)
-        slot, generation, mass = (
-            np.concatenate([wire.array(values) for values in column])
-            for column in zip(*((d.slot, d.generation, d.mass) for d in draws), strict=True)
-        )
-        generation += self._epoch << _EPOCH_BITS
-        drawn = [wire.array(d.draw_count) for d in draws if d.draw_count is not None]
-        told = None if self._told is None or self._told.name == known else self._told
+
+        def column(name: str) -> Array:
+            return np.concatenate([wire.array(getattr(drawn, name)) for drawn in draws])
+
         return Drawn(
             self.report(),
-            packed,
-            slot,
-            generation,
-            mass,
-            told,
-            np.concatenate(drawn) if drawn else None,
+            parts[0] if len(parts) == 1 else wire.joined(parts),
+            column("slot"),
+            column("generation") + (self._epoch << _EPOCH_BITS),
+            column("mass"),
+            None if self._told is None or self._told.name == known else self._told,
+            column("draw_count") if self._buffer.track_draws else None,
         )
 
     def update(
@@ -217,16 +172,9 @@ class Shard:
         generation: Array | None = None,
         how: dict[str, Any] | None = None,
     ) -> Report:
-        """Set priorities; stale updates are dropped and counted.
+        """Set priorities, float32 [B]; stale updates are dropped and counted.
 
-        Args:
-            index: int64 [B].
-            value: TD errors, or raw priorities, float32 [B].
-            generation: int64 [B].
-            how: `mode` and `rate`, for TD errors, or `EXACT`, for raw priorities.
-
-        Raises:
-            IndexRangeError, PriorityError: as for `PrioritizedReplayBuffer.update_priority`.
+        `how` has `mode` and `rate` for TD errors, or is `EXACT`, for raw priorities.
         """
         how = how or {}
         lost = 0
@@ -240,7 +188,7 @@ class Shard:
         if generation is not None:
             named.append((("generation",), "int64", generation))
         if len(index):
-            self._update(named, how)
+            self._update(how, named)
         self._buffer.count_stale(lost)  # once nothing has been refused
         if len(index):
             self._note("update", how, named)
@@ -255,21 +203,12 @@ class Shard:
         return self.report()
 
     def differences(self, asked: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Compare the settings of this shard with others.
+        """This shard's value and the one asked for, by the name of each setting that differs.
 
-        Args:
-            asked: those of the constructor and, in one dict with them, those of the buffer.
-
-        Returns:
-            What this shard has, and what is asked, by the name of each setting that differs.
-
-        Raises:
-            ConfigurationError: there is no such device here.
+        `asked` has the arguments of this class and, in one dict with them, those of the buffer.
         """
-        now = {name: getattr(self._buffer, name) for name in LIVE}
-        has, wanted = self._settings | now, dict(asked)
-        has["device"] = self._buffer.device
-        wanted["device"] = validation.resolve_device(wanted.get("device", "cpu"))
+        has = self._settings | {name: getattr(self._buffer, name) for name in (*LIVE, "device")}
+        wanted = asked | {"device": validation.resolve_device(asked.get("device", "cpu"))}
         for settings in (has, wanted):
             if settings["checkpoint_every"] is None:
                 settings["checkpoint_every"] = settings["capacity"]
@@ -293,11 +232,7 @@ class Shard:
         return wire.pack(self._buffer.filled_leaves())
 
     def checkpoint(self) -> None:
-        """Write the whole state to the folder, and begin a new log.
-
-        Raises:
-            CheckpointError: the shard has no folder.
-        """
+        """Write the whole state to the folder, and begin a new log."""
         if self._log is None:
             raise CheckpointError("expected a buffer with a checkpoint_dir, got one without")
         self._log.rotate(self._buffer.save)
@@ -341,11 +276,9 @@ class Shard:
         """Repeat a logged change."""
         kind, values, arrays = record
         if kind == "extend":
-            given = int(values["given"])
-            priority = wire.tensor(arrays[0][2]) if given else None
-            self._write(wire.unpack(arrays[given:]), priority, values.get("nodes"))
+            self._write(values, arrays)
         elif kind == "update":
-            self._update(arrays, values)
+            self._update(values, arrays)
         else:
             self._configure(values)
 
@@ -357,18 +290,21 @@ class Shard:
         """Take the structure of the buffer's transitions, which may come from a file, as told."""
         data = self._buffer.transitions
         if self._told is None and data is not None:
-            self._told = structures.tell(Structure.of(data, 1))
+            self._told = wire.tell(Structure.of(data, 1))
 
-    def _write(self, leaves: Leaves, priority: Tensor | None, nodes: str | None) -> Tensor:
-        """Write leaves [n, ...]; `nodes` is the structure of the first ones."""
+    def _write(self, values: dict[str, Any], arrays: Packed) -> Tensor:
+        """Write transitions of a record; priorities come before them, `nodes` with the first."""
+        given, nodes = int(values["given"]), values.get("nodes")
+        priority = wire.tensor(arrays[0][2]) if given else None
+        leaves = wire.unpack(arrays[given:])
         if nodes is None or nodes == PLAIN.nodes:
             return self._buffer.extend_leaves(leaves, priority)
         size, cpu = torch.Size([count(leaves)]), torch.device("cpu")
         data = Structure.from_state(nodes).assembled(leaves.items(), {}, size, cpu)
         return self._buffer.extend(data, priority)
 
-    def _update(self, arrays: Packed, how: dict[str, Any]) -> None:
-        """Update priorities: index, value and maybe generation, [B] each; see `update`."""
+    def _update(self, how: dict[str, Any], arrays: Packed) -> None:
+        """Repeat or make an update with index, value and maybe generation, [B] each."""
         index, value, *rest = wire.unpack(arrays).values()
         generation = rest[0] if rest else None
         if how == EXACT:

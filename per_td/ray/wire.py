@@ -1,17 +1,28 @@
-"""Transitions as numpy arrays, which Ray ships without pickling their content.
+"""All that travels between the actors: transitions, their structure, and errors.
 
-Ray puts the bytes of an array into its object store as they are, and a reader on the same machine
-gets a read-only view of them. `tensor` makes such a view a tensor without a copy; the storage of
-the shard, or the learner's join, then makes the only one.
+Transitions are numpy arrays, which Ray ships without pickling their content: it puts the bytes of
+an array into its object store as they are, and a reader on the same machine gets a read-only view
+of them. `tensor` makes such a view a tensor without a copy; the storage of the shard, or the
+learner's join, then makes the only one.
+
+Nested batch sizes and names travel as JSON, which shards read and their files keep. Tensorclasses
+travel beside it as a pickle, which only the learner opens: shards need not have the classes, and
+their files hold no code.
 """
 
-from typing import Any
+import pickle
+from typing import Any, NamedTuple
 
 import numpy as np
+import ray
 import torch
+from ray import cloudpickle
+from ray.exceptions import RayTaskError
 from torch import Tensor
 
-from per_td.storage.leaves import Key, Leaves
+from per_td.errors import PerTdError, SchemaError
+from per_td.storage.leaves import Key, Leaves, named
+from per_td.storage.structure import Structure
 
 Array = np.ndarray[Any, Any]
 
@@ -73,11 +84,54 @@ def joined(parts: list[Packed]) -> Packed:
     ]
 
 
-def rows(packed: Packed, begin: int, end: int) -> Packed:
-    """The rows from `begin` up to `end`, in the memory of `packed`."""
-    return [(key, dtype, values[begin:end]) for key, dtype, values in packed]
-
-
 def nbytes(packed: Packed) -> int:
     """Bytes of all numbers."""
     return sum(values.nbytes for _, _, values in packed)
+
+
+class Told(NamedTuple):
+    """A `Structure` for the wire."""
+
+    nodes: str  # JSON: see `Structure.state`
+    name: str  # the nodes and the names of the tensorclasses; equal for equal structures
+    classes: bytes  # a pickle of the tensorclasses by key; empty if there are none
+
+
+def tell(structure: Structure) -> Told:
+    """Make a structure ready for the wire; SchemaError if a tensorclass cannot be pickled."""
+    kinds = {key: node.kind for key, node in structure.nodes.items() if node.kind is not None}
+    nodes = structure.state()
+    names = [f"{key}: {kind.__module__}.{kind.__qualname__}" for key, kind in kinds.items()]
+    try:
+        classes = cloudpickle.dumps(kinds) if kinds else b""
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        keys = ", ".join(map(named, kinds))
+        raise SchemaError(f"{keys}: expected a tensorclass that can be pickled: {error}") from error
+    return Told(nodes, "; ".join([nodes, *names]), classes)
+
+
+PLAIN = tell(Structure())
+
+
+def understood(told: Told) -> Structure:
+    """Read what `tell` made; tensorclasses that this process lacks become TensorDicts."""
+    structure = Structure.from_state(told.nodes)
+    try:
+        kinds = pickle.loads(told.classes) if told.classes else {}
+    except (ImportError, AttributeError):
+        kinds = {}
+    for key, kind in kinds.items():
+        structure.nodes[key] = structure.nodes[key]._replace(kind=kind)
+    return structure
+
+
+class ShardError(PerTdError, RuntimeError):
+    """Shards do not answer, or did not start."""
+
+
+def get(answers: Any, **options: Any) -> Any:
+    """Call `ray.get`; an error of per_td that a shard raised comes without Ray's traceback."""
+    try:
+        return ray.get(answers, **options)
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, PerTdError) else error) from None

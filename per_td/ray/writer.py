@@ -7,14 +7,13 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError
 from torch import Tensor
 
 from per_td import validation
 from per_td.errors import ConfigurationError, SchemaError
 from per_td.ray import wire
-from per_td.ray.errors import ShardError, raised_by
-from per_td.ray.structures import tell
+from per_td.ray.wire import ShardError, tell
 from per_td.storage.leaves import Leaves, count
 from per_td.storage.schema import Schema
 from per_td.storage.structure import Structure
@@ -92,8 +91,6 @@ class Writer:
                     answer = self._asked(shard, message, given, tell(structure))
             except (RayActorError, GetTimeoutError):
                 self._avoid[shard] = time.monotonic() + _AVOID_S
-            except RayTaskError as error:
-                raise raised_by(error) from None
             else:
                 self._avoid.pop(shard, None)
                 return Receipt(shard, torch.from_numpy(answer[1].copy()))
@@ -115,7 +112,7 @@ class Writer:
         return self._write(*checked(transition, batched=False), priority, None)
 
     def _asked(self, shard: int, *message: Any) -> Any:
-        return ray.get(self._shards[shard].extend.remote(*message), timeout=self._timeout_s)
+        return wire.get(self._shards[shard].extend.remote(*message), timeout=self._timeout_s)
 
     def _order(self, key: int | None) -> list[int]:
         """The shards to be tried: the next in turn, those after it; failed ones last."""
@@ -123,18 +120,17 @@ class Writer:
             first = self._next
             self._next = (first + 1) % len(self._shards)
         else:
-            first = _whole(key) % len(self._shards)
+            try:
+                first = operator.index(key) % len(self._shards)
+            except TypeError as error:
+                raise ConfigurationError(f"key: expected an integer, got {key!r}") from error
         order = [(first + k) % len(self._shards) for k in range(len(self._shards))]
         now = time.monotonic()
         return sorted(order, key=lambda shard: self._avoid.get(shard, 0.0) > now)
 
 
 def checked(transitions: Any, *, batched: bool = True) -> tuple[Leaves, Structure]:
-    """The leaves [n, ...] of transitions [n], or of one [], and their structure.
-
-    Raises:
-        SchemaError: a shard cannot store them.
-    """
+    """The leaves [n, ...] of transitions [n], or of one [], and their structure."""
     schema = Schema()
     leaves, _ = schema.check(transitions, batched=batched)
     if ("shard",) in leaves:
@@ -147,18 +143,6 @@ def _priority(priority: Any, n: int) -> Any:
     if priority is None:
         return None
     index = torch.empty(n, dtype=torch.int64, device="cpu")
-    values = validation.as_values("priority", priority, index).cpu()
+    values = validation.as_values("priority", priority, index)
     validation.require_finite("priority", values, low=0.0)
     return wire.array(values)
-
-
-def _whole(key: Any) -> int:
-    """A key, any integer of Python, numpy or a tensor.
-
-    Raises:
-        ConfigurationError: it is something else.
-    """
-    try:
-        return int(operator.index(key))
-    except TypeError as error:
-        raise ConfigurationError(f"key: expected an integer, got {key!r}") from error

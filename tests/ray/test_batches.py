@@ -14,8 +14,7 @@ from ray.exceptions import RayActorError  # noqa: E402
 from per_td.errors import EmptyBufferError  # noqa: E402
 from per_td.ray import ShardError, wire  # noqa: E402
 from per_td.ray.batches import Batches  # noqa: E402
-from per_td.ray.ledger import Ledger  # noqa: E402
-from per_td.ray.replies import Replies  # noqa: E402
+from per_td.ray.exchange import Ledger, Replies  # noqa: E402
 from per_td.ray.shard import Shard  # noqa: E402
 
 

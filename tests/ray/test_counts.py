@@ -3,7 +3,7 @@ import torch
 from scipy.stats import chisquare
 
 from per_td.errors import EmptyBufferError
-from per_td.ray.counts import counts_of, probabilities, shares_of
+from per_td.ray.batches import counts_of, probabilities, shares_of
 from per_td.weights import importance_weights
 
 TOTALS = torch.tensor([1.0, 0.0, 5.0, 0.5, 3.5], dtype=torch.float64)

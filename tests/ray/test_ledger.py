@@ -1,6 +1,6 @@
 import math
 
-from per_td.ray.ledger import Ledger
+from per_td.ray.exchange import Ledger
 from per_td.ray.shard import Report
 
 

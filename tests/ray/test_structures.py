@@ -12,7 +12,7 @@ from per_td.errors import PriorityError, SchemaError
 from per_td.ray import wire
 from per_td.ray.batches import Batches
 from per_td.ray.shard import Shard
-from per_td.ray.structures import PLAIN, tell, understood
+from per_td.ray.wire import PLAIN, tell, understood
 from per_td.ray.writer import checked
 
 ray = pytest.importorskip("ray")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from per_td.errors import IndexRangeError, PriorityError
-from per_td.ray import updates
+from per_td.ray.exchange import checked_update, per_shard
 
 
 def test_columns_are_taken_apart_by_shard_and_keep_their_order():
@@ -12,7 +12,7 @@ def test_columns_are_taken_apart_by_shard_and_keep_their_order():
     shard = torch.randint(5, (200,), generator=generator)
     index = torch.randint(9, (200,), generator=generator)
     error = torch.rand(200, generator=generator)
-    parts = dict(updates.per_shard(*updates.checked(index, error, None, shard, 5, 9)))
+    parts = dict(per_shard(*checked_update(index, error, None, shard, 5, 9)))
     for number in range(5):
         naive = [(i, e) for s, i, e in zip(shard, index, error, strict=True) if s == number]
         assert parts[number][0].tolist() == [int(i) for i, _ in naive]
@@ -20,10 +20,10 @@ def test_columns_are_taken_apart_by_shard_and_keep_their_order():
 
 
 def test_shards_without_a_part_get_none():
-    parts = updates.per_shard(*updates.checked([1, 2], [0.5, 0.5], [7, 7], [3, 3], 9, 8))
+    parts = per_shard(*checked_update([1, 2], [0.5, 0.5], [7, 7], [3, 3], 9, 8))
     assert [number for number, _ in parts] == [3]
     assert len(parts[0][1]) == 3
-    assert updates.per_shard(*updates.checked([], [], None, [], 9, 8)) == []
+    assert per_shard(*checked_update([], [], None, [], 9, 8)) == []
 
 
 @pytest.mark.parametrize(
@@ -38,10 +38,10 @@ def test_shards_without_a_part_get_none():
 )
 def test_wrong_updates_are_refused_before_anything_is_sent(shard, td_error, error, match):
     with pytest.raises(error, match=match):
-        updates.checked([0, 1], td_error, None, shard, 2, 8)
+        checked_update([0, 1], td_error, None, shard, 2, 8)
 
 
 @pytest.mark.parametrize("index", [[0, 8], [-1, 3]])
 def test_slots_that_no_shard_has_are_refused_too(index):
     with pytest.raises(IndexRangeError, match=r"expected 0 <= index < 8, the slots of a shard"):
-        updates.checked(index, [0.5, 0.5], None, [0, 1], 2, 8)
+        checked_update(index, [0.5, 0.5], None, [0, 1], 2, 8)
