@@ -29,11 +29,7 @@ COMPILED_UP_TO = {("cpu", "without_replacement"): 1_000}
 
 
 def check_method(method: str, draw: str, capacity: int) -> None:
-    """Check that torch.multinomial can draw so, if it is the method.
-
-    Raises:
-        ConfigurationError: it cannot.
-    """
+    """Raise ConfigurationError if torch.multinomial is the method, and cannot draw so."""
     if method != "multinomial":
         return
     if draw == "stratified":
@@ -70,10 +66,8 @@ def resolve_method(
 ) -> str:
     """Choose the method for "auto"; return any other `method` as it is.
 
-    Args:
-        method, draw, capacity, device: see `PrioritizedReplayBuffer`.
-        compiled: compiled kernels draw from the tree.
-        many: there are many buffers of this capacity.
+    `compiled`: compiled kernels draw from the tree. `many`: there are many buffers of this
+    capacity.
     """
     if method != "auto":
         return method
@@ -114,10 +108,10 @@ def multinomial(
     """Draw with torch.multinomial, in O(N), in float64 (its float32 sums are off from 10^5 slots).
 
     Args:
-        mass: [N] or [S, N], N at most 2^24, not all 0 in a row; enough of them positive.
+        mass: [N] or [S, N], N at most 2^24; enough of them positive.
         n: draws from each row.
         draw: "independent" or "without_replacement".
-        generator: source of the random numbers, on the device of `mass`.
+        generator: on the device of `mass`.
 
     Returns:
         int64 [n] or [S, n].

@@ -44,16 +44,9 @@ def has_memory(tensor: Tensor) -> bool:
 
 @contextmanager
 def allocating(what: str, size: int, advice: str) -> Iterator[None]:
-    """Turn errors of torch, numpy or the system into one that names the allocation.
+    """Turn errors of torch, numpy or the system into one that names the allocation of `size` bytes.
 
-    Args:
-        what: purpose of the memory.
-        size: bytes.
-        advice: advice at the end of the message.
-
-    Raises:
-        AllocationError: there is not enough memory.
-        DiskAllocationError: there is not enough space on a disk.
+    AllocationError for memory, DiskAllocationError for a disk. `advice` ends the message.
     """
     try:
         yield
@@ -80,9 +73,6 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
     With 10^8 slots in small pages, a sample and an update took 1.5 times as long, most of it to
     look up pages. numpy asks Linux for pages of 2 MiB, torch only if an environment variable says
     so. Memory that nobody has written to stays unused.
-
-    Raises:
-        AllocationError: there is not enough memory.
     """
     size = math.prod(shape) * dtype.itemsize
     with allocating(f"{dtype} of shape {[*shape]} on {device}", size, "Take a smaller capacity"):
@@ -99,11 +89,9 @@ def mapped_zeros(
 ) -> Tensor:
     """Make zeros on the CPU in a file without a name, which goes with the tensor or the process.
 
-    Its space is reserved at once: a full disk fails here, and not at a later write, which would end
-    the process. `folder` names the disk; None is the system's folder for temporary files.
-
-    Raises:
-        DiskAllocationError: there is no such folder, or not enough space.
+    Its space is reserved at once: a full disk fails here, with a DiskAllocationError, and not at a
+    later write, which would end the process. `folder` names the disk; None is the system's folder
+    for temporary files.
     """
     size = max(1, math.prod(shape) * dtype.itemsize)
     disk = tempfile.gettempdir() if folder is None else os.fspath(folder)
@@ -123,11 +111,7 @@ def mapped_zeros(
 
 @torch.inference_mode(False)
 def shared_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Make zeros on the CPU in memory that processes share when they get the tensor.
-
-    Raises:
-        AllocationError: there is not enough memory.
-    """
+    """Make zeros on the CPU in memory that processes share when they get the tensor."""
     size = math.prod(shape) * dtype.itemsize
     with allocating("shared memory (/dev/shm)", size, "Take a smaller capacity"):
         return torch.zeros(tuple(shape), dtype=dtype, device=device).share_memory_()  # type: ignore[no-untyped-call, no-any-return]
@@ -166,11 +150,7 @@ class Memory:
             )
 
     def home(self, device: torch.device) -> torch.device:
-        """Device of the memory, for batches on `device`.
-
-        Raises:
-            ConfigurationError: the memory is "pinned", and the device is not CUDA.
-        """
+        """Device of the memory, for batches on `device`; "pinned" is for CUDA only."""
         if self.storage == "pinned" and device.type != "cuda":
             raise ConfigurationError(
                 f"storage: expected 'memory' or 'memmap' on {device}, got 'pinned', which is for"

@@ -77,11 +77,7 @@ def resolve_device(device: torch.device | str | int | None, *, sums: bool = True
 
 
 def as_generator(generator: torch.Generator | None, device: torch.device) -> torch.Generator | None:
-    """Check and return a generator for draws on `device`; None is torch's own.
-
-    Raises:
-        ConfigurationError: it is something else, or on another kind of device.
-    """
+    """Check a generator for draws on `device`, or raise ConfigurationError; None is torch's own."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ConfigurationError(
             f"generator: expected a torch.Generator, got {type(generator).__name__}"
@@ -112,12 +108,9 @@ def positive_int(name: str, value: object) -> int:
 
 
 def integer(name: str, value: object, low: int) -> int:
-    """Convert an integer of Python, numpy or a tensor to an int, or raise ConfigurationError.
+    """Convert an integer of Python, numpy or a tensor to an int of at least `low` (0 or more).
 
-    Args:
-        name: name of the argument, for the error.
-        value: integer of at least `low`.
-        low: smallest value accepted, at least 0.
+    Or raise ConfigurationError, which names the argument.
     """
     try:
         number = -1 if isinstance(value, bool) else int(operator.index(value))  # type: ignore[arg-type]
@@ -153,17 +146,9 @@ def real_or_each(
 ) -> float | Tensor:
     """Convert `value` to a finite float in [0, high], or to one for each of many buffers.
 
-    Args:
-        name: name of the argument, for the error.
-        value: number; or with `groups`, a list, an array or a tensor of so many.
-        groups: number of buffers S; None: one, which takes one number.
-        high: largest value accepted.
-
-    Returns:
-        A float, or float64 [S] on the CPU; to read a tensor elsewhere, the host waits.
-
-    Raises:
-        ConfigurationError: it is none of these; it names the argument.
+    A list, an array or a tensor of `groups` numbers becomes float64 [S] on the CPU; to read a
+    tensor elsewhere, the host waits. Without `groups`, only one number is accepted. Anything else
+    raises ConfigurationError, which names the argument.
     """
     many = isinstance(value, list | tuple) or (
         isinstance(value, Tensor | np.ndarray) and value.ndim > 0
@@ -202,13 +187,7 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
 def fixed(
     name: str, read: Callable[[Any], Any] | None = None, instead: str = "the constructor takes it"
 ) -> Any:
-    """Make a property whose setter raises ConfigurationError.
-
-    Args:
-        name: name of the property.
-        read: getter, or None.
-        instead: advice at the end of the message.
-    """
+    """Make a property whose setter raises ConfigurationError, with `instead` as advice."""
 
     def refuse(self: Any, value: object) -> None:
         raise ConfigurationError(
@@ -260,11 +239,7 @@ def require_plain(name: str, tensor: Tensor, error: type[PerTdError]) -> None:
 
 
 def plain_rows(leaf: Tensor, device: torch.device) -> Tensor:
-    """Bring `leaf` to `device` as a contiguous tensor.
-
-    Raises:
-        SchemaError: it has no values, or no memory of its own.
-    """
+    """Bring `leaf` to `device`, contiguous; SchemaError if it has no memory of its own."""
     usual = leaf.layout is torch.strided and leaf.is_contiguous() and leaf.device == device
     if usual and not (leaf.is_neg() or leaf.is_conj()):
         return leaf
@@ -286,11 +261,7 @@ def refuse_transform(error: BaseException) -> None:
 
 
 def as_tensor(name: str, value: Any, error: type[PerTdError]) -> Tensor:
-    """Convert `value` (tensor, array, sequence or number) to a dense, detached tensor.
-
-    Raises:
-        PerTdError: it is none of these, or has no values; of the class `error`.
-    """
+    """Convert a tensor, array, sequence or number to a dense, detached tensor, or raise `error`."""
     try:
         if isinstance(value, np.ndarray) and not (value.flags.carray and value.dtype.isnative):
             # torch does not share backward strides, swapped bytes or memory that is read-only
@@ -311,10 +282,9 @@ def as_tensor(name: str, value: Any, error: type[PerTdError]) -> Tensor:
 def as_index(
     index: Any, device: torch.device, name: str = "index", *, lead: tuple[int, ...] = ()
 ) -> Tensor:
-    """Convert `index` (tensor, array, sequence or int) to int64 [*lead, B] on `device`.
+    """Convert a tensor, an array, a sequence or an int to int64 [*lead, B] on `device`.
 
-    Raises:
-        IndexRangeError: the dtype or shape is wrong; it names the argument `name`.
+    Or raise IndexRangeError, which names the argument.
     """
     if _is_plain(index, torch.int64, device) and (
         index.ndim == 1 + len(lead) and (not lead or index.shape[:1] == lead)
@@ -333,11 +303,7 @@ def as_index(
 
 
 def as_reals(name: str, values: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Convert `values` (tensor, array, sequence or number) to a detached tensor on `device`.
-
-    Raises:
-        PriorityError: they are not real numbers.
-    """
+    """Convert real numbers to a detached tensor on `device`, or raise PriorityError."""
     values = as_tensor(name, values, PriorityError)
     if values.dtype.is_complex or values.dtype == torch.bool:
         raise PriorityError(f"{name}: expected a real dtype, got {values.dtype}")
@@ -367,10 +333,8 @@ def require_same_shape(name: str, values: Tensor, index: Tensor) -> None:
 def as_values(name: str, values: Any, index: Tensor) -> Tensor:
     """Convert `values`, one per index, to float32 in the shape and on the device of `index`.
 
-    A trailing dimension of size 1, common in losses and critics, is dropped.
-
-    Raises:
-        PriorityError: they are not one real number per index.
+    A trailing dimension of size 1, common in losses and critics, is dropped. Anything else raises
+    PriorityError.
     """
     if _is_plain(values, torch.float32, index.device) and values.shape == index.shape:
         return values.detach() if values.requires_grad else values
@@ -390,8 +354,7 @@ def require_finite(
 ) -> Tensor:
     """Mark the `values` that are finite in float32 and at least `low`, bool in their shape.
 
-    Raises:
-        PriorityError: a value is not, though `wanted`, and `can_raise`.
+    Where `can_raise`, a value that is not, though `wanted`, raises PriorityError.
     """
     valid = (values.abs() if low == -math.inf else values) < math.inf  # NaN is not
     valid = valid if low == -math.inf else valid & (values >= low)
@@ -413,16 +376,10 @@ def require_finite(
 def require_slots(
     slot: Tensor, size: Tensor | int, wanted: Tensor | None = None, what: str = "the filled slots"
 ) -> Tensor:
-    """Mark the slots that lie in [0, size), bool [S, B].
+    """Mark the slots, int64 [S, B], in [0, size), bool [S, B]; `size` is a number or int64 [S, 1].
 
-    Args:
-        slot: int64 [S, B].
-        size: number of valid slots, int64 [S, 1], or one number for all.
-        wanted: bool [S, B]; False allows any slot.
-        what: name of the valid slots, for the error.
-
-    Raises:
-        IndexRangeError: a wanted slot does not, and `can_raise`.
+    Where `can_raise`, one that does not, though `wanted`, raises IndexRangeError; `what` names the
+    valid slots in it.
     """
     valid = (slot >= 0) & (slot < size)
     if can_raise(slot):

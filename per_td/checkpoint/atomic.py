@@ -32,11 +32,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _create(path: Path) -> tuple[Path, IO[bytes]]:
-    """Create a locked file beside `path`, with a name of its own.
-
-    Raises:
-        OSError: that fails; the error names `path`, or its folder.
-    """
+    """Create a locked file beside `path`; errors name `path` or its folder."""
     if path.is_dir():
         raise IsADirectoryError(
             errno.EISDIR, "expected the name of a file, got a folder", str(path)
@@ -58,7 +54,7 @@ def _create(path: Path) -> tuple[Path, IO[bytes]]:
         file.close()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power failure, where the system can."""
     if fcntl is None:
         return
@@ -96,4 +92,4 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)

@@ -65,12 +65,7 @@ _DTYPES = {
 
 
 class _Block:
-    """Adjacent bytes of the file.
-
-    Args:
-        source: tensor that holds the bytes.
-        at: offset of the first byte after the header.
-    """
+    """Adjacent bytes of the file, `at` an offset after the header."""
 
     def __init__(self, source: Tensor, at: int) -> None:
         self.source = source
@@ -312,11 +307,7 @@ def _end(block: dict[str, Any]) -> int:
 
 
 def _restored(name: str, data: memoryview) -> Any:
-    """Read a file of version 2 or later.
-
-    Raises:
-        CheckpointError: it is damaged or foreign, or its header makes no sense.
-    """
+    """Read a file of version 2 or later; CheckpointError if it is damaged or foreign."""
     try:
         found = _File(name, data)
         return found.restored(found.described)
@@ -361,11 +352,7 @@ def _own_copy(path: str | os.PathLike[str]) -> memoryview:
 
 
 def require(expected: str, state: Any, path: str | os.PathLike[str] | None = None) -> None:
-    """Check that the "format" of a state, read from `path`, is `expected`.
-
-    Raises:
-        CheckpointError: it is another, or `state` is something else, such as that of a network.
-    """
+    """Raise CheckpointError unless the "format" of a state, read from `path`, is `expected`."""
     known = state.get("format") if isinstance(state, dict) else None
     if isinstance(known, str) and known == expected:
         return

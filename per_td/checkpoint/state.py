@@ -52,11 +52,7 @@ _LATER_KEYS = {
 
 
 def check(state: Any) -> dict[str, Any]:
-    """`state` if it is one that this version, or an earlier one, wrote.
-
-    Raises:
-        CheckpointError: it is something else, or of a later version.
-    """
+    """`state` if it is one that this version, or an earlier one, wrote; else CheckpointError."""
     checkpoint.require(FORMAT, state)
     version, last = state.get("version"), checkpoint.VERSION
     if not isinstance(version, int) or not 1 <= version <= last:
@@ -99,12 +95,9 @@ class Parts(NamedTuple):
 
 
 def state_of(parts: Parts, settings: dict[str, Any], *, copy: bool) -> dict[str, Any]:
-    """The whole state.
+    """The whole state; `settings` are the buffer's own, beside those of its parts.
 
-    Args:
-        parts: those of the buffer.
-        settings: the buffer's own, beside those of the parts.
-        copy: copy the transitions; else they are those in the buffer's memory.
+    Transitions are copied, or those in the buffer's memory.
     """
     ring, table, beta, stale, updates, generator = parts
     stored, frames = ring.stored(), ring.frames_state(copy=copy)
@@ -156,11 +149,7 @@ def _structure_of(state: dict[str, Any]) -> Structure:
 
 
 def _moves(ring: RingStorage, state: dict[str, Any]) -> list[Move]:
-    """The move of each ring's transitions into the capacity of `ring`.
-
-    Raises:
-        CheckpointError: the state is of another number of buffers.
-    """
+    """The move of each ring's transitions into the capacity of `ring`."""
     settings = state["settings"]
     if settings.get("num_buffers") != ring.num_buffers:
         raise CheckpointError(
@@ -176,8 +165,7 @@ def _moves(ring: RingStorage, state: dict[str, Any]) -> list[Move]:
 def restore(parts: Parts, state: Any) -> None:
     """Take over a state, but for the settings of the buffer itself.
 
-    Raises:
-        CheckpointError, SchemaError: it is no state for these parts; nothing is changed.
+    One that is no state for these parts raises CheckpointError or SchemaError; nothing is changed.
     """
     settings = check(state)["settings"]
     ring, table, beta, stale, updates, generator = parts

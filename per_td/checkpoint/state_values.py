@@ -19,11 +19,7 @@ from per_td.storage.structure import Structure
 
 
 def check_values(state: Mapping[str, Any]) -> None:
-    """Check types, shapes and values of a state that has all keys.
-
-    Raises:
-        CheckpointError: a part is wrong; the error names it.
-    """
+    """Check types, shapes and values of a state that has all keys, or raise CheckpointError."""
     settings = _settings(state["settings"])
     capacity, many = settings["capacity"], settings.get("num_buffers")
     each = () if many is None else (many,)

@@ -162,11 +162,7 @@ PRIORITIZATIONS = (Proportional.name, Rank.name)
 
 
 def make(prioritization: str, capacity: int, sort_interval: int | None) -> Distribution:
-    """Make the distribution of this name.
-
-    Raises:
-        ConfigurationError: the name is unknown, or has no use for a `sort_interval`.
-    """
+    """Make the distribution of this name, or raise ConfigurationError."""
     if validation.one_of("prioritization", prioritization, PRIORITIZATIONS) == Rank.name:
         return Rank(capacity, sort_interval)
     if sort_interval is not None:
@@ -180,8 +176,7 @@ def make(prioritization: str, capacity: int, sort_interval: int | None) -> Distr
 def order_of(priority: Tensor) -> Tensor:
     """Positions of the priorities from the largest to the smallest, int64 [n]; ties keep order.
 
-    Args:
-        priority: float32 [n], not negative, n below 2^32.
+    The priorities are float32 [n], not negative, n below 2^32.
     """
     if not validation.can_raise(priority):
         return priority.sort(descending=True, stable=True).indices

@@ -36,15 +36,10 @@ class Follower(Protocol):
 
 
 class SideTrees:
-    """Trees over the slots of other trees, with masses that follow from theirs.
+    """Trees over the slots of `main`, with masses that follow from its masses.
 
     "uniform" is 1 for every slot that can be drawn, so the total is the number of those. "inverse"
     is 1 / mass (LA3P, Saglam et al. 2022, arXiv 2209.00532, section 4). A mass of 0 stays 0.
-
-    Args:
-        name: "uniform" or "inverse".
-        main: the trees to follow.
-        memory: makes the memory.
     """
 
     def __init__(self, name: str, main: Trees, memory: Zeros) -> None:
@@ -77,16 +72,7 @@ class SideTrees:
 
 
 class DrawCounts:
-    """Counts how often each transition was drawn.
-
-    Args:
-        layout: places of the slots.
-        device: device of the counts.
-        memory: makes the memory.
-
-    Attributes:
-        counts: int32 [S, capacity], a view.
-    """
+    """Counts how often each transition was drawn."""
 
     def __init__(self, layout: Layout, device: torch.device, memory: Zeros) -> None:
         self._layout = layout

@@ -78,17 +78,10 @@ def sample_rows(
     beta: Tensor | float,
     size: int | None = None,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Draw, and copy the transitions; one call of a kernel if there is one.
-
-    Args:
-        table, n, generator, selection, beta, size: see `sample_weighted`.
-        ring: the transitions.
+    """Draw as `sample_weighted`, and copy the transitions; one call of a kernel if there is one.
 
     Returns:
         Transitions, a tensor per key; slots, weights, and generations as the ring counts them.
-
-    Raises:
-        EmptyBufferError: too few slots can be drawn, or none.
     """
     trees = table.trees
     ops: Any = ring.operations(n)

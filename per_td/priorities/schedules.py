@@ -47,11 +47,7 @@ class LinearSchedule:
 
 
 def as_schedule(value: object) -> LinearSchedule | None:
-    """Check and return a schedule, which a file holds as a dictionary.
-
-    Raises:
-        ConfigurationError: it is neither None nor a `LinearSchedule`.
-    """
+    """Check a schedule, which a file holds as a dictionary, or raise ConfigurationError."""
     if isinstance(value, dict) and set(value) == {"start", "end", "steps"}:
         value = LinearSchedule(**value)
     if value is None or isinstance(value, LinearSchedule):

@@ -138,12 +138,7 @@ def sample_selected(
 
 
 class Age:
-    """Ages of the transitions in slots: 0 is the newest.
-
-    Args:
-        ever: number of transitions ever written, int64 [S, 1].
-        capacity: number of slots of each ring.
-    """
+    """Ages of the transitions in slots, 0 for the newest; `ever` were written, int64 [S, 1]."""
 
     def __init__(self, ever: Tensor, capacity: int) -> None:
         self.ever, self.capacity = ever, capacity
@@ -187,16 +182,10 @@ def _draw(
     newest: Tensor | None,
     latest: int,
 ) -> _Drawn:
-    """Draw in proportion to the masses of some trees.
+    """Draw in proportion to the masses of some trees, in the way that the table's settings say.
 
-    Args:
-        table: its settings say how to draw.
-        by: one of `BY`.
-        n, generator: see `sample_selected`.
-        age: of the transitions.
-        newest: number of the transitions to draw from, int64 [S, 1]; None: all.
-        latest: so many of the last draws may give way to others, so the strata are those of the
-            draws before.
+    Only the `newest` transitions, int64 [S, 1], can be drawn; None: all. The last `latest` draws
+    may give way to others, so the strata are those of the draws before.
     """
     trees = _trees(table, by)
     window = None if newest is None else window_of(trees, age.slot(newest - 1), newest)
@@ -219,13 +208,9 @@ def _draw(
 def _smallest(
     table: PriorityTable, by: str, age: Age, latest: int, newest: Tensor | None
 ) -> Tensor:
-    """Return the smallest positive mass of all but the latest, float64 [S, 1]; inf for none.
+    """Return the smallest positive mass of all but the `latest`, float64 [S, 1]; inf for none.
 
     By "inverse" it is searched, in O(N).
-
-    Args:
-        table, by, age, newest: see `_draw`.
-        latest: number of newest transitions to leave out.
     """
     trees, window = _trees(table, by), None
     end = age.size if newest is None else newest
@@ -245,11 +230,7 @@ def _smallest(
 def _newest(table: PriorityTable, latest: int, age: Age) -> tuple[Tensor, Tensor]:
     """The slots of the newest transitions, the newest last, int64 [S, latest].
 
-    Returns:
-        The slots, and False for those whose mass is 0, bool [S, latest].
-
-    Raises:
-        EmptyBufferError: there are fewer transitions.
+    Also bool [S, latest], False for those of mass 0. EmptyBufferError if there are fewer.
     """
     few = age.ever < latest
     if validation.can_raise(few) and few.any():

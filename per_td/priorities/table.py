@@ -31,12 +31,7 @@ _LARGEST = torch.finfo(torch.float32).max
 
 
 def as_clip(value: Any) -> tuple[float | None, float | None] | None:
-    """Check and return bounds of priorities, which a file holds as a dictionary.
-
-    Raises:
-        ConfigurationError: it is neither None nor a pair of bounds in order, each a number of at
-            least 0 or None.
-    """
+    """Check bounds of priorities, a dictionary in a file, or raise ConfigurationError."""
     if value is None:
         return None
     if isinstance(value, dict) and set(value) == {"low", "high"}:
@@ -58,11 +53,7 @@ def plain_clip(clip: tuple[float | None, float | None] | None) -> dict[str, floa
 
 
 def as_mode(mode: str = "set", rate: float = 1.0) -> dict[str, Any]:
-    """Check how updates change priorities; return the arguments for `PriorityTable.update`.
-
-    Raises:
-        ConfigurationError: there is no such mode, a rate is not in [0, 1], or it has no use.
-    """
+    """Check how updates change priorities; return the arguments for `PriorityTable.update`."""
     if isinstance(mode, str) and mode == "set" and isinstance(rate, float) and rate == 1.0:
         return {}  # as nearly always
     mode, rate = validation.one_of("mode", mode, MODES), validation.real("rate", rate, high=1.0)
@@ -72,11 +63,7 @@ def as_mode(mode: str = "set", rate: float = 1.0) -> dict[str, Any]:
 
 
 def check_choices(capacity: int, settings: dict[str, Any]) -> dict[str, str]:
-    """Check and return the settings of `CHOICES`, beside a `uniform_mix`.
-
-    Raises:
-        ConfigurationError: a value is none of those, or two do not go together.
-    """
+    """Check the settings of `CHOICES`, beside a `uniform_mix`, or raise ConfigurationError."""
     chosen = {key: validation.one_of(key, settings[key], CHOICES[key]) for key in CHOICES}
     draws.check_method(chosen["method"], chosen["draw"], capacity)
     share = validation.real("uniform_mix", settings["uniform_mix"], high=1.0)
@@ -250,12 +237,7 @@ class PriorityTable:
         self._uniform_mix = self.require_mix(value)
 
     def require_mix(self, value: float) -> float:
-        """Check and return a `uniform_mix`, and make the trees that it needs.
-
-        Raises:
-            ConfigurationError: it is not in [0, 1], or does not go together with `draw`; or other
-                processes would not know of the trees.
-        """
+        """Check a `uniform_mix`, and make the trees that it needs, or raise ConfigurationError."""
         value = validation.real("uniform_mix", value, high=1.0)
         if value:
             check_choices(self.capacity, self.arguments | {"uniform_mix": value})
@@ -310,13 +292,9 @@ class PriorityTable:
         self.choose(weight_normalization=value)
 
     def choose(self, **changes: str) -> None:
-        """Change settings, all or none.
+        """Change settings, all or none: draw, method, weight_normalization or new_priority.
 
-        Args:
-            changes: draw, method, weight_normalization (O(N) for "buffer") or new_priority.
-
-        Raises:
-            ConfigurationError: a value is not one of those accepted, or two exclude each other.
+        The weight_normalization "buffer" costs O(N). What is refused raises ConfigurationError.
         """
         self._choose(check_choices(self.capacity, self.arguments | changes))
 
@@ -429,18 +407,11 @@ class PriorityTable:
     # --- writing ----------------------------------------------------------------------------------
 
     def check_initial(self, priority: Any, index: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Check priorities supplied for new transitions.
+        """Check priorities supplied for new transitions, one per index, int64 [n] or [S, n].
 
-        Args:
-            priority: one per index.
-            index: int64 [n] or [S, n].
-            mask: bool, in the shape of `index`; False allows any value.
-
-        Returns:
-            float32, in the shape of `index`; -1 marks those refused on the device.
-
-        Raises:
-            PriorityError: wrong shape or dtype, NaN, infinite or negative (refused on CUDA).
+        Returns float32 like `index`; -1 marks those refused on the device. Where `mask` is False,
+        any value is allowed. PriorityError: shape or dtype are wrong, or a value is NaN, infinite
+        or negative.
         """
         given = validation.as_values("priority", priority, index)
         valid = validation.require_finite("priority", given, low=0.0, wanted=mask)
@@ -450,13 +421,9 @@ class PriorityTable:
         """Set the priorities of new transitions; where a slot occurs twice, its last one holds.
 
         Args:
-            index: slots, int64 [n] or [S, n].
+            index: slots, int64 [n] or [S, n]; on CUDA nobody looks if they exist.
             priority: result of `check_initial`; None: that of `for_new`.
             mask: bool, False for slots that were not written; not for ranks, which count all.
-
-        Raises:
-            IndexRangeError: an index names no slot (unchecked on CUDA).
-            PriorityError: there is not one priority per index.
         """
         trees = self.trees
         if priority is not None:
@@ -615,9 +582,7 @@ class PriorityTable:
     def fill(self, priority: Tensor, mass: Tensor | None = None) -> None:
         """Set the priorities of the first slots, and 0 for the others, in O(N); none is replayed.
 
-        Args:
-            priority: float32 [n] or [S, n].
-            mass: their masses, in the same shape; None computes them.
+        Priorities and their masses are float32 [n] or [S, n]; without masses, they are computed.
         """
         n, trees = priority.shape[-1], self.trees
         if n > self.capacity:
@@ -640,11 +605,7 @@ class PriorityTable:
         self.fill(priority, mass)
 
     def void(self, runs: Sequence[tuple[int, int]]) -> None:
-        """Set the priorities of a run of slots of each group to 0; then `rebuild`.
-
-        Args:
-            runs: first slot and length, around the end.
-        """
+        """Set the priorities of a run (first slot, length) of each group to 0; then `rebuild`."""
         for s, (start, n) in enumerate(runs):
             index = torch.arange(start, start + n, device=self.device).remainder_(self.capacity)
             self.trees.priorities[s, index] = 0.0
@@ -682,10 +643,9 @@ class PriorityTable:
             side.follow_all(new=False)
 
     def check_valid(self) -> None:
-        """Look for damage, in O(N), for ranks in O(N log N); on CUDA the host waits.
+        """Raise PerTdError unless the priorities give all masses and nodes.
 
-        Raises:
-            PerTdError: an invariant is broken: the priorities give all masses and nodes.
+        It takes O(N), for ranks O(N log N); on CUDA the host waits.
         """
         trees, require = self.trees, validation.require_valid
         trees.check_valid()

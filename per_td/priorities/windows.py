@@ -44,13 +44,7 @@ class Window(NamedTuple):
 
 
 def window_of(trees: Trees, first: Tensor, length: Tensor) -> Window:
-    """Cover runs of slots by nodes.
-
-    Args:
-        trees: the trees.
-        first: first slot of each run, int64 [S, 1].
-        length: slots of each run, around the end, at most the capacity, int64 [S, 1].
-    """
+    """Cover runs of slots by nodes: first slot and length, around the end, int64 [S, 1] each."""
     layout, capacity = trees.layout, trees.layout.capacity
     end = first + length
     begin = torch.cat([first, torch.zeros_like(first)], 1)
@@ -92,8 +86,7 @@ def _numbers(values: list[int], device: torch.device) -> Tensor:
 def find_in(window: Window, point: Tensor) -> tuple[Tensor, Tensor]:
     """Find the slots at points in [0, total of the run), float64 [S, B].
 
-    Returns:
-        Slots int64 and their masses float32, [S, B].
+    Slots are int64, and their masses float32, [S, B].
     """
     trees, layout = window.trees, window.trees.layout
     chosen = child_at(window.prefix, point)

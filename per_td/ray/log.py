@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from per_td.checkpoint.atomic import sync_folder
 from per_td.errors import CheckpointError
 from per_td.ray.wire import Packed
 
@@ -107,16 +108,8 @@ class WriteAheadLog:
         if self._file is not None:
             self._file.close()
         self._file = path.open("ab", buffering=0)
-        self._sync_names()
-
-    def _sync_names(self) -> None:
-        """With `fsync`, bring the folder's entries to the disk: without them a file is lost."""
         if self.fsync:
-            folder = os.open(self.folder, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            sync_folder(self.folder)  # without the folder's entries, a file is lost
 
 
 def _locked(path: Path) -> BinaryIO:

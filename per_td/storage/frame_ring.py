@@ -27,17 +27,9 @@ _ENV: Key = ()
 class FrameRing(RingStorage):
     """A ring that takes and gives whole stacks, and stores references to frames.
 
-    Where a slot's frames are overwritten before its transition is, `dead` names it.
-
-    Args:
-        capacity, device, layout, memory, reserved: those of `RingStorage`.
-        frames: number of frames in a stack, by key.
-        num_envs: number of environments.
-        num_frames: frames kept of each key; None: 1.06 for each slot, and a stack for each
-            environment.
-
-    Raises:
-        ConfigurationError: an argument is not one of those accepted.
+    Where a slot's frames are overwritten before its transition is, `dead` names it. `frames` has
+    the number of frames in a stack by key; `num_frames` are kept of each key, or by default 1.06
+    for each slot, and a stack for each environment. The other arguments are those of `RingStorage`.
     """
 
     @torch.inference_mode(False)
@@ -346,11 +338,7 @@ def make_ring(
     num_frames: int | None,
     reserved: tuple[str, ...] = (),
 ) -> RingStorage:
-    """Make the ring that these arguments of a buffer ask for.
-
-    Raises:
-        ConfigurationError: an argument is not one of those accepted, or they do not go together.
-    """
+    """Make the ring that these arguments of a buffer ask for, or raise ConfigurationError."""
     if frames is None:
         for name, value in (("num_envs", num_envs), ("num_frames", num_frames)):
             if value is not None:

@@ -35,10 +35,8 @@ _PART = 128
 def depths_of(frames: Any) -> dict[Key, int]:
     """Check the argument `frames`; return the number of frames of a stack by key.
 
-    The keys are in the order of the nested dict that a state holds.
-
-    Raises:
-        ConfigurationError: it is not a dict of such numbers by key.
+    The keys are in the order of the nested dict that a state holds. Anything else raises
+    ConfigurationError.
     """
     depths: dict[Key, int] = {}
     for name, depth in frames.items() if isinstance(frames, Mapping) else ():
@@ -64,11 +62,7 @@ def depths_of(frames: Any) -> dict[Key, int]:
 
 
 def size_of(num_frames: int | None, capacity: int, depth: int, envs: int) -> int:
-    """Number of frames that are kept.
-
-    Raises:
-        ConfigurationError: `num_frames` is too small for one transition, or too large.
-    """
+    """Number of frames to keep; ConfigurationError if too few for a transition, or too many."""
     least, most = 2 * depth, 2**31 - 2  # references are int32
     size = math.ceil(_SPARE * capacity) + depth * envs
     if num_frames is not None:
@@ -161,11 +155,7 @@ class FrameStore:
     # --- memory -----------------------------------------------------------------------------------
 
     def field_of(self, stacks: Field, following: Field | None) -> Field:
-        """Check the fields of both stacks; return that of a frame.
-
-        Raises:
-            SchemaError: they are not two stacks of `depth` frames of one shape and dtype.
-        """
+        """Check that both are fields of stacks of `depth` frames; return that of a frame."""
         first, second = map(named, self.keys)
         if following is None:
             raise SchemaError(f"{second}: expected the next stack of frames, got none")
@@ -184,11 +174,7 @@ class FrameStore:
 
     @torch.inference_mode(False)
     def allocate(self, field: Field) -> None:
-        """Make the memory for frames like this.
-
-        Raises:
-            AllocationError, DiskAllocationError: there is not enough memory.
-        """
+        """Make the memory for frames like this."""
         length = (self.size + 1) * field.bytes
         what = f"{self.size} frames of {named(self.key)}"
         with allocating(what, length, self.kind.advice):
@@ -277,11 +263,7 @@ class FrameStore:
             self.since = 0
 
     def check_valid(self, filled: int) -> None:
-        """Look for damage in the counts and in what the first `filled` slots refer to.
-
-        Raises:
-            PerTdError: it names the broken invariant.
-        """
+        """Raise PerTdError for damage in the counts, or in the first `filled` slots."""
         require, (cursor, floor) = validation.require_valid, self.page.tolist()
         name, low = named(self.key), self.low
         require(min(floor, cursor) >= 0, f"the counts of frames of {name} are at least 0")

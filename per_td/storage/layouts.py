@@ -91,11 +91,7 @@ def bytes_of(layout: str, fields: list[Field], rows: int) -> int:
 def views_of(layout: str, fields: list[Field], block: Tensor, rows: int) -> list[Tensor]:
     """View the fields of `rows` transitions, [rows, ...] each, in a block of bytes.
 
-    Args:
-        layout: "columns" or "records".
-        fields: fields of a transition.
-        block: uint8 [bytes_of(layout, fields, rows)].
-        rows: number of transitions.
+    The block is uint8 [bytes_of(layout, fields, rows)].
     """
     if layout == "columns":
         return [

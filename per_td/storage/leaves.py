@@ -91,11 +91,7 @@ def tensordict_of(
 
 
 def entries_of(batch: Any, *keys: str) -> list[Any]:
-    """Get the entries of a TensorDict, tensorclass or dict under `keys`.
-
-    Raises:
-        SchemaError: `batch` is none of these, or lacks one of the keys.
-    """
+    """Get the entries of a TensorDict, tensorclass or dict under `keys`, or raise SchemaError."""
     if is_tensorclass(batch):
         batch = batch._tensordict
     if not isinstance(batch, Mapping):
@@ -108,12 +104,9 @@ def entries_of(batch: Any, *keys: str) -> list[Any]:
 
 
 def leaves_of(transitions: Any) -> Leaves:
-    """Collect all tensors of a TensorDict, tensorclass or dict, by key.
+    """Collect all tensors of a TensorDict, tensorclass or dict, by key, or raise SchemaError.
 
     In a plain dict, arrays and numbers become tensors.
-
-    Raises:
-        SchemaError: `transitions` is none of these, or an entry is not a tensor.
     """
     leaves: Leaves = {}
     _collect(transitions, (), leaves)
@@ -150,11 +143,7 @@ def _items(source: Any, prefix: Key) -> Iterable[tuple[str, Any]]:
 
 
 def _stacked(source: LazyStackedTensorDict, prefix: Key) -> Iterable[tuple[str, Any]]:
-    """Entries of a lazy stack, which itself would leave out those that some parts lack.
-
-    Raises:
-        SchemaError: a part lacks an entry, or the entries do not stack.
-    """
+    """Entries of a lazy stack, of which its own items() leaves some out, or SchemaError."""
     parts = [set(part.keys()) for part in source.tensordicts]
     for name in sorted(set.union(set(), *parts)):
         key = named((*prefix, name))

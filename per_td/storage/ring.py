@@ -38,14 +38,11 @@ class RingStorage:
 
     Args:
         capacity: number of slots of each ring.
-        device: where the transitions are brought to by `read`.
+        device: device to which transitions are read.
         layout: "columns", "records" or "auto"; see `per_td.storage.layouts`.
-        memory: kind of memory they live in; None: that of the device.
+        memory: kind of memory of the transitions; None: that of the device.
         groups: S rings, with results of shape [S, ...]; None: one, without.
         reserved: keys that transitions may not have, beside those of every batch.
-
-    Raises:
-        ConfigurationError: `layout` is none of these.
     """
 
     epoch = 0
@@ -174,13 +171,10 @@ class RingStorage:
         return 0 if self._block is None else self._block.nbytes
 
     def generation(self, index: Tensor) -> Tensor:
-        """Generations of the slots `index`, counted since the last change of capacity.
+        """Generations of the slots `index`, int64 [B] or [S, B], since the last change of capacity.
 
         The generation is how often the ring had wrapped when the slot was written; -1 if it never
         was.
-
-        Args:
-            index: int64 [B] or [S, B].
         """
         slot = index.view(self.groups, -1)
         ever = self.written.unsqueeze(-1)
@@ -195,11 +189,9 @@ class RingStorage:
         return generation + self.epoch if self.epoch else generation
 
     def check_valid(self) -> None:
-        """Look for damage; on CUDA the host waits.
+        """Raise PerTdError for damage; on CUDA the host waits.
 
-        Raises:
-            PerTdError: it names the broken invariant: counts are in range and agree, and there is
-                a row of memory for every slot.
+        Counts are in range and agree, and there is a row of memory for every slot.
         """
         require = validation.require_valid
         require((self.written >= 0).all(), "the write count is at least 0")
@@ -217,11 +209,7 @@ class RingStorage:
     def check(self, transitions: Any, *, batched: bool = True) -> tuple[Leaves, int]:
         """Check transitions [n] or [S, n], or one of each ring, [] or [S]; nothing is written.
 
-        Returns:
-            Leaves [S * n, ...] by key (of one transition of one ring, [...] will do), and n.
-
-        Raises:
-            SchemaError: see `Schema.check`.
+        Returns leaves [S * n, ...] by key (of one transition of one ring, [...] will do), and n.
         """
         return self._schema.check(transitions, self.lead, batched=batched)
 
@@ -236,15 +224,9 @@ class RingStorage:
         return self._schema.check_leaves(leaves, self.lead)
 
     def with_env(self, leaves: Leaves, n: int, env: Any) -> Leaves:
-        """Add the environments of `n` transitions to checked leaves, where frames need them.
+        """Add the environment of each of `n` transitions, integers [n], where frames need them.
 
-        Args:
-            leaves: from `check`.
-            n: number of transitions.
-            env: environment of each, integers [n], or None.
-
-        Raises:
-            ConfigurationError: nothing here needs it.
+        Here nothing needs them, and ConfigurationError refuses any.
         """
         if env is not None:
             raise ConfigurationError(
@@ -255,9 +237,7 @@ class RingStorage:
     def allocate(self, leaves: Leaves) -> None:
         """Allocate memory for transitions like those in `leaves` [n, ...], unless done before.
 
-        Raises:
-            AllocationError: there is not enough memory; nothing is fixed then.
-            DiskAllocationError: the same of files.
+        If there is not enough memory, nothing is fixed.
         """
         if not self._leaves:
             self._fix(leaves)
@@ -309,8 +289,8 @@ class RingStorage:
     def runs(self, n: int, mask: Tensor | None = None) -> tuple[Runs, Tensor | int]:
         """Runs of slots for the next `n` transitions of each ring, and the write counts after them.
 
-        Returns:
-            First slot and length for each ring, around the end; int64 [S], or a number for one.
+        A run is a first slot and a length, around the end. The counts are int64 [S], or a number
+        for one.
         """
         capacity = self.capacity
         one = None if mask is not None else self._one
@@ -443,9 +423,8 @@ class RingStorage:
     def gather(self, index: Tensor) -> tuple[list[Tensor], Tensor]:
         """Copies of the transitions in the slots `index` [B] or [S, B], and their `generation`.
 
-        Returns:
-            Contiguous tensors, like `index` with the rest of their shape, in the order of the keys;
-            int64, like `index`.
+        Contiguous tensors, like `index` with the rest of their shape, in the order of the keys;
+        int64, like `index`.
         """
         operations = self.operations(index.shape[-1])
         if operations is None:
@@ -487,9 +466,7 @@ class RingStorage:
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuse the transitions of a state that `restore` will not take.
 
-        Raises:
-            SchemaError: they are not like those in here.
-            CheckpointError: they refer to frames.
+        SchemaError if they are not like those in here, CheckpointError if they refer to frames.
         """
         if state.get("frames") is not None:
             raise CheckpointError(
@@ -535,11 +512,7 @@ class RingStorage:
 
 
 def as_mask(mask: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """`mask` as bool of this shape on `device`.
-
-    Raises:
-        SchemaError: it is not of dtype bool, or of another shape.
-    """
+    """`mask` as bool of this shape on `device`, or SchemaError."""
     mask = validation.as_tensor("mask", mask, SchemaError)
     mask = mask if mask.numel() else mask.bool()  # an empty list has no dtype
     if mask.dtype != torch.bool or mask.shape != shape:

@@ -35,17 +35,11 @@ class Schema:
     def check(
         self, transitions: Any, lead: tuple[int, ...] = (), *, batched: bool = True
     ) -> tuple[Leaves, int]:
-        """Check transitions.
+        """Check transitions: a TensorDict, tensorclass or dict of tensors.
 
-        Args:
-            transitions: TensorDict, tensorclass or dict of tensors, of batch size [*lead, n]; of
-                one transition [*lead].
-            lead: [S] with many buffers.
-            batched: expect [*lead, n], not [*lead].
-
-        Returns:
-            Leaves by key with one dimension for all transitions, and n. That dimension may be
-            missing for one transition without a lead.
+        Its batch size is [*lead, n], or [*lead] of one transition, if not `batched`; `lead` is [S]
+        with many buffers. Returns leaves by key with one dimension for all transitions, and n. That
+        dimension may be missing for one transition without a lead.
 
         Raises:
             SchemaError: keys, shapes or dtypes are not those of the fields, a key is reserved, a

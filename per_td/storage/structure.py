@@ -66,11 +66,7 @@ class Structure:
 
     @classmethod
     def from_state(cls, state: str) -> "Structure":
-        """Read what `state` gave; tensorclasses are TensorDicts now.
-
-        Raises:
-            ValueError: it is something else.
-        """
+        """Read what `state` gave, or raise ValueError; tensorclasses are TensorDicts now."""
         nodes: dict[Key, Node] = {}
         try:
             for key, batch, names in json.loads(state):
