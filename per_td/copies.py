@@ -7,8 +7,6 @@ from typing import Any, Self, SupportsIndex
 
 import torch
 
-__all__ = ["Copied"]
-
 _this_thread = threading.local()
 
 

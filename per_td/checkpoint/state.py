@@ -18,8 +18,7 @@ from per_td.errors import (
 from per_td.priorities.table import PriorityTable, plain_clip
 from per_td.storage.frame_ring import stand_ins
 from per_td.storage.leaves import nested
-from per_td.storage.moves import Move
-from per_td.storage.ring import RingStorage
+from per_td.storage.ring import Move, RingStorage
 from per_td.storage.structure import Structure
 
 FORMAT = "per_td.PrioritizedReplayBuffer"

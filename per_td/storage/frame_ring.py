@@ -14,11 +14,8 @@ from per_td.memory import Memory
 from per_td.storage.frame_store import GONE, FrameStore, depths_of, size_of
 from per_td.storage.layouts import Field
 from per_td.storage.leaves import Key, Leaves, flattened, named, nested
-from per_td.storage.moves import Move
-from per_td.storage.ring import RingStorage
+from per_td.storage.ring import Move, RingStorage
 from per_td.storage.structure import Structure
-
-__all__ = ["FrameRing", "make_ring", "stand_ins"]
 
 _ENV: Key = ()
 """Key of the environments among checked leaves, which no entry of a user can have."""

@@ -14,7 +14,7 @@ from per_td.kernels.frame_search import factors
 from per_td.memory import Memory, allocating
 from per_td.storage.layouts import Field
 from per_td.storage.leaves import Key, flattened, named, nested
-from per_td.storage.moves import Move
+from per_td.storage.ring import Move
 
 LOOK_BACK = 32
 """Writes of an environment for which its frames are looked for: more than n + k for n-step."""
