@@ -4,6 +4,8 @@ Indexing a TensorDict costs several times as much as indexing its tensors. The r
 """
 
 from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,10 +18,24 @@ from per_td import kernels
 from per_td.errors import SchemaError
 from per_td.kernels import reference
 from per_td.storage.leaves import tensordict_of
-from per_td.storage.rows import Rows
 from per_td.validation import plain_rows, require_plain
 
 _TENSORS = (Tensor, MemoryMappedTensor)
+
+
+@dataclass
+class _Rows:
+    """One ring of rows in tensors of other owners; see `per_td.kernels.parts.Rows`."""
+
+    columns: Sequence[Tensor]  # [capacity, ...], on one device
+    capacity: int
+    groups: int = 1
+    record: Any = None
+
+    @property
+    def starts(self) -> Tensor:
+        """First row of the ring, int64 [1, 1]."""
+        return torch.zeros(1, 1, dtype=torch.int64, device=self.columns[0].device)
 
 
 class _Leaf(NamedTuple):
@@ -129,8 +145,8 @@ class Columns:
         self._no_slots = columns[at][:0]
         packed = all(column[:1].is_contiguous() for column in columns)
         self._operations = kernels.operations(columns[0].device) if packed else reference
-        self._written = Rows(columns, self.capacity)
-        self._drawn = Rows([*columns[:at], *columns[at + 1 :], generation], self.capacity)
+        self._written = _Rows(columns, self.capacity)
+        self._drawn = _Rows([*columns[:at], *columns[at + 1 :], generation], self.capacity)
 
     @classmethod
     def of(cls, data: Any, generation: Tensor) -> "Columns | None":

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from array import array
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -26,7 +27,6 @@ from per_td.kernels import reference
 from per_td.kernels.layout import Layout
 from per_td.priorities.sampling import sample_weighted
 from per_td.priorities.table import PriorityTable
-from per_td.storage.rows import Rows
 from per_td.tree import Trees
 from per_td.weights import mass_of
 from tests.support.choices import CHOICES, COMPILED
@@ -418,8 +418,14 @@ def test_a_table_in_shared_memory_goes_on_working(groups, monkeypatch):
 ROWS = {"groups": 3, "capacity": 5}
 
 
-class Rings(Rows):
+@dataclass
+class Rings:
     """S rings, one after the other in each column."""
+
+    columns: list[torch.Tensor]
+    capacity: int
+    groups: int
+    record = None
 
     @property
     def starts(self) -> torch.Tensor:
