@@ -239,8 +239,8 @@ class NStepWriter:
                 gets that of its first step. None leaves it to the buffer. Either all calls bring
                 priorities, or none. To give priorities to finished transitions, hand the writer an
                 object whose `extend(td)` computes them.
-            mask: bool [B]. Rows where it is False are skipped. On CUDA the host does not wait for
-                `mask`, but it waits for `env`.
+            mask: bool [B]. Rows where it is False are skipped, also if their priority is not valid.
+                On CUDA the host does not wait for `mask`, but it waits for `env`.
 
         Returns:
             Result of `buffer.extend`, such as slots; None if no transition was finished.
@@ -261,7 +261,7 @@ class NStepWriter:
         leaves = {key: validation.plain_rows(leaf.detach(), device) for key, leaf in leaves.items()}
         at = self._rows_of(env, rows, device)
         part = None if mask is None else as_mask(mask, (rows,), device)
-        given = self._check_priority(priority, rows, device)
+        given = self._check_priority(priority, rows, device, part)
         if not rows:
             return None
         if self._pending is None:
@@ -485,8 +485,10 @@ class NStepWriter:
             raise IndexRangeError(f"env: expected each environment once, got {int(twice[0])} again")
         return validation.to_device(at, device)
 
-    def _check_priority(self, priority: Any, rows: int, device: torch.device) -> Tensor | None:
-        """Initial priorities, float32 [B] on `device`, or None."""
+    def _check_priority(
+        self, priority: Any, rows: int, device: torch.device, part: Tensor | None
+    ) -> Tensor | None:
+        """Initial priorities, float32 [B] on `device`, or None; 0 for rows that take no `part`."""
         before = None if self._pending is None else self._pending.prioritized
         if before not in (None, priority is not None):
             wanted, got = ("some", "none") if before else ("none", "some")
@@ -507,8 +509,8 @@ class NStepWriter:
             pass
         index = torch.empty(rows, dtype=torch.int64, device=device)
         values = validation.as_values("priority", priority, index)
-        validation.require_finite("priority", values, low=0.0)
-        return values
+        validation.require_finite("priority", values, low=0.0, wanted=part)
+        return values if part is None else values.where(part, 0.0)
 
     # --- pending steps ----------------------------------------------------------------------------
 

@@ -455,6 +455,18 @@ def test_initial_priorities_are_those_of_the_first_steps():
     assert buffer.priority.tolist() == [1, 10, 2, 11, 3, 12, 4, 13]
 
 
+@pytest.mark.parametrize("many", [None, 2])
+def test_a_row_that_is_skipped_may_have_any_priority(many):
+    buffer = PrioritizedReplayBuffer(100, num_buffers=many)
+    writer = NStepWriter(buffer, 1, 0.9, 2)
+    td = steps(2, 1, generator=seeded(10), ends=0.0)[:, 0]
+    writer.add(td, priority=[math.nan, 3.0], mask=[False, True])
+    assert buffer.priority[buffer.priority > 0].tolist() == [3.0]
+    with pytest.raises(PriorityError, match="priority: expected finite values"):
+        writer.add(td, priority=[math.nan, 3.0], mask=[True, False])
+    assert buffer.write_count == 1
+
+
 def test_add_returns_the_slots_or_none():
     buffer = PrioritizedReplayBuffer(100)
     writer = NStepWriter(buffer, 2, 0.9, 2)
