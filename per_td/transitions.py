@@ -50,7 +50,10 @@ def _observation(name: str, value: Any, rows: int | None) -> Tensor:
     """
     plain = rows is None and isinstance(value, np.ndarray) and value.dtype.kind == "f"
     if plain and value.flags.carray:
-        return torch.from_numpy(value[None].astype(np.float32, copy=False))
+        try:
+            return torch.from_numpy(value[None].astype(np.float32, copy=False))
+        except ValueError:  # backward strides, of a dimension of size 1
+            value = np.array(value, order="C")
     tensor = _rows(name, validation.as_tensor(name, value, SchemaError), rows)
     if tensor.is_complex():
         raise SchemaError(f"{name}: expected real numbers, got {tensor.dtype}")

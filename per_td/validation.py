@@ -261,22 +261,41 @@ def refuse_transform(error: BaseException) -> None:
 
 
 def as_tensor(name: str, value: Any, error: type[PerTdError]) -> Tensor:
-    """Convert a tensor, array, sequence or number to a dense, detached tensor, or raise `error`."""
+    """Convert a tensor, array, sequence or number to a dense, detached tensor, or raise `error`.
+
+    A tensor stays on its device; all else comes to the CPU, whatever torch's default device is.
+    """
     try:
-        if isinstance(value, np.ndarray) and not (value.flags.carray and value.dtype.isnative):
-            # torch does not share backward strides, swapped bytes or memory that is read-only
-            value = np.array(value, dtype=value.dtype.newbyteorder("="), order="C")
-        first = value
-        while isinstance(first, list | tuple) and first:
-            first = first[0]
-        dtype = torch.float32 if type(first) is float else None  # whatever torch's default is
-        tensor: Tensor = torch.as_tensor(value, dtype=dtype).detach()
+        tensor: Tensor
+        if isinstance(value, Tensor):
+            tensor = value.detach()
+        else:
+            if isinstance(value, np.ndarray) and not _is_shareable(value):
+                value = np.array(value, dtype=value.dtype.newbyteorder("="), order="C")
+            plain = torch.get_default_dtype() is torch.float32 or not _holds_float(value)
+            dtype = None if plain else torch.float32
+            tensor = torch.as_tensor(value, dtype=dtype, device="cpu")
     except _REFUSALS as refusal:
         raise error(
             f"{name}: expected a tensor, an array or numbers, got {type(value).__name__}: {refusal}"
         ) from refusal
     require_plain(name, tensor, error)
     return tensor.resolve_neg()
+
+
+def _is_shareable(array: np.ndarray[Any, Any]) -> bool:
+    """False for backward or odd strides, swapped bytes and read-only memory, which torch refuses.
+
+    numpy says nothing of the strides of dimensions of size 1.
+    """
+    odd = any(step < 0 or step % max(1, array.itemsize) for step in array.strides)
+    return array.flags.carray and array.dtype.isnative and not odd
+
+
+def _holds_float(value: Any) -> bool:
+    """True if a Python float is among nested numbers: torch would take its default dtype."""
+    several = isinstance(value, list | tuple)
+    return any(map(_holds_float, value)) if several else type(value) is float
 
 
 def as_index(

@@ -18,6 +18,7 @@ from per_td import (
     PrioritizedReplayBuffer,
     SumTree,
     TransitionReplayBuffer,
+    functional,
     memory,
 )
 from tests.support.oracle import data
@@ -261,10 +262,58 @@ def test_the_default_dtype_of_the_caller_changes_nothing(dtype, settings):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_lists_of_numbers_are_float32_whatever_the_default_dtype(dtype):
+    buffer = PrioritizedReplayBuffer(4, eps=0.0)
+    torch.set_default_dtype(dtype)
+    try:
+        buffer.extend({"x": [0, 0.1, 70000.0], "k": [1, 2, 3], "nest": {"y": [[1], [2], [1e-8]]}})
+        buffer.set_priority([0, 1], [1, 1e-8])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    transitions = buffer.transitions
+    assert transitions["x"].tolist() == np.float32([0, 0.1, 70000.0]).tolist()
+    assert transitions["nest", "y"][2].item() == np.float32(1e-8)
+    assert transitions["k"].dtype is torch.int64
+    assert buffer.priority.tolist() == np.float32([1, 1e-8, 1]).tolist()
+
+
+def test_tensors_and_numbers_are_taken_from_the_cpu_whatever_the_default_device():
+    """A device without values, onto which torch.as_tensor moves all that it is given."""
+    buffer = PrioritizedReplayBuffer(8, 4, device="cpu", num_buffers=2)
+    cpu = {"device": "cpu"}
+    with torch.device("meta"):
+        x = torch.arange(4.0, **cpu).view(2, 2)
+        buffer.extend({"x": x}, priority=x + 1, mask=torch.ones(2, 2, dtype=torch.bool, **cpu))
+        buffer.add({"x": np.float32([5.0, 6.0])}, priority=[7.0, 8.0], mask=[True, False])
+        index = torch.zeros(2, 1, dtype=torch.int32, **cpu)
+        buffer.update_priority(index, torch.full((2, 1, 1), 3.0, dtype=torch.float64, **cpu))
+        drawn, _ = functional.draw(torch.ones(5, dtype=torch.float64, **cpu), 3)
+    assert drawn.is_cpu
+    priorities = [[3 + 1e-6, 2, 7], [3 + 1e-6, 4, 0]]
+    assert buffer.priority[:, :3].tolist() == np.float32(priorities).tolist()
+
+
+@pytest.mark.parametrize("push", [True, False])
+def test_arrays_of_one_row_may_have_any_strides(push):
+    """numpy calls them contiguous: the strides of a dimension of size 1 do not matter to it."""
+    back = np.ones((1, 3), np.float32)[::-1]
+    part = np.ones(1, [("r", "f8"), ("d", "f4")])["r"]
+    if push:
+        buffer = TransitionReplayBuffer(4)
+        buffer.push(back, 0, part, back, False)
+        assert buffer.sample(1)[0].tolist() == [[[1.0] * 3]]
+        return
+    buffer = PrioritizedReplayBuffer(4, 2)
+    buffer.extend({"x": back, "r": part})
+    buffer.update_priority([0], part[::-1])
+    assert buffer.transitions["x"].tolist() == [[1.0] * 3]
+
+
 _MAKERS = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn"}
-_MAKERS |= {"randperm", "scalar_tensor", "tensor", "zeros"}
-_INTEGERS = {"arange", "randint", "randperm"}
-"""Made of integers, they are int64 whatever the default dtype."""
+_MAKERS |= {"as_tensor", "randperm", "scalar_tensor", "tensor", "zeros"}
+_OF_THEIR_OWN = {"arange", "as_tensor", "randint", "randperm"}
+"""int64 whatever the default dtype, or of the dtype of what is given."""
 
 
 def careless(source: str) -> list[str]:
@@ -274,7 +323,7 @@ def careless(source: str) -> list[str]:
         if not (isinstance(node, ast.Call) and ast.unparse(node.func).startswith("torch.")):
             continue
         name, given = ast.unparse(node.func)[6:], {keyword.arg for keyword in node.keywords}
-        needed = {"device"} if name in _INTEGERS else {"dtype", "device"}
+        needed = {"device"} if name in _OF_THEIR_OWN else {"dtype", "device"}
         if name in _MAKERS and needed - given:
             found.append(ast.unparse(node))
     return found

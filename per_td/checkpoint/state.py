@@ -156,7 +156,7 @@ def _moves(ring: RingStorage, state: dict[str, Any]) -> list[Move]:
             f" got {settings.get('num_buffers')}"
         )
     capacity = settings["capacity"]
-    counts = torch.as_tensor(state["write_count"]).reshape(-1).tolist()
+    counts = torch.as_tensor(state["write_count"], device="cpu").reshape(-1).tolist()
     return [Move.between(count, capacity, ring.capacity) for count in counts]
 
 
@@ -184,7 +184,7 @@ def restore(parts: Parts, state: Any) -> None:
             generator.set_state(before)
         raise
     moved = any(move.moved for move in moves)
-    counts = torch.as_tensor(state["write_count"]).reshape(-1).tolist()
+    counts = torch.as_tensor(state["write_count"], device="cpu").reshape(-1).tolist()
     ring.epoch = state.get("epoch", 0)
     if moved:  # slots changed hands: make every generation handed out so far stale
         ring.epoch += max(max(counts) - 1, 0) // settings["capacity"] + 1
@@ -198,7 +198,7 @@ def restore(parts: Parts, state: Any) -> None:
     beta.copy_(state["beta"])
     table.betas = each
     stale.copy_(state["stale_updates"])
-    updates.copy_(torch.as_tensor(state.get("updates", 0)))
+    updates.copy_(torch.as_tensor(state.get("updates", 0), device="cpu"))
     _restore_priorities(parts, state, moves)
     table.retire(ring)
     table.refused.copy_(state["refused_priorities"])

@@ -151,13 +151,17 @@ class FrameRing(RingStorage):
     def write(self, leaves: Leaves, n: int, mask: Tensor | None = None) -> "Runs | None":
         """See `RingStorage.write`; to do it again finds the frames that it has stored."""
         self.allocate(leaves)
-        env, left = leaves[_ENV], max(0, n - self.capacity)
+        new: Leaves = {}
+        for key, leaf in leaves.items():  # all of them, before any frame is stored
+            validation.require_plain(named(key), leaf, SchemaError)
+            new[key] = validation.plain_rows(leaf.detach(), self.home)
+        env, left = new[_ENV], max(0, n - self.capacity)
         start = ((self._one or 0) + left) % self.capacity
         if left:  # of too many, the last remain
             env = env[left:]
-        stored = leaves.copy()  # what is interrupted is done again
+        stored = new.copy()  # what is interrupted is done again
         for store in self._stores:
-            stacks = [leaves[key] for key in store.keys]
+            stacks = [new[key] for key in store.keys]
             if left:
                 stacks = [stack[left:] for stack in stacks]
             found = store.write(stacks, env, start)

@@ -368,13 +368,13 @@ class RingStorage:
         else:
             place, after = before + mask.cumsum(-1) - 1, before + mask.sum(-1, keepdim=True)
             kept = mask & (place >= after - capacity)
+        new = [validation.plain_rows(leaf.detach(), self.home) for leaf in new]
         self.begun = after.squeeze(-1), n, mask
         starts = self.starts.to(self.device)
         row = torch.where(kept, place.remainder_(capacity) + starts, self._rows - 1).flatten()
         row = row.to(self.home)
         for column, leaf in zip(self.columns, new, strict=True):
-            new_rows = validation.plain_rows(leaf.detach(), self.home)
-            reference.indexable(column)[row] = reference.indexable(new_rows)
+            reference.indexable(column)[row] = reference.indexable(leaf)
         self.set_count(after.squeeze(-1))
 
     def dead(self) -> Tensor | None:
