@@ -321,6 +321,35 @@ def test_data_without_two_like_stacks_is_refused(change, words, example):
     assert stored(buffer) == 3 + DEPTH
 
 
+@pytest.mark.parametrize("wrong", ["reward", "second stack", "a stack without values"])
+def test_what_is_refused_leaves_all_frames_as_they_are(wrong):
+    """Also where what is refused would have taken the place of most frames."""
+
+    def two(first, n):
+        td = numbered(first, n)
+        td["other"], td["next", "other"] = td["pixels"][:, :2], td["next", "pixels"][:, :2]
+        return td.clone()
+
+    buffer = make(64, frames={"pixels": DEPTH, "other": 2})
+    for first in range(0, 64, 8):
+        buffer.extend(two(first, 8))
+    before, number = buffer.transitions.clone(), stored(buffer)
+    td = two(100, 48)
+    if wrong == "reward":
+        td["next", "reward"] = td["next", "reward"].to_sparse()
+    elif wrong == "second stack":
+        td["other"] = td["other"].to_sparse()
+    else:
+        td["next", "other"] = td["next", "other"].to("meta")
+    with pytest.raises(SchemaError):
+        buffer.extend(td)
+    assert stored(buffer) == number
+    assert (buffer.transitions == before).all()
+    buffer.extend(two(64, 1))
+    buffer.check_valid()
+    assert_right(buffer.transitions)
+
+
 def test_environments_that_do_not_fit_the_rows_are_refused():
     buffer = make(num_envs=3)
     with pytest.raises(SchemaError, match="a multiple of num_envs=3 transitions"):
@@ -542,6 +571,26 @@ def test_a_state_of_frames_that_cannot_be_is_refused(where, value):
     with pytest.raises(CheckpointError):
         buffer.load_state_dict(state)
     assert len(buffer) == 0
+
+
+def test_a_buffer_whose_transitions_have_all_retired_can_be_saved():
+    def stacks(*frames):
+        return torch.tensor(frames, dtype=torch.float32).view(1, 2, 1)
+
+    settings = {"frames": {"pixels": 2}, "num_frames": 4}
+    buffer = make(4, **settings)
+    buffer.extend({"pixels": stacks(1, 2), "next": {"pixels": stacks(2, 3)}})
+    # the oldest frame again, and three more: there is room for four
+    buffer.extend({"pixels": stacks(1, 5), "next": {"pixels": stacks(6, 7)}})
+    assert not living(buffer).any()
+    for capacity in (4, 1):
+        first, second = make(capacity, **settings), make(capacity, **settings)
+        first.load_state_dict(buffer.state_dict())
+        second.load_state_dict(first.state_dict())
+        assert not living(second).any()
+        second.extend({"pixels": stacks(8, 9), "next": {"pixels": stacks(9, 10)}})
+        assert second.sample()["pixels"].unique().tolist() == [8, 9]
+        second.check_valid()
 
 
 def test_an_empty_buffer_can_be_saved_with_and_without_keys(tmp_path):

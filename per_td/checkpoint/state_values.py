@@ -13,7 +13,7 @@ from per_td.priorities.distributions import PRIORITIZATIONS
 from per_td.priorities.schedules import as_schedule
 from per_td.priorities.selection import Selection
 from per_td.priorities.table import CHOICES, as_clip, check_choices
-from per_td.storage.frame_store import depths_of
+from per_td.storage.frame_store import GONE, depths_of
 from per_td.storage.leaves import flattened, named
 from per_td.storage.structure import Structure
 
@@ -178,12 +178,13 @@ def _frames(frames: Any, settings: Any, leaves: Mapping[Any, Tensor], filled: in
             raise _wrong(name, f"a dict with {', '.join(wanted)}", type(entry).__name__)
         size = int(_count(f"{name}, size", entry["size"], ()))
         kept = min(int(_count(f"{name}, stored", entry["stored"], ())), size)
-        _count(f"{name}, low", entry["low"], (filled,))
+        gone = _count(f"{name}, low", entry["low"], (filled,)) == GONE
         held = entry["frames"]
         if not isinstance(held, Tensor) or held.ndim < 1 or len(held) != kept:
             raise _wrong(name, f"a tensor of {kept} frames", type(held).__name__)
         validation.require_plain(name, held, CheckpointError)
         for each in (key, ("next", *key)):
             places = _tensor(named(each), leaves.get(each), (filled, depth), (torch.int32,))
-            if not ((places >= 0) & (places < kept)).all():
+            right = (places >= 0) & ((places < kept) | gone.unsqueeze(-1))
+            if not right.all():
                 raise _wrong(named(each), f"references to {kept} frames", "others")
