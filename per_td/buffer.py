@@ -783,8 +783,8 @@ class PrioritizedReplayBuffer(Copied):
             index: slots, integers [B] or [S, B].
 
         Returns:
-            int64, in the shape of `index`. For a slot that was never written, the generation is
-            smaller than any in a batch.
+            int64, in the shape of `index`. For a slot that holds no transition, the generation is
+            smaller than any in a batch drawn now.
 
         Raises:
             IndexRangeError: there is no such slot (on the CPU).
@@ -873,11 +873,14 @@ class PrioritizedReplayBuffer(Copied):
             generation = ring.of_living(index, generation)
             if mask is not None:
                 mask = self._as_mask(mask, index.shape)
+            before: Tensor | int = 0
+            if ring.epoch and generation is not None:
+                mask, before = self._since_the_epoch(index, generation, mask)
             if self._busy:
                 raise self._at_work()
             try:
                 self._busy = True
-                stale = self._priorities.update(
+                stale = before + self._priorities.update(
                     index, value, written=ring.written, generation=generation, mask=mask, **how
                 )
             except PerTdError:  # ours come before any writing
@@ -890,6 +893,20 @@ class PrioritizedReplayBuffer(Copied):
                 self._busy = False
             if isinstance(stale, Tensor) or stale:
                 self._stale += stale
+
+    def _since_the_epoch(
+        self, index: Tensor, generation: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | int]:
+        """Mask updates from before all slots changed hands, whose slots may not be filled now.
+
+        Returns:
+            The mask, like `index`, or None if nothing is masked; and the number of those updates.
+        """
+        validation.require_same_shape("generation", generation, index)
+        old = generation < 0 if mask is None else (generation < 0) & mask
+        if validation.can_raise(old) and not old.any():
+            return mask, 0
+        return ~old if mask is None else mask & ~old, old.sum()
 
     def update_tensordict_priority(self, batch: Any) -> None:
         """Call `update_priority` with entries of a batch.

@@ -6,7 +6,9 @@ import torch
 from per_td import (
     ConfigurationError,
     EmptyBufferError,
+    IndexRangeError,
     PrioritizedReplayBuffer,
+    PriorityError,
     TransitionReplayBuffer,
     kernels,
 )
@@ -39,19 +41,57 @@ def test_an_emptied_buffer_is_as_new_but_late_updates_are_stale(setting, written
         assert not buffer.priority.any()
         with pytest.raises(EmptyBufferError):
             buffer.sample()
-        buffer.extend(make(100, lead, 9))
-        assert (buffer.priority[..., :9] == 1.0).all()  # the largest of before is forgotten
         stale = buffer.stats()["stale_updates"]
-        for late in batches:
-            slots = late["index"].clamp(max=8)
-            buffer.update_priority(slots, late["priority_weight"], late["generation"])
-        assert buffer.stats()["stale_updates"] == stale + index.numel() * len(batches)
-        assert (buffer.priority[..., :9] == 1.0).all()
+        for n in (0, 1, 8):  # late updates find no transition in their slots, or another one
+            if n:
+                buffer.extend(make(100, lead, n))
+            for late in batches:
+                buffer.update_priority(late["index"], late["priority_weight"], late["generation"])
+            # the largest of before is forgotten
+            assert (buffer.priority[..., : len(buffer)] == 1.0).all()
+        assert buffer.stats()["stale_updates"] == stale + 3 * index.numel() * len(batches)
         batch = buffer.sample()
         assert (batch["id"] >= 100).all()
         batches.append(batch)
         buffer.check_valid()
     assert buffer.write_count == (lead[0] if lead else 1) * (written + 18)
+
+
+@pytest.mark.parametrize("lead", [(), (2,)], ids=["one", "many"])
+def test_late_updates_do_not_keep_others_of_their_batch_from_being_done(lead, choice):
+    buffer = PrioritizedReplayBuffer(10, 8, num_buffers=lead[0] if lead else None, eps=0.0)
+    buffer.extend(make(0, lead, 10))
+    old = buffer.generation_of(torch.full((*lead, 1), 9))
+    buffer.empty()
+    buffer.extend(make(0, lead, 3))
+    index = torch.tensor([9, 1, 2]).expand(*lead, 3)
+    now = buffer.generation_of(index)
+    td_error = torch.tensor([5.0, 6.0, 7.0]).expand(*lead, 3)
+    generation = torch.cat([old, now[..., 1:]], -1)
+    if lead:
+        mask = torch.tensor([[True, True, True], [False, False, True]])
+        buffer.update_priority(index, td_error, generation, mask=mask)
+        assert buffer.priority[..., :3].tolist() == [[1, 6, 7], [1, 1, 7]]
+    else:
+        buffer.update_priority(index, td_error, generation)
+        assert buffer.priority.tolist() == [1, 6, 7]
+    assert buffer.stats()["stale_updates"] == 1
+    with pytest.raises(IndexRangeError):  # nobody has drawn it since
+        buffer.update_priority(index, td_error, now.clamp(min=int(now.max())))
+    with pytest.raises(PriorityError, match="generation: expected shape"):
+        buffer.update_priority(index, td_error, generation[..., :1])
+
+
+def test_updates_of_slots_that_a_smaller_capacity_does_not_have_are_stale(choice):
+    source = PrioritizedReplayBuffer(10, 64)
+    source.extend(processes.transitions(range(15)))
+    late = source.sample()
+    buffer = PrioritizedReplayBuffer(5, 8)
+    buffer.load_state_dict(source.state_dict())
+    before = buffer.priority
+    buffer.update_priority(late["index"], torch.full((64,), 9.0), late["generation"])
+    assert buffer.stats()["stale_updates"] == 64
+    assert torch.equal(buffer.priority, before)
 
 
 def make(first: int, lead: tuple[int, ...], n: int):
