@@ -27,7 +27,6 @@ from per_td.errors import (
     PriorityError,
     SchemaError,
 )
-from per_td.kernels.reference import Runs
 from per_td.memory import STORAGES, Memory
 from per_td.priorities.sampling import sample_rows
 from per_td.priorities.schedules import LinearSchedule, as_schedule
@@ -512,7 +511,10 @@ class PrioritizedReplayBuffer(Copied):
     ) -> None:
         """Write checked transitions and their priorities; to do it again changes nothing."""
         runs = self._storage.write(leaves, n, mask)
-        self._write_priorities(n, index, priority, mask, runs)
+        if priority is None and runs is not None:
+            self._priorities.write_runs(runs)
+        else:
+            self._priorities.write_new(index, priority, mask)
         self._priorities.retire(self._storage)
 
     def _write_again(
@@ -522,22 +524,6 @@ class PrioritizedReplayBuffer(Copied):
         self._storage.take_back()
         self._priorities.rebuild()
         self._write(leaves, n, index, priority, mask)
-
-    def _write_priorities(
-        self,
-        n: int,
-        index: Tensor,
-        priority: Tensor | None,
-        mask: Tensor | None,
-        runs: "Runs | None",
-    ) -> None:
-        if priority is None and runs is not None:
-            self._priorities.write_runs(runs)
-            return
-        if mask is None and n > self.capacity:  # the last remain; of a slot the last holds anyway
-            index = index[..., -self.capacity :]
-            priority = None if priority is None else priority[..., -self.capacity :]
-        self._priorities.write_new(index, priority, mask)
 
     def _as_mask(self, mask: Any, shape: tuple[int, ...]) -> Tensor:
         if not self._storage.lead:
@@ -1313,9 +1299,9 @@ class PrioritizedReplayBuffer(Copied):
             of draws that fall on the top 1 % of slots, the share of transitions never replayed
             (with `num_buffers`, it needs `track_draws`), and quantiles of priority, weight and age,
             with `track_draws` also of the number of draws ("priority/min", "/q01", "/q25", "/q50",
-            "/q75", "/q99", "/max"). A value that does not exist is NaN, as in an empty buffer.
-            "size" is int64. Three are always []: "beta", float32, and "stale_updates" and
-            "refused_priorities", int64.
+            "/q75", "/q99", "/max"), and "beta". A value that does not exist is NaN, as in an empty
+            buffer. "size" is int64. Two are always [], int64: "stale_updates" and
+            "refused_priorities".
         """
         with self._lock:
             table, ring = self._priorities, self._storage

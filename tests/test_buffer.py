@@ -29,6 +29,23 @@ def agree(buffer: PrioritizedReplayBuffer, naive: Ring) -> None:
     buffer.check_valid()
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_the_largest_priority_ever_may_be_one_that_did_not_remain(many, device):
+    settings = {"new_priority": "ever_max", "device": device}
+    buffer = PrioritizedReplayBuffer(4, num_buffers=2 if many else None, **settings)
+    lead = (2,) if many else ()
+    priority = torch.tensor([100.0, 50.0, 1.0, 1.0, 1.0, 1.0], device=device)
+    priority = priority.expand(*lead, 6).contiguous()
+    td = data(0, 6, device).expand(*lead, 6).clone()
+    mask = torch.ones(2, 6, dtype=torch.bool, device=device) if many else None
+    if mask is not None:
+        mask[1, 0] = False
+    buffer.extend(td, priority, mask)
+    index = buffer.add(td[..., 0])
+    new = buffer.priority.gather(-1, index.unsqueeze(-1))
+    assert new.flatten().tolist() == ([100, 50] if many else [100])
+
+
 @pytest.mark.parametrize("new_priority", ["buffer_max", "ever_max"])
 @pytest.mark.parametrize("capacity", slow_but([1, 7, 16, 17, 257], CAPACITIES))
 def test_random_operations_agree_with_a_naive_buffer(capacity, new_priority, device):

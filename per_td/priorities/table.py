@@ -434,6 +434,14 @@ class PriorityTable:
                 new = self.for_new()
                 new = new.unsqueeze(-1) if self.lead else new
                 priority = torch.where(priority < 0, new, priority)
+        if index.shape[-1] > self.capacity:
+            if priority is not None:  # also the largest of those that do not remain
+                each = priority if mask is None else priority.where(mask, 0.0)
+                largest = each.view(trees.layout.groups, -1).amax(-1)
+                torch.maximum(trees.ever_max, largest, out=trees.ever_max)
+            if mask is None:  # the last remain; of a slot the last holds anyway
+                index = index[..., -self.capacity :]
+                priority = None if priority is None else priority[..., -self.capacity :]
         trees.ops.assign(
             trees,
             self.distribution,

@@ -56,6 +56,8 @@ class Ring:
     def extend(self, items, priority=None) -> list[int]:
         """Write items; the slots of all, also of those that others overwrite at once."""
         new, slots = self.for_new(), self.write(items)
+        if priority is not None:
+            self.ever_max = max(self.ever_max, *map(np.float32, priority), np.float32(0))
         for j in range(max(0, len(slots) - self.capacity), len(slots)):
             self.set(slots[j], new if priority is None else np.float32(priority[j]))
         self.changed(min(len(slots), self.capacity))
