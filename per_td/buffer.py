@@ -549,9 +549,23 @@ class PrioritizedReplayBuffer(Copied):
                 " not know which generations are stale"
             )
         with self._at_rest():
-            self._storage.empty()
-            self._priorities.empty()
-            self._drop_ahead()
+            self._to_its_end(partial(self._forget, self.write_count))
+
+    def _forget(self, write_count: int) -> None:
+        self._storage.empty(write_count)
+        self._priorities.empty()
+        self._drop_ahead()
+
+    def _to_its_end(self, change: Callable[[], None]) -> None:
+        """Make a change that may be made again: an interrupt does not end it halfway."""
+        try:
+            change()
+        except PerTdError:  # ours come before any change
+            raise
+        except BaseException:
+            if self._guard is None:
+                _through(change, 3)
+            raise
 
     @contextmanager
     def _at_rest(self) -> Iterator[None]:
@@ -1386,9 +1400,8 @@ class PrioritizedReplayBuffer(Copied):
             SchemaError: its transitions do not fit those of this buffer.
         """
         checked = states.check(state)
-        with self._at_rest():
-            if self._guard is not None:
-                self._begin_load(checked, self._guard.note)
+
+        def take_over() -> None:
             states.restore(self._parts, checked)
             self._select()
             if self._schedule is None:
@@ -1397,6 +1410,11 @@ class PrioritizedReplayBuffer(Copied):
                 self._beta.copy_(self._schedule.at(self._updates))
                 self._priorities.betas = False  # the state may hold one for each buffer
             self._drop_ahead()
+
+        with self._at_rest():
+            if self._guard is not None:
+                self._begin_load(checked, self._guard.note)
+            self._to_its_end(take_over)
 
     def _begin_load(self, state: dict[str, Any], note: Note) -> None:
         """Note a write to all slots: if the process dies meanwhile, nothing can be drawn."""

@@ -10,6 +10,7 @@ import threading
 
 import pytest
 import torch
+from tensordict import TensorDict
 
 from per_td import PerTdError, PrioritizedReplayBuffer, kernels
 from tests.support import processes
@@ -116,6 +117,63 @@ def test_an_interrupted_update_leaves_sums_that_follow_from_the_priorities(choic
         assert (buffer.priority > 0).all()
 
     every_line(make, lambda buffer: buffer.update_priority(batch, batch + 3.0), check)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_buffers": 2}, {"frames": {"x": 2}}])
+def test_an_interrupted_empty_has_forgotten_all_or_nothing(settings, choice):
+    td = numbered(settings, 0, 17)
+
+    def make():
+        buffer = PrioritizedReplayBuffer(10, 8, **settings)
+        buffer.extend(td)
+        return buffer, buffer.sample()
+
+    def check(made):
+        buffer, batch = made
+        buffer.check_valid()
+        assert len(buffer) in (0, 10)
+        assert buffer.write_count == td.numel()
+        buffer.update_priority(batch["index"], batch["priority_weight"], batch["generation"])
+        if not len(buffer):
+            assert buffer.stats()["stale_updates"] == batch.numel()
+            buffer.extend(numbered(settings, 100, 1))
+            assert (buffer.sample()["id"] >= 100).all()
+
+    every_line(make, lambda made: made[0].empty(), check)
+
+
+@pytest.mark.parametrize(
+    ("settings", "choice"),
+    few_of_all([{}, {"num_buffers": 2}, {"frames": {"x": 2}}, {"prioritization": "rank"}], CHOICES),
+    indirect=["choice"],
+)
+@pytest.mark.parametrize("capacity", [10, 7])
+def test_an_interrupted_load_has_taken_over_all_or_nothing(settings, capacity, choice):
+    source = PrioritizedReplayBuffer(10, 8, eps=0.5, **settings)
+    source.extend(numbered(settings, 100, 17))
+    state = source.state_dict()
+
+    def make():
+        buffer = PrioritizedReplayBuffer(capacity, 8, **settings)
+        buffer.extend(numbered(settings, 0, 3))
+        return buffer
+
+    def check(buffer):
+        buffer.check_valid()
+        new = buffer.eps == 0.5
+        assert len(buffer) == (capacity if new else 3)
+        assert ((buffer.sample()["id"] >= 100) == new).all()
+
+    every_line(make, lambda buffer: buffer.load_state_dict(state), check, 3)
+
+
+def numbered(settings, first, n):
+    """Transitions [n] or [S, n] with stacks of two frames."""
+    number = torch.arange(first, first + n)
+    stacks = torch.stack([number, number + 1], -1).float()
+    td = TensorDict({"id": number, "x": stacks, "next": {"x": stacks + 1}}, [n])
+    many = settings.get("num_buffers")
+    return td if many is None else torch.stack([td] * many)
 
 
 def test_an_interrupted_change_of_alpha_leaves_masses_that_follow_from_one(choice):

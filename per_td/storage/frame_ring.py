@@ -197,9 +197,9 @@ class FrameRing(RingStorage):
         size = torch.Size([len(self)])
         return self._schema.structure.assembled(self.filled().items(), {}, size, self.home)
 
-    def empty(self) -> None:
+    def empty(self, write_count: int) -> None:
         """See `RingStorage.empty`."""
-        super().empty()
+        super().empty(write_count)
         for store in self._stores:
             store.forget()
 

@@ -408,12 +408,14 @@ class RingStorage:
         large = n * self.groups * self._bytes > layouts.SHARED_FROM and self.layout == "columns"
         return reference if large and torch.get_num_threads() > 1 else self._operations
 
-    def empty(self) -> None:
-        """Forget all transitions; every generation handed out so far is stale."""
-        counts = self.written.tolist()
-        self.epoch += max(max(counts) - 1, 0) // self.capacity + 1
-        self.written_before += sum(counts)
+    def empty(self, write_count: int) -> None:
+        """Forget all transitions; every generation handed out so far is stale.
+
+        To do it again, with the `write_count` of before, changes no more.
+        """
+        self.epoch += max(int(self.written.max()) - 1, 0) // self.capacity + 1
         self.set_count(0)
+        self.written_before = write_count
 
     # --- reading ---------------------------------------------------------------------------
 
