@@ -19,6 +19,7 @@ from per_td.concurrency import forks
 from per_td.concurrency.prefetch import Prefetcher
 from per_td.concurrency.shared_lock import Guard, Note
 from per_td.copies import Copied
+from per_td.draws import DRAWS
 from per_td.errors import (
     CheckpointError,
     ConfigurationError,
@@ -270,14 +271,14 @@ class PrioritizedReplayBuffer(Copied):
                 )
         self._device = validation.resolve_device(device)
         memory = Memory(validation.one_of("storage", storage, STORAGES), folder)
-        if shared:
+        if validation.flag("shared", shared):
             self._require_shareable(memory, prioritization, example)
             memory = Memory("shared")
         self._guard: Guard | None = None
         self._busy = False
         self._ahead: Prefetcher | None = None
-        self._threads = bool(threads or prefetch)
-        self._prefetch = validation.integer("prefetch", prefetch, 0) if prefetch else 0
+        self._prefetch = validation.integer("prefetch", prefetch, 0)
+        self._threads = validation.flag("threads", threads) or self._prefetch > 0
         self.batch_size = batch_size
         self.generator = generator
         self.beta_increment = beta_increment
@@ -1066,7 +1067,8 @@ class PrioritizedReplayBuffer(Copied):
             try:
                 if choice:
                     if name == "draw":
-                        Selection.of("priority", None, self._latest, value)
+                        draw = validation.one_of("draw", value, DRAWS)
+                        Selection.of("priority", None, self._latest, draw)
                     self._priorities.choose(**{name: value})
                 else:
                     setattr(self._priorities, name, value)

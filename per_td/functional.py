@@ -74,8 +74,8 @@ def draw(
     if not isinstance(replacement, bool):
         raise ConfigurationError(f"replacement: expected True or False, got {replacement!r}")
     generator = validation.as_generator(generator, priority.device)
-    alpha = _setting("alpha", alpha)
-    uniform_mix = _setting("uniform_mix", uniform_mix, high=1.0)
+    alpha = _setting("alpha", alpha, priority.device)
+    uniform_mix = _setting("uniform_mix", uniform_mix, priority.device, high=1.0)
     valid = validation.require_finite("priority", priority, low=0.0)
     probability = _probabilities(torch.where(valid, priority, 0.0), alpha, uniform_mix)
     _require_enough(probability, n, replacement)
@@ -114,19 +114,19 @@ def importance_weights(
         >>> importance_weights(torch.tensor([0.75, 0.25]), 2, 1.0)
         tensor([0.3333, 1.0000])
     """
-    if normalization == "buffer":
+    if isinstance(normalization, str) and normalization == "buffer":
         raise ConfigurationError(
             "normalization: expected 'batch' or 'none', got 'buffer', which needs the smallest"
             " probability of all items, also those not drawn"
         )
     normalization = validation.one_of("normalization", normalization, ("batch", "none"))
-    beta = _setting("beta", beta)
     probability = _reals("probability", probability)
+    beta = _setting("beta", beta, probability.device)
     if probability.ndim == 0 or probability.shape[-1] == 0:
         raise PriorityError(
             f"probability: expected at least one draw, got shape {[*probability.shape]}"
         )
-    size = _size(size, (*probability.shape[:-1], 1))
+    size = _size(size, (*probability.shape[:-1], 1), probability.device)
     if validation.can_raise(probability):
         wrong = ~((probability > 0) & (probability <= 1 + 1e-6))  # also NaN
         if wrong.any():
@@ -182,19 +182,32 @@ def _reals(name: str, values: Tensor) -> Tensor:
     return validation.as_reals(name, values, device, torch.float64).contiguous()
 
 
-def _setting(name: str, value: Tensor | float, high: float = float("inf")) -> Tensor | float:
+def _require_on(name: str, value: Tensor, device: torch.device) -> None:
+    """Raise ConfigurationError unless a setting is on this device, or on the CPU."""
+    if value.device not in (device, torch.device("cpu")) or value.is_complex():
+        raise ConfigurationError(
+            f"{name}: expected a real number, or a tensor of them on {device}, got {value.dtype} on"
+            f" {value.device}"
+        )
+
+
+def _setting(
+    name: str, value: Tensor | float, device: torch.device, high: float = float("inf")
+) -> Tensor | float:
     """Check a number in [0, high], unless it may not be looked at."""
     if torch.compiler.is_compiling():  # a number that changes from call to call is an input there
         return value
     if isinstance(value, Tensor) and not validation.can_raise(value):
+        _require_on(name, value, device)
         return value.detach()
     return validation.real(name, value, high=high)
 
 
-def _size(size: Tensor | int, each: tuple[int, ...]) -> Tensor | int:
+def _size(size: Tensor | int, each: tuple[int, ...], device: torch.device) -> Tensor | int:
     """Check a number of items, or one for each row, of the shape `each`."""
     if not isinstance(size, Tensor):
         return validation.positive_int("size", size)
+    _require_on("size", size, device)
     if size.ndim and size.shape != each:
         raise ConfigurationError(
             f"size: expected one number, or one for each row, shape {[*each]}, got shape"
@@ -202,7 +215,7 @@ def _size(size: Tensor | int, each: tuple[int, ...]) -> Tensor | int:
         )
     if validation.can_raise(size) and not (size >= 1).all():
         raise ConfigurationError(f"size: expected numbers of at least 1, got {size.min().item()}")
-    return size
+    return validation.to_device(size, device)
 
 
 def _probabilities(priority: Tensor, alpha: Tensor | float, uniform_mix: Tensor | float) -> Tensor:

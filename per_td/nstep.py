@@ -27,6 +27,7 @@ AUTORESETS = ("same_step", "next_step")
 
 _FORMAT = "per_td.NStepWriter"
 _VERSION = 1
+_REWARDS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TENSORS = ("returns", "priority", "taken", "count", "over")
 _STATE_KEYS = {"format", "version", "settings", "pending"}
 _FLAGS = ("terminated", "truncated", "done")
@@ -243,7 +244,8 @@ class NStepWriter:
                 On CUDA the host does not wait for `mask`, but it waits for `env`.
 
         Returns:
-            Result of `buffer.extend`, such as slots; None if no transition was finished.
+            Result of `buffer.extend`, such as slots. None if no transition was finished; but if the
+            buffer has `num_buffers`, slots [num_envs, n], -1 where none was.
 
         Raises:
             SchemaError: a key is missing, or keys, shapes, dtypes or the number of rows are wrong.
@@ -321,7 +323,8 @@ class NStepWriter:
             env: environments to write, integers [B], all different; None: all.
 
         Returns:
-            Result of `buffer.extend`, such as slots; None if no step was pending.
+            Result of `buffer.extend`, such as slots. None if no step was pending; but if the buffer
+            has `num_buffers`, slots [num_envs, n], -1 where none was.
 
         Raises:
             IndexRangeError: `env` is wrong.
@@ -435,9 +438,10 @@ class NStepWriter:
         for name in ("reward", *_FLAGS):
             if (leaf := leaves.get(keys[name])) is None:
                 continue
-            right = leaf.is_floating_point() if name == "reward" else leaf.dtype == torch.bool
+            right = leaf.dtype in (_REWARDS if name == "reward" else (torch.bool,))
             if not right or leaf.shape[1:] not in ((), (1,)):
-                kind = "a floating-point dtype" if name == "reward" else "torch.bool"
+                real = "floating-point numbers of 16 to 64 bits"
+                kind = real if name == "reward" else "torch.bool"
                 raise SchemaError(
                     f"{named(keys[name])}: expected {kind} of shape [B] or [B, 1], got"
                     f" {leaf.dtype} of shape {[*leaf.shape]}"
@@ -602,7 +606,7 @@ class NStepWriter:
             )
         try:
             self._pending = None if state["pending"] is None else self._checked(state["pending"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"pending: expected what a writer saved: {error}") from error
 
     def _checked(self, steps: Any) -> _Pending:

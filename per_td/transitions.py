@@ -328,6 +328,8 @@ class TransitionReplayBuffer(Copied):
                 f"next_state: expected the shape of state, {list(leaves[('state',)].shape[1:])},"
                 f" got {list(leaves[('next_state',)].shape[1:])}"
             )
+        if rows == 0:  # an empty list has no dtype, and would fix one
+            return
         if self._writer.n == 1:
             self.buffer.extend_leaves(leaves)
             return
@@ -521,7 +523,7 @@ def _writer_of(where: str, state: Any, buffer: Any) -> NStepWriter:
     try:
         own = steps["settings"]
         writer = NStepWriter(buffer, own["n"], own["gamma"], own["num_envs"], keys=_N_STEP)
-    except (ConfigurationError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{where}n_step: {error}") from error
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}n_step: expected what a writer saved: {error}") from error
     writer.load_state_dict(steps)
     return writer

@@ -94,6 +94,19 @@ def test_updates_of_slots_that_a_smaller_capacity_does_not_have_are_stale(choice
     assert torch.equal(buffer.priority, before)
 
 
+@pytest.mark.parametrize("own", [3, 33])
+def test_updates_of_a_buffer_that_loads_into_fewer_slots_are_stale(own):
+    """Those of batches that the buffer itself drew, however often it had wrapped."""
+    source = PrioritizedReplayBuffer(10, 8)
+    source.extend(processes.transitions(range(15)))
+    buffer = PrioritizedReplayBuffer(5, 8)
+    buffer.extend(processes.transitions(range(own)))
+    late = buffer.sample()
+    buffer.load_state_dict(source.state_dict())
+    buffer.update_priority(late["index"], torch.full((8,), 9.0), late["generation"])
+    assert buffer.stats()["stale_updates"] == 8
+
+
 def make(first: int, lead: tuple[int, ...], n: int):
     ids = torch.arange(first, first + n).expand(*lead, n)
     return processes.transitions(ids.clone())

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -265,6 +266,8 @@ def test_what_is_no_row_of_numbers_is_refused(priority, match):
         ({"uniform_mix": 1.1}, "uniform_mix: expected a finite number in"),
         ({"uniform_mix": -0.1}, "uniform_mix: expected a finite number in"),
         ({"replacement": "no"}, "replacement: expected True or False, got 'no'"),
+        ({"alpha": torch.ones((), device="meta")}, "alpha: expected a real number, or a tensor"),
+        ({"uniform_mix": torch.zeros((), device="meta")}, "uniform_mix: expected a real number"),
         ({"generator": 3}, "generator: expected a torch.Generator"),
     ],
 )
@@ -388,6 +391,9 @@ def test_a_weight_of_what_is_no_probability_is_refused():
         ({"size": torch.tensor([-3])}, "size: expected numbers of at least 1, got -3"),
         ({"size": torch.tensor(math.nan)}, "size: expected numbers of at least 1, got nan"),
         ({"size": torch.tensor([2, 3])}, r"shape \[1\], got shape \[2\]"),
+        ({"size": torch.tensor(2j)}, "size: expected a real number, .* got torch.complex64"),
+        ({"size": torch.ones((), device="meta")}, "size: expected a real number, .* on meta"),
+        ({"normalization": np.array(["batch", "none"])}, "expected one of batch, none"),
         ({"beta": -1.0}, "beta: expected a finite number"),
         ({"beta": "1"}, "beta: expected a finite number"),
     ],

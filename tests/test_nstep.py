@@ -626,7 +626,7 @@ def changed(key, value) -> TensorDict:
         (without(("next", "observation")), "expected an entry at 'next' in a step"),
         (
             changed(("next", "reward"), torch.zeros(3, 1, dtype=torch.int64)),
-            r"'reward'\): expected a floating-point dtype of shape \[B\] or \[B, 1\], got",
+            r"'reward'\): expected floating-point numbers of 16 to 64 bits of shape",
         ),
         (changed(("next", "reward"), torch.zeros(3, 2)), r"'reward'\): .* got .* \[3, 2\]"),
         (changed(("next", "done"), torch.zeros(3, 1)), r"'done'\): expected torch.bool"),
@@ -634,6 +634,7 @@ def changed(key, value) -> TensorDict:
         (changed("steps", torch.zeros(3)), "'steps': expected no such entry"),
         (changed(("steps", "x"), torch.zeros(3)), "expected no tensor at 'steps' too"),
         (changed("index", torch.zeros(3)), "'index' is a reserved key"),
+        (changed(("next", "reward"), torch.zeros(3).to(torch.float8_e5m2)), "of 16 to 64 bits"),
         (step()[:2], "expected 3 rows, one for each environment, got 2: env="),
         (step()[0], r"expected a TensorDict of batch size \[n\], got \[\]"),
         ([1.0], "expected a TensorDict or a dict of tensors, got list"),
@@ -867,6 +868,10 @@ def test_states_of_other_settings_are_refused(other):
         ("like", {}),
         ("like", {"x": torch.zeros(0)}),
         ("structure", "no json"),
+        ("like", torch.zeros(3)),
+        ("first", torch.zeros(3)),
+        ("taken", torch.zeros(3, dtype=torch.int64, device="meta")),
+        ("returns", torch.zeros(3, 3, dtype=torch.float64).to_sparse()),
     ],
 )
 def test_damaged_states_are_refused_and_nothing_changes(name, value):

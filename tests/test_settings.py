@@ -300,3 +300,25 @@ def test_sums_of_steps_that_end_a_rounding_beyond_a_bound_are_that_bound():
     for wrong in (-1e-9, float("inf")):
         with pytest.raises(ConfigurationError, match=r"alpha: expected a finite number"):
             PrioritizedReplayBuffer(10, alpha=wrong)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"shared": "False"}, "shared: expected True or False, got 'False'"),
+        ({"threads": 1}, "threads: expected True or False, got 1"),
+        ({"threads": torch.zeros(2)}, "threads: expected True or False"),
+        ({"prefetch": torch.ones(2)}, "prefetch: expected an integer of at least 0"),
+        ({"prefetch": -1}, "prefetch: expected an integer of at least 0"),
+    ],
+)
+def test_ways_to_share_that_are_no_flags_are_refused(settings, words):
+    with pytest.raises(ConfigurationError, match=words):
+        PrioritizedReplayBuffer(8, 4, **settings)
+
+
+def test_a_way_to_draw_that_is_no_name_is_refused():
+    buffer = PrioritizedReplayBuffer(8, 4, latest=1)
+    with pytest.raises(ConfigurationError, match="draw: expected one of"):
+        buffer.draw = torch.zeros(2)
+    assert buffer.draw == "independent"

@@ -611,6 +611,7 @@ def test_a_state_of_something_else_is_refused_and_nothing_changes():
     before = other.state_dict()
     broken = n_step(3).state_dict()
     broken["n_step"] = broken["n_step"] | {"version": 99}
+    no_dict = n_step(3).state_dict() | {"n_step": torch.zeros(3)}
     many = TransitionReplayBuffer(50, n_step=3, gamma=0.5, num_envs=2)
     for state in (
         n_step(1).state_dict(),
@@ -619,6 +620,7 @@ def test_a_state_of_something_else_is_refused_and_nothing_changes():
         many.state_dict(),
         PrioritizedReplayBuffer(50, num_buffers=2).state_dict(),
         broken,
+        no_dict,
         {},
         None,
         5,

@@ -168,7 +168,7 @@ def restore(parts: Parts, state: Any) -> None:
     """
     settings = check(state)["settings"]
     ring, table, beta, stale, updates, generator = parts
-    moves = _moves(ring, state)
+    moves, own_epoch = _moves(ring, state), ring.next_epoch
     ring.check_state(state)
     try:
         mix = table.require_mix(settings.get("uniform_mix", table.uniform_mix))
@@ -186,8 +186,9 @@ def restore(parts: Parts, state: Any) -> None:
     moved = any(move.moved for move in moves)
     counts = torch.as_tensor(state["write_count"], device="cpu").reshape(-1).tolist()
     ring.epoch = state.get("epoch", 0)
-    if moved:  # slots changed hands: make every generation handed out so far stale
-        ring.epoch += max(max(counts) - 1, 0) // settings["capacity"] + 1
+    if moved:  # slots changed hands: every generation handed out so far, there or here, is stale
+        its_epoch = ring.epoch + -(-max(counts) // settings["capacity"])  # rounded up
+        ring.epoch = max(its_epoch, own_epoch)
     ring.written_before = state.get("written_before", 0)
     ring.written_before += sum(counts) - sum(move.written for move in moves)
     table.alpha, table.eps = settings["alpha"], settings["eps"]

@@ -80,8 +80,8 @@ class RingStorage:
     epoch = 0
     """Offset of every generation handed out.
 
-    It grows when a state of another capacity is loaded, so that no generation from before that load
-    can match.
+    It grows when slots change hands: when the ring is emptied, or a state of another capacity is
+    loaded. No generation from before can match then.
     """
 
     written_before = 0
@@ -179,6 +179,11 @@ class RingStorage:
         """Number of transitions ever written, to all rings."""
         one = self._one
         return (int(self.written.sum()) if one is None else one) + self.written_before
+
+    @property
+    def next_epoch(self) -> int:
+        """Least offset beyond every generation handed out so far."""
+        return self.epoch + -(-int(self.written.max()) // self.capacity)  # rounded up
 
     def ring_count(self) -> Any:
         """Number written since the last change of capacity: an int, or a copy, int64 [S]."""
@@ -413,7 +418,7 @@ class RingStorage:
 
         To do it again, with the `write_count` of before, changes no more.
         """
-        self.epoch += max(int(self.written.max()) - 1, 0) // self.capacity + 1
+        self.epoch = self.next_epoch
         self.set_count(0)
         self.written_before = write_count
 

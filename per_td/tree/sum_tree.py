@@ -107,15 +107,20 @@ class SumTree(Copied):
         return self._trees.masses if self._lead else self._trees.masses[0]
 
     def __getitem__(self, index: Any) -> Tensor:
-        """Return the masses of the slots `index` (int, slice or integer tensor), float32.
+        """Return copies of the masses of the slots `index`, float32.
+
+        Args:
+            index: int, slice or integer tensor.
 
         Raises:
             IndexRangeError: there are no such slots, or `index` has another type.
         """
         masses = self._masses
+        if isinstance(index, Tensor):
+            validation.require_plain("index", index, IndexRangeError)
         try:
-            return masses[index]
-        except (IndexError, TypeError) as error:
+            return masses[index].clone()
+        except (LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             raise IndexRangeError(
                 f"index: expected one into masses of shape {list(masses.shape)}, got {index!r}"
             ) from error

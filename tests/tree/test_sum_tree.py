@@ -425,10 +425,29 @@ def test_points_outside_are_moved_inside(capacity, trees, choice):
     assert torch.equal(tree.find(target), expected)
 
 
-@pytest.mark.parametrize("index", [5, -6, [5], torch.tensor([0, 9]), torch.rand(2), "a", 1.5])
+@pytest.mark.parametrize(
+    "index",
+    [5, -6, [5], torch.tensor([0, 9]), torch.rand(2), "a", 1.5, 10**30, slice(None, None, -1)],
+)
 def test_masses_of_slots_that_do_not_exist_are_refused(index):
     with pytest.raises(IndexRangeError, match=r"index: expected one into masses of shape \[5\]"):
         SumTree(5)[index]
+
+
+@pytest.mark.parametrize(
+    "index", [torch.eye(2).long().to_sparse(), torch.zeros(2, dtype=torch.int64, device="meta")]
+)
+def test_slots_without_values_are_refused(index):
+    with pytest.raises(IndexRangeError, match="index: expected"):
+        SumTree(5)[index]
+
+
+def test_masses_that_were_asked_for_may_be_changed():
+    tree = SumTree(5)
+    tree.fill(torch.ones(5))
+    tree[:2].fill_(7.0)
+    tree.check_valid()
+    assert tree[:].tolist() == [1.0] * 5
 
 
 @pytest.mark.parametrize("index", [2, -3, (0, 5), (slice(None), [5]), "a"])
