@@ -19,6 +19,7 @@ torch; "checked": CPU kernels with bounds checks, for tests.
 """
 
 import gc
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,11 +28,22 @@ from types import ModuleType
 
 import torch
 
-from per_td.errors import KernelWarning
+from per_td.errors import ConfigurationError, KernelWarning
 from per_td.kernels import reference
-from per_td.kernels.choice import CHOICES, VARIABLE, allowed
 
 __all__ = ["CHOICES", "VARIABLE", "operations", "prepare"]
+
+VARIABLE = "PER_TD_KERNELS"
+CHOICES = ("auto", "off")
+_ALL_CHOICES = (*CHOICES, "checked")
+
+
+def _allowed() -> bool:
+    """True unless the environment variable asks for plain torch."""
+    choice = os.environ.get(VARIABLE, "auto")
+    if choice not in _ALL_CHOICES:
+        raise ConfigurationError(f"{VARIABLE}: expected one of {_ALL_CHOICES}, got {choice!r}")
+    return choice != "off"
 
 
 def operations(device: torch.device, *, launches: bool = True) -> ModuleType:
@@ -40,7 +52,7 @@ def operations(device: torch.device, *, launches: bool = True) -> ModuleType:
     Raises:
         ConfigurationError: the environment variable is not one of `CHOICES`.
     """
-    if not allowed():
+    if not _allowed():
         return reference
     if device.type == "cpu":
         return _cpu() or reference
@@ -54,7 +66,7 @@ def prepare(device: torch.device) -> None:
 
     Else the first call would compile what it needs, and others who wait for the lock with it.
     """
-    door = _cpu() if device.type == "cpu" and allowed() else None
+    door = _cpu() if device.type == "cpu" and _allowed() else None
     if door is not None:
         door.prepare()
 

@@ -6,6 +6,7 @@ gets a hash of the sources of all kernels: after an edit, numba finds nothing un
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -20,9 +21,7 @@ import llvmlite
 from numba import njit
 from numba.extending import intrinsic
 
-from per_td.kernels.choice import checked
-
-CHECKED = checked()
+CHECKED = os.environ.get("PER_TD_KERNELS") == "checked"
 """Compile with bounds checks, for tests; several times slower."""
 
 _PATIENCE = 2.0
@@ -37,7 +36,7 @@ def _sources() -> str:
     """Hash the sources of all kernels and the version of LLVM; numba checks its own."""
     found = sha256(llvmlite.__version__.encode())
     files = [*resources.files(__package__).iterdir()]
-    files.append(resources.files("per_td.kernels") / "flags.py")
+    files.append(resources.files("per_td.kernels") / "parts.py")
     for file in sorted(files, key=lambda file: file.name):
         if file.name.endswith(".py"):
             found.update(file.name.encode())

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from per_td.errors import PerTdError
-from per_td.kernels import flags as option
+from per_td.kernels import parts as option
 from per_td.kernels import reference
 from per_td.kernels.cpu import draw as draws
 from per_td.kernels.cpu import frame_search, update
 from per_td.kernels.cpu import rows as row_kernels
 from per_td.kernels.cpu.compiling import Kernel
-from per_td.kernels.cpu.records import FRAMES, ROWS, TREES
+from per_td.kernels.cpu.memory import FRAMES, ROWS, TREES
 from per_td.kernels.parts import Distribution, Frames, Rows, Trees
 from per_td.kernels.reference import Runs, for_new, mark_replayed, weigh
 from per_td.validation import plain_rows

@@ -8,12 +8,20 @@ from typing import Any
 import numpy as np
 
 from per_td.kernels.cpu.compiling import kernel, part
-from per_td.kernels.cpu.memory import doubles, flags, floats, group, integers, prefetch
-from per_td.kernels.cpu.power import power
-from per_td.kernels.cpu.records import levels_of, rows_at, trees_at
+from per_td.kernels.cpu.memory import (
+    doubles,
+    flags,
+    floats,
+    group,
+    integers,
+    levels_of,
+    prefetch,
+    rows_at,
+    trees_at,
+)
 from per_td.kernels.cpu.rows import gather
-from per_td.kernels.cpu.vector import count_f32, count_f64
-from per_td.kernels.flags import BY_BUFFER, BY_SIZE, GENERATION, STRATIFIED
+from per_td.kernels.cpu.vector import count_f32, count_f64, power
+from per_td.kernels.parts import BY_BUFFER, BY_SIZE, GENERATION, STRATIFIED
 
 
 @part()

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from per_td.kernels.cpu.compiling import kernel, part
-from per_td.kernels.cpu.memory import copy, integers, shorts
-from per_td.kernels.cpu.records import frames_at
+from per_td.kernels.cpu.memory import copy, frames_at, integers, shorts
 
 _BLOCK = 64
 

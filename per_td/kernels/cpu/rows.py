@@ -9,9 +9,17 @@ from typing import Any
 import numpy as np
 
 from per_td.kernels.cpu.compiling import kernel, part
-from per_td.kernels.cpu.memory import copy, flags, integers, pick, prefetch, spread
-from per_td.kernels.cpu.records import fields_of, rows_at
-from per_td.kernels.flags import GENERATION, MASK, STAMPS
+from per_td.kernels.cpu.memory import (
+    copy,
+    fields_of,
+    flags,
+    integers,
+    pick,
+    prefetch,
+    rows_at,
+    spread,
+)
+from per_td.kernels.parts import GENERATION, MASK, STAMPS
 
 _AHEAD = 256
 

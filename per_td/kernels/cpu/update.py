@@ -8,12 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from per_td.kernels import flags as option
+from per_td.kernels import parts as option
 from per_td.kernels.cpu.compiling import kernel, part
-from per_td.kernels.cpu.memory import doubles, flags, floats, group, integers, prefetch
-from per_td.kernels.cpu.power import power
-from per_td.kernels.cpu.records import levels_of, trees_at
-from per_td.kernels.cpu.vector import max_f32, min_positive_f32, sum_f32, sum_f64
+from per_td.kernels.cpu.memory import (
+    doubles,
+    flags,
+    floats,
+    group,
+    integers,
+    levels_of,
+    prefetch,
+    trees_at,
+)
+from per_td.kernels.cpu.vector import max_f32, min_positive_f32, power, sum_f32, sum_f64
 
 _TINY = float(np.finfo(np.float32).tiny)
 _HUGE = float(np.finfo(np.float32).max)

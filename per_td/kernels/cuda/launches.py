@@ -11,9 +11,8 @@ from torch import Tensor
 from per_td.kernels import reference
 from per_td.kernels.cuda import draw as draws
 from per_td.kernels.cuda import update
-from per_td.kernels.cuda.nodes import Kinds
-from per_td.kernels.flags import EPS
-from per_td.kernels.parts import Distribution, Trees
+from per_td.kernels.cuda.update import Kinds
+from per_td.kernels.parts import EPS, Distribution, Trees
 from per_td.kernels.reference import (
     Runs,
     draw_distinct,
