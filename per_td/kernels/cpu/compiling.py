@@ -45,11 +45,7 @@ def _sources() -> str:
 
 
 def kernel(signature: str) -> Callable[[Callable[..., Any]], "Kernel"]:
-    """Make the function below a kernel of this signature.
-
-    Raises:
-        RuntimeError: numba finds no folder for the result.
-    """
+    """Make the function below a kernel; RuntimeError if numba finds no folder for the result."""
     return partial(Kernel, signature=signature)
 
 

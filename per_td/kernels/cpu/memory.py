@@ -62,22 +62,17 @@ FRAMES = _numbers(
 )
 
 
-@part(inline="always")
-def trees_at(record: int) -> Any:
-    """Read the `TREES` record at an address."""
-    return carray(pointer(record), 1, TREES)[0]
+def _reader(dtype: "np.dtype[Any]") -> Any:
+    """Make a function that reads the record of this dtype at an address."""
+
+    @part(inline="always")
+    def read(record: int) -> Any:
+        return carray(pointer(record), 1, dtype)[0]
+
+    return read
 
 
-@part(inline="always")
-def rows_at(record: int) -> Any:
-    """Read the `ROWS` record at an address."""
-    return carray(pointer(record), 1, ROWS)[0]
-
-
-@part(inline="always")
-def frames_at(record: int) -> Any:
-    """Read the `FRAMES` record at an address."""
-    return carray(pointer(record), 1, FRAMES)[0]
+trees_at, rows_at, frames_at = map(_reader, (TREES, ROWS, FRAMES))
 
 
 @part(inline="always")
