@@ -43,6 +43,14 @@ class Trees(Protocol):
     def total(self) -> Tensor:
         """Sum of the masses of each tree, float64 [S]."""
 
+    @property
+    def largest(self) -> Tensor:
+        """Largest priority in each tree, 0 for none, float32 [S]."""
+
+    @property
+    def smallest(self) -> Tensor:
+        """Smallest positive mass in each tree, inf for none, float32 [S]."""
+
 
 class Distribution(Protocol):
     """The map from priorities to masses; see `per_td.priorities.distributions`."""

@@ -76,7 +76,7 @@ def _assign(
     live: Tensor | None = None,
     **given: Any,
 ) -> Tensor | int:
-    """`update.assign` for leaves [n]; the kernel tracks the largest ever of a single tree only."""
+    """Run `update.assign`; its kernel tracks the largest ever of a single tree only."""
     many = trees.layout.groups > 1
     dropped = update.assign(
         _kinds(trees),
@@ -90,8 +90,7 @@ def _assign(
         **given,
     )
     if many:
-        largest = trees.layout.tops(trees.maxima).amax(-1)
-        torch.maximum(trees.ever_max, largest, out=trees.ever_max)
+        torch.maximum(trees.ever_max, trees.largest, out=trees.ever_max)
     return dropped
 
 
@@ -190,17 +189,12 @@ def draw(
 ) -> tuple[Tensor, Tensor] | None:
     """See `reference.draw`."""
     if trees.layout.groups > 1:
-        return reference.draw(
-            trees,
-            point,
-            stratified=stratified,
-            beta=beta,
-            normalization=normalization,
-            written=written,
-        )
-    tree = trees.leaves, trees.sums, _offsets(trees)
-    index, mass = draws.find(*tree, point.reshape(-1), scaled=True, stratified=stratified)
-    index, mass = index.view(point.shape), mass.view(point.shape)
+        target = reference.scaled(point, trees.total, stratified=stratified)
+        index, mass = reference.find(trees, target)
+    else:
+        tree = trees.leaves, trees.sums, _offsets(trees)
+        index, mass = draws.find(*tree, point.reshape(-1), scaled=True, stratified=stratified)
+        index, mass = index.view(point.shape), mass.view(point.shape)
     mark_replayed(trees, index)
     return index, weigh(trees, mass, beta=beta, normalization=normalization, written=written)
 
