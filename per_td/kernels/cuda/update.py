@@ -7,6 +7,8 @@ do not depend on the order in which programs run:
   unsigned integer, to its claim: 2^31 + 1 + its position in the batch. That is more than any
   priority, which is a float without a sign, and more than the claim of any earlier update. In a
   second launch the update whose claim stands writes its priority. This needs no sort, no memory.
+- Nodes are recomputed from their children level by level: programs that meet in a node write the
+  same number. Sums, maxima and minima share their launches, and the last levels share one.
 """
 
 from dataclasses import dataclass
@@ -66,16 +68,10 @@ def _level(
     ALL: tl.constexpr,
     NODES: tl.constexpr,
 ):
-    """Recompute one level of each tree: the nodes above the leaves `index` [n], or ALL.
+    """Recompute one level of each tree: the nodes leaf >> shift above `index` [n], or ALL.
 
-    Args:
-        index: leaves; others than those in [0, slots) are skipped.
-        sums, maxima, minima: children and nodes of each tree; the latter two may be None.
-        n, slots: number of updates, and of leaves.
-        start, offset, width: first child, first node of the level, and number of its nodes.
-        shift: nodes are leaves >> shift.
-        ALL: recompute the whole level.
-        NODES: nodes per program.
+    Others than leaves in [0, slots) are skipped. `sums`, `maxima` and `minima` are pairs of
+    children, from `start` on, and nodes, `width` from `offset` on; the latter two may be None.
     """
     lane = tl.program_id(0) * NODES + tl.arange(0, NODES)
     if ALL:
@@ -243,15 +239,10 @@ def _settle(column, masses, update, alpha, stride, ever_max, n, slots, FLAT: tl.
 
 
 def put(trees: Kinds, index: Tensor, value: Tensor) -> None:
-    """Set the masses of the leaves `index` [B], one after the other, and the nodes above.
+    """Set the masses of leaves int64 [B], one after the other, and the sums, all that `trees` has.
 
     An update is skipped if the index is not that of a tree's leaf, or the value is negative,
     infinite or NaN.
-
-    Args:
-        trees: the sums, and no others.
-        index: int64 [B].
-        value: float32 [B].
     """
     if len(index):
         update = index.contiguous(), value.contiguous(), None
@@ -282,13 +273,12 @@ def assign(
     Args:
         trees: the sums, the maxima, and any others.
         raw: the priorities, float32 [leaf_slots].
-        index: int64 [B].
-        value: TD errors, or priorities if `eps` is None, float32 [B].
+        index, value: int64 and float32 [B]; TD errors, or without `eps` priorities.
         alpha: exponents of the priorities of each tree, float64 [S], or 0-dim for one tree.
-        ever_max: takes the largest priority ever written, float32 [1], or None.
+        ever_max: takes the largest priority ever written, float32 [1].
         eps: added to |TD error|, float64, 0-dim.
-        size: an index must be below it, a number or int64, 0-dim; None: all slots.
-        live: bool [B], False drops an update; None drops none.
+        size: an index must be below it, a number or int64, 0-dim.
+        live: bool [B], False drops an update.
         generation: generations of the transitions meant, int64 [B]; stale updates are dropped.
         written: number of transitions ever written, int64, 0-dim; needed with `generation`.
         refused: counts updates whose slot or priority is out of range or NaN, int64, 0-dim.
