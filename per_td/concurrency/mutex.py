@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from multiprocessing.context import get_spawning_popen
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -35,11 +34,7 @@ class _Time(ctypes.Structure):
 
 
 def _functions() -> tuple[Any, Any]:
-    """The C library without and with the interpreter's lock held during a call.
-
-    Raises:
-        ConfigurationError: this is not Linux.
-    """
+    """The C library without and with the interpreter's lock held during a call; for Linux."""
     if not sys.platform.startswith("linux"):
         raise ConfigurationError(
             f"shared: expected Linux, whose mutexes outlive their holders, got {sys.platform}"
@@ -47,7 +42,7 @@ def _functions() -> tuple[Any, Any]:
     return ctypes.CDLL(None), ctypes.PyDLL(None)
 
 
-_kept: list[torch.Tensor] = []
+_kept: list[Tensor] = []
 """Memory of locks that another thread held when nobody could use them any more.
 
 A thread has a list of the robust mutexes that it holds, which goes through their memory.
@@ -59,10 +54,8 @@ class RobustMutex:
 
     Pickled for a process that is being spawned, it stays the same lock. An interrupt (Ctrl-C) that
     comes after a call of the C library, and before its result is known, does not leave it held: the
-    mutex itself knows whether this thread has it.
-
-    Attributes:
-        depth: how often its holder has taken it, 0 while it is free.
+    mutex itself knows whether this thread has it. `depth` is how often its holder has taken it, 0
+    while it is free.
 
     Raises:
         ConfigurationError: this is not Linux.
@@ -103,11 +96,7 @@ class RobustMutex:
             _kept.append(self._memory)
 
     def acquire(self) -> int:
-        """Wait for the lock and take it.
-
-        Returns:
-            How often this thread has taken it: 1, or more within other calls.
-        """
+        """Wait for the lock, take it, and return how often this thread has, 1 or more."""
         depth = None
         try:
             code = self._try(self._mutex)
@@ -133,13 +122,9 @@ class RobustMutex:
         return 1
 
     def settle(self, depth: int | None) -> bool:
-        """After an interrupt, hold the lock so often as before the call that it interrupted.
+        """After an interrupt, hold the lock as often as before the call that it interrupted.
 
-        Args:
-            depth: how often this thread had taken it; None: as often as it says.
-
-        Returns:
-            False if another thread has it.
+        That is `depth`, or for None as often as the lock says. False if another thread has it.
         """
         code = self._timed(self._mutex, ctypes.byref(_Time(0, 0)))  # does not wait
         if code not in (0, errno.EOWNERDEAD, errno.EDEADLK):
@@ -171,11 +156,7 @@ _ACTIVE, _REPAIRS, _BEGUN, _RUNS = range(4)
 
 
 class Note:
-    """The slots about to be written, in shared memory: for who finds that the writer has died.
-
-    Args:
-        groups: number of rings.
-    """
+    """The slots of each ring about to be written, in shared memory, in case the writer dies."""
 
     def __init__(self, groups: int) -> None:
         # 1 while the note counts; number of repairs; 1 from the begin of a call to its good end;
@@ -220,14 +201,8 @@ class Guard:
     """The lock of a shared buffer: it tells when its last holder died, and repairs before it opens.
 
     A writer that dies in the middle has not acknowledged its transitions: they are given up. Where
-    they would have been is in the note. All else follows from the raw priorities.
-
-    Args:
-        groups: number of rings.
-        repair: called with the lock held after a death; it reads the note that it is given.
-
-    Raises:
-        ConfigurationError: this is not Linux.
+    they would have been is in the note. All else follows from the raw priorities. So `repair` reads
+    the note; it is called with the lock held.
     """
 
     def __init__(self, groups: int, repair: Callable[[Note], None]) -> None:
@@ -261,12 +236,7 @@ class Guard:
                 self._mutex.settle(depth - 1)
             raise
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        at: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         depth = self._mutex.depth.value  # an interrupt before this keeps the lock
         try:
             if depth == 1:

@@ -39,7 +39,7 @@ _ALL_CHOICES = (*CHOICES, "checked")
 
 
 def _allowed() -> bool:
-    """True unless the environment variable asks for plain torch."""
+    """True unless the environment variable asks for plain torch; raises ConfigurationError."""
     choice = os.environ.get(VARIABLE, "auto")
     if choice not in _ALL_CHOICES:
         raise ConfigurationError(f"{VARIABLE}: expected one of {_ALL_CHOICES}, got {choice!r}")
@@ -47,11 +47,7 @@ def _allowed() -> bool:
 
 
 def operations(device: torch.device, *, launches: bool = True) -> ModuleType:
-    """Choose the operations for tensors on `device`; on CUDA, kernels only with `launches`.
-
-    Raises:
-        ConfigurationError: the environment variable is not one of `CHOICES`.
-    """
+    """Choose the operations for tensors on `device`; on CUDA, kernels only with `launches`."""
     if not _allowed():
         return reference
     if device.type == "cpu":
