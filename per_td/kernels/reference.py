@@ -213,13 +213,11 @@ def assign(
         value: float32 [S, B]; None: the priority of new transitions.
         written: number of transitions ever written, int64 [S], or one number for all.
         limit: an index must be below min(written, limit).
-        generation: generations of the transitions meant, int64 [S, B]; updates of stale ones are
-            dropped. None drops none.
+        generation: generations of the transitions meant, int64 [S, B]; stale updates are dropped.
         stamps: current generations of the slots, int64 [limit], for one tree; None computes them
             from `written`.
         mask: bool [S, B]; False leaves a slot alone.
-        add_eps: add eps to |value|.
-        squared: take the root of |value| first.
+        add_eps, squared: add eps to |value|; take the root of |value| first.
         new: mark the slots as not replayed.
         ever_max: see `for_new`.
 
@@ -238,7 +236,7 @@ def assign(
         )
     slot = index.view(layout.groups, -1).clone()  # others may write to it meanwhile
     ever = written.view(layout.groups, 1) if isinstance(written, Tensor) else written
-    size = ever.clamp(max=limit) if isinstance(ever, Tensor) else min(ever, limit)
+    size = sizes(ever, limit)
     wanted = None if mask is None else mask.view(slot.shape)
     if value is None:
         priority = for_new(trees, ever_max=ever_max).unsqueeze(-1).expand(slot.shape)
@@ -332,17 +330,11 @@ def draw(
     normalization: str,
     written: Tensor | int,
 ) -> tuple[Tensor, Tensor] | None:
-    """Draw slots for random points, mark them as replayed, and compute their weights; see `weigh`.
+    """Draw slots int64 for random points, mark them as replayed, and `weigh` them, float32.
 
-    Args:
-        trees: the trees.
-        point: random numbers in [0, 1), float64 [S, B]; may be overwritten.
-        stratified: move each point into its own of B equal parts of the total.
-        beta, normalization, written: see `weigh`.
-
-    Returns:
-        Slots int64 and weights float32, in the shape of `point`. None if a tree has only masses of
-        0 (not on CUDA, where the host would wait).
+    The points lie in [0, 1), float64 [S, B], and may be overwritten. `stratified` moves each into
+    its own of B equal parts of the total. None if a tree has only masses of 0 (not on CUDA, where
+    the host would wait).
     """
     total = trees.total
     if validation.can_raise(total) and not (total > 0).all():
@@ -392,12 +384,9 @@ def sizes(written: Tensor | int, capacity: int) -> Tensor | int:
     return written.clamp(max=capacity) if isinstance(written, Tensor) else min(written, capacity)
 
 
-def _exponential(
-    shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None
-) -> Tensor:
-    """Random times ~ Exp(1), float64."""
-    out = torch.empty(shape, dtype=torch.float64, device=device)
-    return out.exponential_(generator=generator)
+def _times(mass: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Random times ~ Exp(mass), float64 as `mass`; not to be used where it is 0."""
+    return torch.empty_like(mass).exponential_(generator=generator) / mass
 
 
 def _arrivals(
@@ -410,9 +399,8 @@ def _arrivals(
     prefix = mass.cumsum(-1)
     point = torch.rand(node.shape, dtype=torch.float64, device=node.device, generator=generator)
     first = _child_at(prefix, (point * prefix[:, -1]).unsqueeze(-1))
-    later = _exponential((len(node), FANOUT), node.device, generator) / mass
-    arrivals = (arrival.unsqueeze(-1) + later).scatter_(1, first, arrival.unsqueeze(-1))
-    return arrivals.masked_fill_(mass <= 0, torch.inf)
+    arrivals = arrival.unsqueeze(-1) + _times(mass, generator)
+    return arrivals.scatter_(1, first, arrival.unsqueeze(-1)).masked_fill_(mass <= 0, torch.inf)
 
 
 def _by_arrival(
@@ -429,8 +417,7 @@ def _by_arrival(
     """
     layout = trees.layout
     tops = layout.tops(trees.sums)
-    arrivals = _exponential((layout.groups, layout.width), trees.device, generator) / tops
-    arrivals = arrivals.masked_fill_(tops <= 0, torch.inf)
+    arrivals = _times(tops, generator).masked_fill_(tops <= 0, torch.inf)
     arrival, best = arrivals.topk(min(n, layout.width), largest=False, sorted=True)
     node = best + trees.starts // FANOUT**layout.height
     levels = layout.levels(trees.sums)[: layout.height - 1]

@@ -56,7 +56,7 @@ class Kernel:
     """
 
     _making_ready, _compiling = threading.RLock(), threading.Lock()
-    _seconds, _told = 0.0, False
+    _seconds = 0.0
 
     def __init__(self, function: Callable[..., Any], signature: str) -> None:
         self._name = function.__qualname__ + ("_checked" if CHECKED else "")
@@ -113,11 +113,10 @@ class Kernel:
                 _remove_outdated(folder, name)
 
 
+@cache
 def _tell() -> None:
     """Log, once, why a first call takes so long."""
-    if not Kernel._told:
-        Kernel._told = True
-        logging.getLogger("per_td").warning("compiling kernels, once per machine")
+    logging.getLogger("per_td").warning("compiling kernels, once per machine")
 
 
 def unary(signature: Any, emit: Callable[[Any, Any], Any]) -> Any:

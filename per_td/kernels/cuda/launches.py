@@ -120,7 +120,7 @@ def assign(
         value = value.abs()
     value = value.sqrt() if squared else value
     ever = written.view(layout.groups, 1) if isinstance(written, Tensor) else written
-    size = ever.clamp(max=limit) if isinstance(ever, Tensor) else min(ever, limit)
+    size = reference.sizes(ever, limit)
     if layout.groups == 1 and stamps is None and mask is None and not new:
         return _assign(
             trees,
