@@ -460,6 +460,7 @@ def store_frames(
         return reference.store_frames(frames, stacks, env)
     parts = frames.lanes, frames.factors, frames.recent, frames.counters, frames.page
     record = _record_of(frames, parts, _FramesRecord)
+    env = env.contiguous()  # named, as it must live until the kernel has read it
     n, depth = env.numel(), frames.depth
     length = n * depth * frames.lanes.shape[1] * 8
     sources, kept = array("q"), []  # keeps copies until the kernel has read them
@@ -481,7 +482,7 @@ def store_frames(
     places, low = record.likes
     found, oldest = [torch.empty_like(places), torch.empty_like(places)], torch.empty_like(low)
     to = array("q", map(Tensor.data_ptr, found))
-    where = sources.buffer_info()[0], _address(env.contiguous(), torch.int64, n), n
+    where = sources.buffer_info()[0], _address(env, torch.int64, n), n
     if not frame_search.store(record.address, *where, to.buffer_info()[0], oldest.data_ptr()):
         raise PerTdError(f"env: expected numbers below {frames.envs}, got others")
     increment_version(frames.lanes)
