@@ -91,37 +91,27 @@ def find(
     scaled: bool = False,
     stratified: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Find the leaves int64 [B] that hold the points float64 [B], and their masses, in one launch.
+    """Find the leaves int64 that hold the points float64, and their masses, in one launch.
 
     See `_walk`; `offsets` is int64 [levels], on the same device.
     """
-    n = len(point)
-    index = torch.empty(n, dtype=torch.int64, device=point.device)
-    mass = torch.empty(n, dtype=torch.float32, device=point.device)
+    point, n = point.contiguous(), point.numel()
+    index = torch.empty_like(point, dtype=torch.int64)
+    mass = torch.empty_like(point, dtype=torch.float32)
     if n:
-        _walk[(triton.cdiv(n, POINTS),)](
-            leaves,
-            nodes,
-            offsets,
-            point.contiguous(),
-            index,
-            mass,
-            n,
-            DEPTH=len(offsets),
-            SCALED=scaled,
-            STRATIFIED=stratified,
-            BLOCK=POINTS,
-        )
+        tree, how = (leaves, nodes, offsets), (len(offsets), scaled, stratified, POINTS)
+        _walk[(triton.cdiv(n, POINTS),)](*tree, point, index, mass, n, *how)
     return index, mass
 
 
 def weigh(mass: Tensor, beta: Tensor, unit: Tensor, size: Tensor | None = None) -> Tensor:
-    """Importance-sampling weights (mass / unit)^-beta, or (mass / unit * size)^-beta, float32 [B].
+    """Importance-sampling weights (mass / unit)^-beta, or (mass / unit * size)^-beta, float32.
 
     `unit` is the mass that gets the weight 1, or with a `size` (of the buffer) the total; all but
     `mass` are 0-dim.
     """
+    mass, n = mass.contiguous(), mass.numel()
     weight = torch.empty_like(mass)
-    if len(mass):
-        _weigh[(triton.cdiv(len(mass), FLAT),)](mass, unit, size, beta, weight, len(mass), FLAT)
+    if n:
+        _weigh[(triton.cdiv(n, FLAT),)](mass, unit, size, beta, weight, n, FLAT)
     return weight
