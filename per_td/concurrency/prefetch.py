@@ -93,17 +93,14 @@ class _Work:
         """True until the thread has ended."""
         return self.thread is not None and self.thread.is_alive()
 
-    def end(self) -> None:
-        """`stop`, and wait for the thread."""
-        self.stop()
-        if self.thread is not None and self.thread is not threading.current_thread():
-            self.thread.join()
-
 
 def _end(begun: list[_Work]) -> None:
-    """End all of these, and forget them."""
+    """Stop all of these, wait for their threads, and forget them."""
     while begun:
-        begun.pop().end()
+        work = begun.pop()
+        work.stop()
+        if work.thread is not None and work.thread is not threading.current_thread():
+            work.thread.join()
 
 
 def start(work: _Work, owner: "weakref.ref[Any]", draw: Callable[[Any], TensorDict]) -> None:

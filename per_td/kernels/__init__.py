@@ -21,8 +21,6 @@ torch; "checked": CPU kernels with bounds checks, for tests.
 import gc
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
@@ -70,9 +68,10 @@ def prepare(device: torch.device) -> None:
 @cache
 def _cpu() -> ModuleType | None:
     """Import the kernels for the CPU, or warn and return None."""
+    enabled = gc.isenabled()
+    gc.disable()  # a collection takes 0.2 s while numba is imported, and frees nothing
     try:
-        with _no_collection():
-            from per_td.kernels.cpu import door
+        from per_td.kernels.cpu import door
     except ImportError as error:
         _warn("CPU", f"numba cannot be imported ({error})")
     except RuntimeError as error:  # numba's "cannot cache function"
@@ -80,6 +79,9 @@ def _cpu() -> ModuleType | None:
         _warn("CPU", f"{reason}; NUMBA_CACHE_DIR can name one")
     else:
         return door
+    finally:
+        if enabled:
+            gc.enable()
     return None
 
 
@@ -101,15 +103,3 @@ def _warn(device: str, reason: str) -> None:
         KernelWarning,
         stacklevel=2,
     )
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Stop garbage collection, which takes 0.2 s while numba is imported, and frees nothing."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -95,15 +95,6 @@ def _refresh_row(trees: Any, levels: Any, begin: int, end: int) -> None:
             _refresh_row_of_min(leaves, floats(trees.minima, trees.node_slots), levels, begin, end)
 
 
-@part(inline="always", error_model="numpy")
-def _masses_of(priorities: Any, exponent: float, masses: Any) -> None:
-    """Write p^exponent to `masses`, positive and finite in float32; 0 for a priority of 0."""
-    power(priorities, exponent, masses)
-    for i in range(priorities.shape[0]):
-        mass = min(max(masses[i], _TINY), _HUGE)
-        masses[i] = mass if priorities[i] > 0 else 0.0
-
-
 @part(inline="always")
 def _rank_all(priorities: Any, ordered: Any) -> None:
     """Turn priorities into ranks: 1 + the number of larger ones in `ordered`; 0 stays 0.
@@ -120,6 +111,20 @@ def _rank_all(priorities: Any, ordered: Any) -> None:
     for i in range(low.shape[0]):
         if priorities[i] > 0:
             priorities[i] = slots + 1 - low[i]
+
+
+@part(inline="always", error_model="numpy")
+def _masses_of(trees: Any, priorities: Any, exponent: float, masses: Any) -> None:
+    """Write p^exponent to `masses`, positive and finite in float32; 0 for a priority of 0.
+
+    Where the trees have a snapshot, ranks take the place of the priorities.
+    """
+    if trees.snapshot_length > 0:
+        _rank_all(priorities, floats(trees.snapshot, trees.snapshot_length))
+    power(priorities, exponent, masses)
+    for i in range(priorities.shape[0]):
+        mass = min(max(masses[i], _TINY), _HUGE)
+        masses[i] = mass if priorities[i] > 0 else 0.0
 
 
 @part(inline="always")
@@ -183,9 +188,7 @@ def assign_new(record: int, runs: int, options: int) -> bool:
         priority = _for_new(trees, levels, s, (options & option.EVER_MAX) != 0)
         largest[s] = max(largest[s], priority)
         p[0] = priority
-        if trees.snapshot_length > 0:
-            _rank_all(p, floats(trees.snapshot, trees.snapshot_length))
-        _masses_of(p, exponents[s], mass)
+        _masses_of(trees, p, exponents[s], mass)
         first = s * trees.stride
         begin, end = first + start, first + min(start + n, slots)
         for _ in range(2):
@@ -273,10 +276,7 @@ def assign(
         for i in range(begin, ends[s]):  # of equal indices, the last has won
             p[i] = raw[leaf[i]]
             largest[s] = max(largest[s], raw[leaf[i]])
-        own = p[begin : ends[s]]
-        if trees.snapshot_length > 0:
-            _rank_all(own, floats(trees.snapshot, trees.snapshot_length))
-        _masses_of(own, exponents[s], mass[begin : ends[s]])
+        _masses_of(trees, p[begin : ends[s]], exponents[s], mass[begin : ends[s]])
         begin = ends[s]
     for i in range(count):
         leaves[leaf[i]] = mass[i]
