@@ -267,7 +267,7 @@ def assign(
 
 
 def generations(slot: Tensor, written: Tensor | int, capacity: int) -> Tensor:
-    """How often slots [S, B] were overwritten, int64; -1: never written.
+    """Generations of slots [S, B], int64: overwritten so often; -1 if never written.
 
     Transition number k, counted from 0, lives in slot k mod capacity; `written` [S, 1] were.
     """
