@@ -261,8 +261,8 @@ def assign(
     ever, _kept = _numbers(written, groups)
     if limit > trees.layout.capacity:
         raise PerTdError(f"expected a limit of at most {trees.layout.capacity}, got {limit}")
-    given = at, values, then, wanted, ever, stamp, _each(total, groups)
-    dropped: int = update.assign(_trees_record(trees), *given, limit, options)
+    record, n = _trees_record(trees), _each(total, groups)
+    dropped: int = update.assign(record, at, values, then, wanted, ever, stamp, n, limit, options)
     if dropped >= 0:
         return dropped
     return reference.assign(
