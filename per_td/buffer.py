@@ -16,8 +16,8 @@ from per_td import diagnostics, kernels, validation
 from per_td.checkpoint import file as checkpoint
 from per_td.checkpoint import state as states
 from per_td.concurrency import forks
+from per_td.concurrency.mutex import Guard, Note
 from per_td.concurrency.prefetch import Prefetcher
-from per_td.concurrency.shared_lock import Guard, Note
 from per_td.copies import Copied
 from per_td.draws import DRAWS
 from per_td.errors import (

@@ -75,7 +75,7 @@ def device(request, monkeypatch) -> torch.device:
     pytest.importorskip("triton", reason="triton is not installed")
     from per_td import kernels, validation
     from per_td.kernels import reference
-    from per_td.kernels.cuda import draw, launches, nodes, update
+    from per_td.kernels.cuda import draw, launches, update
     from per_td.storage.ring import RingStorage
 
     def operations(device, *, launches=True, triton=launches):
@@ -84,7 +84,7 @@ def device(request, monkeypatch) -> torch.device:
     monkeypatch.setattr(kernels, "operations", operations)
     monkeypatch.setattr(validation, "can_raise", lambda tensor: False)
     monkeypatch.setattr(RingStorage, "_known", property(lambda ring: ring.groups == 1))
-    for module, name in ((draw, "POINTS"), (nodes, "NODES"), (update, "FLAT")):
+    for module, name in ((draw, "POINTS"), (update, "NODES"), (update, "FLAT")):
         monkeypatch.setattr(module, name, 4096)  # the interpreter takes as long for any number
     return torch.device("cpu")
 

@@ -726,6 +726,19 @@ def test_stacks_at_odd_addresses_are_stored(choice):
     assert same_bits(buffer.transitions["next", "pixels"], stacks[1])
 
 
+def test_environments_may_be_a_column_of_a_matrix(choice):
+    """A copy of it must live until the kernel has read it."""
+    new = numbered(0, 4, envs=2)
+    env = torch.stack([new["env"], new["env"] + 5], 1)[:, 0]
+    assert not env.is_contiguous()
+    buffer, other = make(num_envs=2), make(num_envs=2)
+    buffer.extend(new, env=env)
+    other.extend(new, env=env.contiguous())
+    assert_right(buffer.transitions)
+    one, two = buffer._storage._stores[0], other._storage._stores[0]
+    assert torch.equal(one.counters, two.counters)
+
+
 @pytest.mark.parametrize(
     ("told", "num_frames"),
     slow_but([(False, None), (True, 13)], itertools.product((False, True), (None, 13, 300))),

@@ -325,9 +325,9 @@ class _Launch:
 def launched(pretended, monkeypatch):
     """The pretended device, with the operations of CUDA, whose kernels are counted."""
     pytest.importorskip("triton", reason="triton is not installed")
-    from per_td.kernels.cuda import draw, launches, nodes, update
+    from per_td.kernels.cuda import draw, launches, update
 
-    for module in (draw, nodes, update):
+    for module in (draw, update):
         for name in ("_walk", "_weigh", "_level", "_top", "_claim", "_settle"):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, _Launch())

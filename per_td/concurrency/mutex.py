@@ -1,8 +1,9 @@
-"""A lock between processes that the death of its holder releases: a robust mutex of POSIX threads.
+"""The lock of a shared buffer, which tells when its holder died, and the repair after that.
 
-The lock of `multiprocessing` is a semaphore: a process killed while it holds it holds it for ever.
-A robust mutex is released by the kernel, and whoever gets it next is told. It lies in shared
-memory, needs no file, and is taken and given back without a system call while nobody else wants it.
+It is a robust mutex of POSIX threads. The lock of `multiprocessing` is a semaphore: a process
+killed while it holds it holds it for ever. A robust mutex is released by the kernel, and whoever
+gets it next is told. It lies in shared memory, needs no file, and is taken and given back without a
+system call while nobody else wants it.
 """
 
 import ctypes
@@ -10,13 +11,18 @@ import errno
 import os
 import sys
 import time
+from collections.abc import Callable
+from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from per_td.errors import ConfigurationError
+from per_td.errors import ConfigurationError, PerTdError
+from per_td.kernels.reference import Runs
+from per_td.memory import shared_zeros
 
-__all__ = ["RobustMutex"]
+__all__ = ["Guard", "Note", "RobustMutex"]
 
 _CHECKS_ERRORS, _PROCESS_SHARED, _ROBUST = 2, 1, 1  # as <pthread.h> of Linux has them
 _BYTES = 128  # of pthread_mutex_t, 40 or 48 in glibc and musl, with room to spare
@@ -28,11 +34,7 @@ class _Time(ctypes.Structure):
 
 
 def _functions() -> tuple[Any, Any]:
-    """The C library without and with the interpreter's lock held during a call.
-
-    Raises:
-        ConfigurationError: this is not Linux.
-    """
+    """The C library without and with the interpreter's lock held during a call; for Linux."""
     if not sys.platform.startswith("linux"):
         raise ConfigurationError(
             f"shared: expected Linux, whose mutexes outlive their holders, got {sys.platform}"
@@ -40,7 +42,7 @@ def _functions() -> tuple[Any, Any]:
     return ctypes.CDLL(None), ctypes.PyDLL(None)
 
 
-_kept: list[torch.Tensor] = []
+_kept: list[Tensor] = []
 """Memory of locks that another thread held when nobody could use them any more.
 
 A thread has a list of the robust mutexes that it holds, which goes through their memory.
@@ -52,10 +54,8 @@ class RobustMutex:
 
     Pickled for a process that is being spawned, it stays the same lock. An interrupt (Ctrl-C) that
     comes after a call of the C library, and before its result is known, does not leave it held: the
-    mutex itself knows whether this thread has it.
-
-    Attributes:
-        depth: how often its holder has taken it, 0 while it is free.
+    mutex itself knows whether this thread has it. `depth` is how often its holder has taken it, 0
+    while it is free.
 
     Raises:
         ConfigurationError: this is not Linux.
@@ -96,11 +96,7 @@ class RobustMutex:
             _kept.append(self._memory)
 
     def acquire(self) -> int:
-        """Wait for the lock and take it.
-
-        Returns:
-            How often this thread has taken it: 1, or more within other calls.
-        """
+        """Wait for the lock, take it, and return how often this thread has, 1 or more."""
         depth = None
         try:
             code = self._try(self._mutex)
@@ -126,13 +122,9 @@ class RobustMutex:
         return 1
 
     def settle(self, depth: int | None) -> bool:
-        """After an interrupt, hold the lock so often as before the call that it interrupted.
+        """After an interrupt, hold the lock as often as before the call that it interrupted.
 
-        Args:
-            depth: how often this thread had taken it; None: as often as it says.
-
-        Returns:
-            False if another thread has it.
+        That is `depth`, or for None as often as the lock says. False if another thread has it.
         """
         code = self._timed(self._mutex, ctypes.byref(_Time(0, 0)))  # does not wait
         if code not in (0, errno.EOWNERDEAD, errno.EDEADLK):
@@ -158,3 +150,111 @@ class RobustMutex:
 def _require(code: int) -> None:
     if code:
         raise OSError(code, f"the lock of a shared buffer: {os.strerror(code)}")
+
+
+_ACTIVE, _REPAIRS, _BEGUN, _RUNS = range(4)
+
+
+class Note:
+    """The slots of each ring about to be written, in shared memory, in case the writer dies."""
+
+    def __init__(self, groups: int) -> None:
+        # 1 while the note counts; number of repairs; 1 from the begin of a call to its good end;
+        # runs; write counts
+        self._groups = groups
+        self._tensor = shared_zeros((_RUNS + 3 * groups,), torch.int64, torch.device("cpu"))
+        self.page = self._tensor.numpy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.page = self._tensor.numpy()  # not the copy that was sent
+
+    @property
+    def active(self) -> bool:
+        """True from the begin of a write to its end."""
+        return bool(self.page[_ACTIVE])
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """First slot and length of the write to each ring, around the end."""
+        start, length = self.page[_RUNS : _RUNS + 2 * self._groups].reshape(-1, 2).T.tolist()
+        return list(zip(start, length, strict=True))
+
+    @property
+    def written(self) -> Tensor:
+        """The write count of each ring after that, int64 [S]."""
+        return self._tensor[_RUNS + 2 * self._groups :]
+
+    def begin(self, runs: Runs, written: Tensor | int) -> None:
+        """Note a write before its first row, unless a note covers it."""
+        if not self.active:
+            self.page[_RUNS : _RUNS + len(runs)] = runs
+            self.page[_RUNS + len(runs) :] = written
+            self.page[_ACTIVE] = 1  # last: a note that is half written does not count
+
+    def end(self) -> None:
+        """Wipe the note after the last row."""
+        self.page[_ACTIVE] = 0
+
+
+class Guard:
+    """The lock of a shared buffer: it tells when its last holder died, and repairs before it opens.
+
+    A writer that dies in the middle has not acknowledged its transitions: they are given up. Where
+    they would have been is in the note. All else follows from the raw priorities. So `repair` reads
+    the note; it is called with the lock held.
+    """
+
+    def __init__(self, groups: int, repair: Callable[[Note], None]) -> None:
+        self.note, self._repair_with = Note(groups), repair
+        self._mutex = RobustMutex()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if get_spawning_popen() is None:
+            raise ConfigurationError(
+                "expected a shared buffer to be handed to a process when that is started, got an"
+                " attempt to copy or to pickle it; state_dict() makes a copy"
+            )
+        return self.__dict__
+
+    @property
+    def repairs(self) -> int:
+        """Number of repairs."""
+        return int(self.note.page[_REPAIRS])
+
+    def __enter__(self) -> None:
+        depth = 0
+        try:
+            depth = self._mutex.acquire()
+            if depth == 1:
+                page = self.note.page
+                if page[_BEGUN]:  # its last holder died, or was interrupted
+                    self._repair()
+                page[_BEGUN] = 1
+        except BaseException:  # an interrupt: the next call repairs
+            if depth:
+                self._mutex.settle(depth - 1)
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        depth = self._mutex.depth.value  # an interrupt before this keeps the lock
+        try:
+            if depth == 1:
+                if kind is None or issubclass(kind, PerTdError):  # ours come before any writing
+                    self._end()
+                else:  # an interrupt, say
+                    self._repair()
+            self._mutex.release()
+        except BaseException:
+            self._mutex.settle(depth - 1)
+            raise
+
+    def _end(self) -> None:
+        """Nothing is half made."""
+        self.note.end()
+        self.note.page[_BEGUN] = 0
+
+    def _repair(self) -> None:
+        self._repair_with(self.note)
+        self.note.page[_REPAIRS] += 1
+        self._end()

@@ -16,12 +16,7 @@ class Prefetcher:
 
     The thread is started by the first `next`, holds the buffer weakly, and ends with `close`, with
     this object, or with an error, which the `next` that would have got the batch raises; one more
-    `next` starts another.
-
-    Args:
-        owner: what to draw from; not kept alive.
-        draw: called with it, gives a batch.
-        ahead: how many batches at most are drawn and not yet asked for.
+    `next` starts another. `draw` is called with the owner, and gives a batch.
     """
 
     def __init__(self, owner: Any, draw: Callable[[Any], TensorDict], ahead: int) -> None:
@@ -32,11 +27,7 @@ class Prefetcher:
         weakref.finalize(self, _end, self._begun)
 
     def next(self) -> TensorDict:
-        """The oldest batch drawn ahead; waits for one.
-
-        Raises:
-            Exception: whatever drawing it raised.
-        """
+        """Wait for the oldest batch drawn ahead; raises whatever drawing it raised."""
         batch = None
         while batch is None:
             batch = self._working().take()
@@ -82,7 +73,7 @@ class _Work:
         self.thread: threading.Thread | None = None
 
     def take(self) -> TensorDict | None:
-        """The next batch; None if there will not be any more."""
+        """Wait for the next batch; None if there will not be any more."""
         item = self.ready.get()
         if isinstance(item, TensorDict):
             self.permits.release()
@@ -102,17 +93,14 @@ class _Work:
         """True until the thread has ended."""
         return self.thread is not None and self.thread.is_alive()
 
-    def end(self) -> None:
-        """`stop`, and wait for the thread."""
-        self.stop()
-        if self.thread is not None and self.thread is not threading.current_thread():
-            self.thread.join()
-
 
 def _end(begun: list[_Work]) -> None:
-    """End all of these, and forget them."""
+    """Stop all of these, wait for their threads, and forget them."""
     while begun:
-        begun.pop().end()
+        work = begun.pop()
+        work.stop()
+        if work.thread is not None and work.thread is not threading.current_thread():
+            work.thread.join()
 
 
 def start(work: _Work, owner: "weakref.ref[Any]", draw: Callable[[Any], TensorDict]) -> None:

@@ -19,28 +19,34 @@ torch; "checked": CPU kernels with bounds checks, for tests.
 """
 
 import gc
+import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
 import torch
 
-from per_td.errors import KernelWarning
+from per_td.errors import ConfigurationError, KernelWarning
 from per_td.kernels import reference
-from per_td.kernels.choice import CHOICES, VARIABLE, allowed
 
 __all__ = ["CHOICES", "VARIABLE", "operations", "prepare"]
 
+VARIABLE = "PER_TD_KERNELS"
+CHOICES = ("auto", "off")
+_ALL_CHOICES = (*CHOICES, "checked")
+
+
+def _allowed() -> bool:
+    """True unless the environment variable asks for plain torch; raises ConfigurationError."""
+    choice = os.environ.get(VARIABLE, "auto")
+    if choice not in _ALL_CHOICES:
+        raise ConfigurationError(f"{VARIABLE}: expected one of {_ALL_CHOICES}, got {choice!r}")
+    return choice != "off"
+
 
 def operations(device: torch.device, *, launches: bool = True) -> ModuleType:
-    """Choose the operations for tensors on `device`; on CUDA, kernels only with `launches`.
-
-    Raises:
-        ConfigurationError: the environment variable is not one of `CHOICES`.
-    """
-    if not allowed():
+    """Choose the operations for tensors on `device`; on CUDA, kernels only with `launches`."""
+    if not _allowed():
         return reference
     if device.type == "cpu":
         return _cpu() or reference
@@ -54,7 +60,7 @@ def prepare(device: torch.device) -> None:
 
     Else the first call would compile what it needs, and others who wait for the lock with it.
     """
-    door = _cpu() if device.type == "cpu" and allowed() else None
+    door = _cpu() if device.type == "cpu" and _allowed() else None
     if door is not None:
         door.prepare()
 
@@ -62,9 +68,10 @@ def prepare(device: torch.device) -> None:
 @cache
 def _cpu() -> ModuleType | None:
     """Import the kernels for the CPU, or warn and return None."""
+    enabled = gc.isenabled()
+    gc.disable()  # a collection takes 0.2 s while numba is imported, and frees nothing
     try:
-        with _no_collection():
-            from per_td.kernels.cpu import door
+        from per_td.kernels.cpu import door
     except ImportError as error:
         _warn("CPU", f"numba cannot be imported ({error})")
     except RuntimeError as error:  # numba's "cannot cache function"
@@ -72,6 +79,9 @@ def _cpu() -> ModuleType | None:
         _warn("CPU", f"{reason}; NUMBA_CACHE_DIR can name one")
     else:
         return door
+    finally:
+        if enabled:
+            gc.enable()
     return None
 
 
@@ -93,15 +103,3 @@ def _warn(device: str, reason: str) -> None:
         KernelWarning,
         stacklevel=2,
     )
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Stop garbage collection, which takes 0.2 s while numba is imported, and frees nothing."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

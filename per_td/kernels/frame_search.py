@@ -36,10 +36,7 @@ def store_frames(
 ) -> tuple[list[Tensor], Tensor]:
     """Store the frames of n transitions that are not among the recent ones of their environment.
 
-    Args:
-        frames: the ring of frames.
-        stacks: two stacks of each transition, [n, k, ...] each.
-        env: environment of each, int64 [n].
+    Each transition has two stacks [n, k, ...], and an environment int64 [n].
 
     Returns:
         Places of the frames in the ring, int32 [n, k] for each stack, and the number of the oldest
@@ -54,12 +51,10 @@ def store_frames(
         return [empty for _ in stacks], torch.empty(0, dtype=torch.int64, device=device)
     lanes = [_lanes(frames, validation.plain_rows(stack.detach(), device), n) for stack in stacks]
     env = env.clamp(0, frames.envs - 1)  # on CUDA nobody looks; a wrong one costs memory, no more
-    parts = [
-        _store(
-            frames, torch.cat([some[at : at + _ROWS] for some in lanes], 1), env[at : at + _ROWS]
-        )
-        for at in range(0, n, _ROWS)
-    ]
+    parts = []
+    for at in range(0, n, _ROWS):
+        some = torch.cat([each[at : at + _ROWS] for each in lanes], 1)
+        parts.append(_store(frames, some, env[at : at + _ROWS]))
     number = torch.cat(parts)
     place = (number % frames.size).int()
     return list(torch.split(place, frames.depth, 1)), number.amin(1)

@@ -74,17 +74,8 @@ class Layout:
             end += _padded(widths[-1])
             offsets.append(end)
             widths.append(_padded(widths[-1]) // FANOUT)
-        return cls(
-            capacity,
-            groups,
-            stride,
-            width,
-            height or len(widths),
-            leaf_slots,
-            tuple(widths),
-            tuple(offsets),
-            end + 1,
-        )
+        trees = capacity, groups, stride, width, height or len(widths)
+        return cls(*trees, leaf_slots, tuple(widths), tuple(offsets), end + 1)
 
     @property
     def spare(self) -> int:
@@ -116,14 +107,9 @@ class Layout:
 
 
 class Block:
-    """Named tensors, filled with 0, with guard bytes before and after each.
+    """Tensors of these shapes and dtypes, filled with 0, with guard bytes before and after each.
 
     Each has memory of its own: torch.compile cannot change views of several dtypes in one.
-
-    Args:
-        views: shape and dtype of each tensor, by name.
-        device: device of the memory.
-        zeros: makes the memory.
 
     Attributes:
         memory: memory of each tensor, uint8, by name; torch moves it to send a block to a process.

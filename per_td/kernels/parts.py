@@ -1,4 +1,4 @@
-"""Interfaces of the parts that the operations work on."""
+"""Interfaces of the parts that operations work on, and numbers that kernels and callers share."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -7,6 +7,17 @@ import torch
 from torch import Tensor
 
 from per_td.kernels.layout import Block, Layout
+
+EXPONENT, EPS, MINIMA, BETAS = range(4)
+"""Places in a table's settings, float64 [4]: the exponent that gives the masses of all trees, NaN
+where each has its own; eps; 1 if the smallest masses are kept up to date; 1 if each tree has a beta
+of its own."""
+
+VALUE, GENERATION, MASK, STAMPS, ADD_EPS, SQUARED, NEW, EVER_MAX = (1 << k for k in range(8))
+"""Options of `assign`, a bit each; one is unset where its argument is absent."""
+
+STRATIFIED, BY_SIZE, BY_BUFFER = (1 << k for k in range(3))
+"""Options of `draw`."""
 
 
 class Trees(Protocol):
@@ -31,6 +42,14 @@ class Trees(Protocol):
     @property
     def total(self) -> Tensor:
         """Sum of the masses of each tree, float64 [S]."""
+
+    @property
+    def largest(self) -> Tensor:
+        """Largest priority in each tree, 0 for none, float32 [S]."""
+
+    @property
+    def smallest(self) -> Tensor:
+        """Smallest positive mass in each tree, inf for none, float32 [S]."""
 
 
 class Distribution(Protocol):

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from per_td import validation
 from per_td.errors import IndexRangeError, PerTdError
-from per_td.kernels.flags import EPS
 from per_td.kernels.frame_search import store_frames
 from per_td.kernels.layout import FANOUT
-from per_td.kernels.parts import Distribution, Rows, Trees
+from per_td.kernels.parts import EPS, Distribution, Rows, Trees
 from per_td.weights import importance_weights
 
 __all__ = [
@@ -92,11 +91,7 @@ def refill(trees: Trees) -> None:
 
 
 def check_nodes(trees: Trees) -> None:
-    """Recompute every node and compare, in O(N); the host waits for the device.
-
-    Raises:
-        PerTdError: a node does not follow from its children.
-    """
+    """Raise PerTdError if a node does not follow from its children, in O(N); the host waits."""
     kinds = [("sums", 0.0, 1e-12), ("maxima", 0.0, 0.0), ("minima", torch.inf, 0.0)]
     columns = zip(kinds, _columns(trees), strict=False)
     for (name, padding, rtol), (children, nodes, reduce) in columns:
@@ -112,16 +107,9 @@ def check_nodes(trees: Trees) -> None:
 
 
 def keep_last(index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Give every occurrence of an index the value of its last one.
+    """Sort indices [B], and give every occurrence of one the value of its last.
 
     The result may then be written in any order, or in parallel.
-
-    Args:
-        index: int64 [B].
-        value: [B].
-
-    Returns:
-        The indices sorted, and the values to write there, [B] each.
     """
     ordered, order = index.sort(stable=True)
     last = torch.searchsorted(ordered, ordered, right=True) - 1
@@ -132,12 +120,7 @@ def keep_last(index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def set_masses(trees: Trees, index: Tensor, value: Tensor) -> None:
-    """Set the masses of slots; where a slot occurs twice, its last value holds.
-
-    Args:
-        trees: the trees.
-        index: int64 [S, B].
-        value: float32 [S, B].
+    """Set the masses float32 of slots int64, [S, B]; where a slot occurs twice, the last holds.
 
     Raises:
         IndexRangeError: an index is not in [0, capacity).
@@ -155,7 +138,7 @@ def set_masses(trees: Trees, index: Tensor, value: Tensor) -> None:
 
 def for_new(trees: Trees, *, ever_max: bool) -> Tensor:
     """Priority of new transitions, [S]: the largest, or the largest ever; 1 if that is 0."""
-    known = trees.ever_max if ever_max else trees.layout.tops(trees.maxima).amax(-1)
+    known = trees.ever_max if ever_max else trees.largest
     return torch.where(known > 0, known, 1.0)
 
 
@@ -164,16 +147,11 @@ def _write(trees: Trees, distribution: Distribution, leaf: Tensor, priority: Ten
     trees.raw.index_copy_(0, leaf, priority)
     trees.leaves.index_copy_(0, leaf, distribution.masses(trees, priority, leaf))
     _refresh(trees, leaf)
-    largest = trees.layout.tops(trees.maxima).amax(-1)
-    torch.maximum(trees.ever_max, largest, out=trees.ever_max)
+    torch.maximum(trees.ever_max, trees.largest, out=trees.ever_max)
 
 
 def _require_runs(runs: Runs, groups: int, capacity: int, least: int, most: int) -> None:
-    """Check that each group has a run of `least` to `most` slots that exist.
-
-    Raises:
-        IndexRangeError: a run is missing, too short or too long, or starts outside the ring.
-    """
+    """Raise IndexRangeError unless each group has a run of `least` to `most` slots that exist."""
     if torch.compiler.is_compiling():  # the storage made them
         return
     starts, lengths = runs[::2], runs[1::2]
@@ -187,13 +165,7 @@ def _require_runs(runs: Runs, groups: int, capacity: int, least: int, most: int)
 
 
 def assign_new(trees: Trees, distribution: Distribution, runs: Runs, *, ever_max: bool) -> None:
-    """Give runs of slots, one in each tree, the priority of new transitions.
-
-    Args:
-        trees: the trees.
-        distribution: turns priorities into masses.
-        runs: first slot and length of each tree's run, which may pass the end of the ring.
-        ever_max: see `for_new`.
+    """Give runs of slots, which may pass the end of the ring, the priority of new transitions.
 
     Raises:
         IndexRangeError: a run names slots that do not exist.
@@ -241,13 +213,11 @@ def assign(
         value: float32 [S, B]; None: the priority of new transitions.
         written: number of transitions ever written, int64 [S], or one number for all.
         limit: an index must be below min(written, limit).
-        generation: generations of the transitions meant, int64 [S, B]; updates of stale ones are
-            dropped. None drops none.
+        generation: generations of the transitions meant, int64 [S, B]; stale updates are dropped.
         stamps: current generations of the slots, int64 [limit], for one tree; None computes them
             from `written`.
-        mask: bool [S, B]; False leaves a slot alone. None: all True.
-        add_eps: add eps to |value|.
-        squared: take the root of |value| first.
+        mask: bool [S, B]; False leaves a slot alone.
+        add_eps, squared: add eps to |value|; take the root of |value| first.
         new: mark the slots as not replayed.
         ever_max: see `for_new`.
 
@@ -266,7 +236,7 @@ def assign(
         )
     slot = index.view(layout.groups, -1).clone()  # others may write to it meanwhile
     ever = written.view(layout.groups, 1) if isinstance(written, Tensor) else written
-    size = ever.clamp(max=limit) if isinstance(ever, Tensor) else min(ever, limit)
+    size = sizes(ever, limit)
     wanted = None if mask is None else mask.view(slot.shape)
     if value is None:
         priority = for_new(trees, ever_max=ever_max).unsqueeze(-1).expand(slot.shape)
@@ -297,14 +267,9 @@ def assign(
 
 
 def generations(slot: Tensor, written: Tensor | int, capacity: int) -> Tensor:
-    """Generations of the slots [S, B]: how often each was overwritten; -1 if never written.
+    """Generations of slots [S, B], int64: overwritten so often; -1 if never written.
 
-    Transition number k, counted from 0, lives in slot k mod capacity.
-
-    Args:
-        slot: int64 [S, B].
-        written: number of transitions ever written, int64 [S, 1], or one number for all.
-        capacity: number of slots of each ring.
+    Transition number k, counted from 0, lives in slot k mod capacity; `written` [S, 1] were.
     """
     return (written - 1 - slot).div(capacity, rounding_mode="floor")
 
@@ -329,14 +294,9 @@ def _left(prefix: Tensor, target: Tensor, step: Tensor) -> Tensor:
 
 
 def find(trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the slots in which the cumulative masses reach `target`.
+    """Find the slots in which the cumulative masses reach `target`, and their masses.
 
-    Args:
-        trees: the trees.
-        target: points in [0, total of their tree), float64 [S, B].
-
-    Returns:
-        Slots int64 and their masses float32, in the shape of `target`.
+    The points lie in [0, total of their tree), float64 [S, B].
     """
     layout = trees.layout
     levels = [trees.leaves, *layout.levels(trees.sums)][: layout.height + 1]
@@ -370,29 +330,26 @@ def draw(
     normalization: str,
     written: Tensor | int,
 ) -> tuple[Tensor, Tensor] | None:
-    """Draw slots for random points, mark them as replayed, and compute their weights.
+    """Draw slots int64 for random points, mark them as replayed, and `weigh` them, float32.
 
-    Args:
-        trees: the trees.
-        point: random numbers in [0, 1), float64 [S, B]; may be overwritten.
-        stratified: move each point into its own of B equal parts of the total.
-        beta, normalization, written: see `weigh`.
-
-    Returns:
-        Slots int64 and weights float32, in the shape of `point`. None if a tree has only masses of
-        0 (not on CUDA, where the host would wait).
+    The points lie in [0, 1), float64 [S, B], and may be overwritten. `stratified` moves each into
+    its own of B equal parts of the total. None if a tree has only masses of 0 (not on CUDA, where
+    the host would wait).
     """
     total = trees.total
     if validation.can_raise(total) and not (total > 0).all():
         return None
+    index, mass = find(trees, scaled(point, total, stratified=stratified))
+    mark_replayed(trees, index)
+    return index, weigh(trees, mass, beta=beta, normalization=normalization, written=written)
+
+
+def scaled(point: Tensor, total: Tensor, *, stratified: bool) -> Tensor:
+    """Scale random numbers [S, B] to the totals [S] of their trees; see `draw`."""
     n = point.shape[-1]
     if stratified:
         point = (torch.arange(n, device=point.device) + point) / n
-    scaled = point.view(trees.layout.groups, -1) * total.unsqueeze(-1)
-    index, mass = find(trees, scaled.view(point.shape))
-    mark_replayed(trees, index)
-    weight = weigh(trees, mass, beta=beta, normalization=normalization, written=written)
-    return index, weight
+    return (point.view(len(total), -1) * total.unsqueeze(-1)).view(point.shape)
 
 
 def mark_replayed(trees: Trees, index: Tensor, *, drawn: bool = True) -> None:
@@ -404,34 +361,19 @@ def mark_replayed(trees: Trees, index: Tensor, *, drawn: bool = True) -> None:
 def weigh(
     trees: Trees, mass: Tensor, *, beta: Tensor | float, normalization: str, written: Tensor | int
 ) -> Tensor:
-    """Importance-sampling weights of the slots drawn.
+    """Weights float32 [S, B] of slots drawn, from their masses; see `importance_weights`.
 
-    Args:
-        trees: the trees drawn from.
-        mass: masses of the slots drawn, float32 [S, B].
-        beta: exponent of the weights, float64 [S], or one number for all.
-        normalization: see `importance_weights`; "batch" is each row of S.
-        written: number of transitions ever written, int64 [S], or one number for all.
-
-    Returns:
-        float32, in the shape of `mass`.
+    `beta` and `written` (transitions ever written) are [S], or one number for all. Each tree is a
+    batch of its own.
     """
     layout = trees.layout
-    rows = mass.view(layout.groups, -1)
     size = sizes(written, layout.capacity)
-    size = size.unsqueeze(-1) if isinstance(size, Tensor) else size
-    beta = beta.unsqueeze(-1) if isinstance(beta, Tensor) and beta.ndim else beta
-    smallest = None
-    if normalization == "buffer":
-        smallest = layout.tops(trees.minima).amin(-1, keepdim=True)
-    elif normalization == "batch":  # of each row
-        smallest, normalization = rows.amin(-1, keepdim=True), "buffer"
     weight = importance_weights(
-        rows,
-        beta,
+        mass.view(layout.groups, -1),
+        beta.unsqueeze(-1) if isinstance(beta, Tensor) and beta.ndim else beta,
         total=trees.total.unsqueeze(-1),
-        size=size,
-        smallest=smallest,
+        size=size.unsqueeze(-1) if isinstance(size, Tensor) else size,
+        smallest=trees.smallest.unsqueeze(-1) if normalization == "buffer" else None,
         normalization=normalization,
     )
     return weight.view(mass.shape)
@@ -442,30 +384,23 @@ def sizes(written: Tensor | int, capacity: int) -> Tensor | int:
     return written.clamp(max=capacity) if isinstance(written, Tensor) else min(written, capacity)
 
 
-def _exponential(
-    shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None
-) -> Tensor:
-    """Random times ~ Exp(1), float64."""
-    out = torch.empty(shape, dtype=torch.float64, device=device)
-    return out.exponential_(generator=generator)
+def _times(mass: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Random times ~ Exp(mass), float64 as `mass`; not to be used where it is 0."""
+    return torch.empty_like(mass).exponential_(generator=generator) / mass
 
 
 def _arrivals(
     children: Tensor, node: Tensor, arrival: Tensor, generator: torch.Generator | None
 ) -> Tensor:
-    """Draw arrival times [n, 16] for the children of each `node` [n], the first at `arrival` [n].
-
-    See `_by_arrival`.
-    """
+    """Draw times for the children of each `node` [n], the first at `arrival` [n]: [n, 16]."""
     groups = children.view(-1, FANOUT)
     node = node.clamp(max=len(groups) - 1)  # nodes that never arrive may lie in the padding
     mass = groups.index_select(0, node).double()
     prefix = mass.cumsum(-1)
     point = torch.rand(node.shape, dtype=torch.float64, device=node.device, generator=generator)
     first = _child_at(prefix, (point * prefix[:, -1]).unsqueeze(-1))
-    later = _exponential((len(node), FANOUT), node.device, generator) / mass
-    arrivals = (arrival.unsqueeze(-1) + later).scatter_(1, first, arrival.unsqueeze(-1))
-    return arrivals.masked_fill_(mass <= 0, torch.inf)
+    arrivals = arrival.unsqueeze(-1) + _times(mass, generator)
+    return arrivals.scatter_(1, first, arrival.unsqueeze(-1)).masked_fill_(mass <= 0, torch.inf)
 
 
 def _by_arrival(
@@ -482,8 +417,7 @@ def _by_arrival(
     """
     layout = trees.layout
     tops = layout.tops(trees.sums)
-    arrivals = _exponential((layout.groups, layout.width), trees.device, generator) / tops
-    arrivals = arrivals.masked_fill_(tops <= 0, torch.inf)
+    arrivals = _times(tops, generator).masked_fill_(tops <= 0, torch.inf)
     arrival, best = arrivals.topk(min(n, layout.width), largest=False, sorted=True)
     node = best + trees.starts // FANOUT**layout.height
     levels = layout.levels(trees.sums)[: layout.height - 1]
@@ -508,12 +442,7 @@ def distinct_points(trees: Trees, n: int, generator: torch.Generator | None) -> 
 def first_distinct(
     trees: Trees, slot: Tensor, mass: Tensor, n: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Take the first `n` different of slots that were drawn with replacement; see `draw_distinct`.
-
-    Args:
-        trees, n, generator: see `draw_distinct`.
-        slot, mass: the slots [S, k] in the order drawn, and their masses.
-    """
+    """Run `draw_distinct` from slots [S, k] drawn with replacement, in their order, and masses."""
     found = None
     while True:
         k = slot.shape[1]
@@ -530,17 +459,12 @@ def first_distinct(
 def draw_distinct(
     trees: Trees, n: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Draw `n` different slots from each tree, distributed as draws one by one.
+    """Draw `n` different slots from each tree, at most its leaves, distributed as one by one.
 
     Draws with replacement, of which repeats are rejected, are sequential draws without. If 2 n
     points give fewer than n slots, `_by_arrival` draws n more: the order in which slots not yet
     drawn arrive does not depend on the others, so those of them that are new go on from there, and
     they are enough. Where the host must not wait, `_by_arrival` draws all of them.
-
-    Args:
-        trees: the trees.
-        n: slots of each tree, at most its leaves.
-        generator: source of the random numbers, on the same device.
 
     Returns:
         Slots int64 [S, n] in the order drawn, their masses float32, and bool: False if fewer than n
@@ -556,17 +480,9 @@ def draw_distinct(
 
 
 def gather(rows: Rows, index: Tensor, *, written: Tensor | int | None) -> tuple[list[Tensor], Any]:
-    """Copy the rows of slots.
+    """Copy the rows of slots int64 [S, B], in the order of the columns, with their `generations`.
 
-    Args:
-        rows: the rings of rows.
-        index: int64 [S, B].
-        written: number of transitions ever written, int64 [S], or one number for all; None asks
-            for no generations.
-
-    Returns:
-        Contiguous tensors [S, B, ...], in the order of the columns, and the `generations`, int64
-        [S, B].
+    `written` is [S], or one number for all; None asks for no generations.
 
     Raises:
         IndexRangeError: an index is not in [0, capacity) (unchecked on CUDA).
@@ -620,7 +536,7 @@ def write_rows(
         rows: the rings of rows.
         new: rows for each column, [S * n, ...], or [...] for a single row.
         n: rows for each group.
-        runs: first slot and length of each group's run, which may pass the end of the ring.
+        runs: the runs, which may pass the end of the ring.
         mask: bool [S, n]; False leaves a row out.
         stamps: generations of the slots, int64 [S * capacity], counted up here; needs `index`.
         index: takes the slots written, int64 [S, n]; each run has length n. It may be one of the

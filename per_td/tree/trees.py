@@ -9,8 +9,8 @@ from torch import Tensor
 from per_td import draws, kernels, validation
 from per_td.errors import EmptyBufferError
 from per_td.kernels import reference
-from per_td.kernels.flags import EXPONENT, MINIMA
 from per_td.kernels.layout import Block, Layout
+from per_td.kernels.parts import EXPONENT, MINIMA
 from per_td.memory import Zeros, zeros
 
 
@@ -31,7 +31,7 @@ class Trees:
     Attributes:
         leaves, raw: masses and raw priorities, float32 [leaf_slots].
         sums, maxima, minima: nodes, float64, float32 and float32 [node_slots].
-        settings: numbers such as eps, float64 [4]; see `per_td.kernels.flags`.
+        settings: numbers such as eps, float64 [4]; see `per_td.kernels.parts`.
         exponents: exponents that give the masses of each tree, float64 [S].
         ever_max: largest priority that each tree ever held, float32 [S].
         replayed: bool [leaf_slots].

@@ -18,7 +18,7 @@ import torch
 
 from per_td import CheckpointError, PrioritizedReplayBuffer
 from per_td.concurrency import mutex
-from per_td.concurrency.shared_lock import Note
+from per_td.concurrency.mutex import Note
 from per_td.errors import ConfigurationError, EmptyBufferError, PriorityError
 from per_td.memory import Memory
 from per_td.priorities.followers import SideTrees

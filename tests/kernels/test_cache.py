@@ -15,14 +15,12 @@ pytest.importorskip("numba", reason="numba is not installed")
 
 HASHED = (
     "__init__.py",
-    "../flags.py",
+    "../parts.py",
     "compiling.py",
     "door.py",
     "draw.py",
     "frame_search.py",
     "memory.py",
-    "power.py",
-    "records.py",
     "rows.py",
     "update.py",
     "vector.py",
@@ -30,7 +28,7 @@ HASHED = (
 
 COPY_A_ROW = """
 import numpy as np
-from per_td.kernels.cpu.records import ROWS
+from per_td.kernels.cpu.memory import ROWS
 from per_td.kernels.cpu import rows
 row, ring = np.array([2**40 + 7]), np.zeros(1, np.int64)
 fields, source = np.array([[ring.ctypes.data, 8, 8]]), np.array([row.ctypes.data])
@@ -108,7 +106,7 @@ def test_where_the_package_cannot_be_written_the_users_folder_is_used(package, t
 
 def test_every_kernel_source_for_the_cpu_counts(package):
     names = {file.name for file in (package / "kernels" / "cpu").glob("*.py")}
-    assert names | {"../flags.py"} == set(HASHED)
+    assert names | {"../parts.py"} == set(HASHED)
     code = f"""
 from pathlib import Path
 from per_td.kernels.cpu import compiling

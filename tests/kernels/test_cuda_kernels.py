@@ -11,8 +11,8 @@ import torch
 from per_td import validation
 from per_td.draws import uniform_like
 from per_td.kernels import reference
-from per_td.kernels.flags import EPS
 from per_td.kernels.layout import Layout
+from per_td.kernels.parts import EPS
 from per_td.priorities.distributions import Proportional
 from per_td.tree.trees import Trees
 from per_td.weights import importance_weights, mass_of
@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from per_td.kernels.cuda import draw as draws
 from per_td.kernels.cuda import launches, update
-from per_td.kernels.cuda.nodes import Kinds
+from per_td.kernels.cuda.update import Kinds
 
 CAPACITIES = slow_but((1, 17, 257, 5000), (1, 7, 16, 17, 255, 256, 257, 4096, 5000))
 LIMITS = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max

@@ -6,6 +6,7 @@ gets a hash of the sources of all kernels: after an edit, numba finds nothing un
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -20,9 +21,7 @@ import llvmlite
 from numba import njit
 from numba.extending import intrinsic
 
-from per_td.kernels.choice import checked
-
-CHECKED = checked()
+CHECKED = os.environ.get("PER_TD_KERNELS") == "checked"
 """Compile with bounds checks, for tests; several times slower."""
 
 _PATIENCE = 2.0
@@ -37,7 +36,7 @@ def _sources() -> str:
     """Hash the sources of all kernels and the version of LLVM; numba checks its own."""
     found = sha256(llvmlite.__version__.encode())
     files = [*resources.files(__package__).iterdir()]
-    files.append(resources.files("per_td.kernels") / "flags.py")
+    files.append(resources.files("per_td.kernels") / "parts.py")
     for file in sorted(files, key=lambda file: file.name):
         if file.name.endswith(".py"):
             found.update(file.name.encode())
@@ -46,11 +45,7 @@ def _sources() -> str:
 
 
 def kernel(signature: str) -> Callable[[Callable[..., Any]], "Kernel"]:
-    """Make the function below a kernel of this signature.
-
-    Raises:
-        RuntimeError: numba finds no folder for the result.
-    """
+    """Make the function below a kernel; RuntimeError if numba finds no folder for the result."""
     return partial(Kernel, signature=signature)
 
 
@@ -61,7 +56,7 @@ class Kernel:
     """
 
     _making_ready, _compiling = threading.RLock(), threading.Lock()
-    _seconds, _told = 0.0, False
+    _seconds = 0.0
 
     def __init__(self, function: Callable[..., Any], signature: str) -> None:
         self._name = function.__qualname__ + ("_checked" if CHECKED else "")
@@ -118,11 +113,10 @@ class Kernel:
                 _remove_outdated(folder, name)
 
 
+@cache
 def _tell() -> None:
     """Log, once, why a first call takes so long."""
-    if not Kernel._told:
-        Kernel._told = True
-        logging.getLogger("per_td").warning("compiling kernels, once per machine")
+    logging.getLogger("per_td").warning("compiling kernels, once per machine")
 
 
 def unary(signature: Any, emit: Callable[[Any, Any], Any]) -> Any:

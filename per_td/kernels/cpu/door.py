@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from per_td.errors import PerTdError
-from per_td.kernels import flags as option
+from per_td.kernels import parts as option
 from per_td.kernels import reference
 from per_td.kernels.cpu import draw as draws
 from per_td.kernels.cpu import frame_search, update
 from per_td.kernels.cpu import rows as row_kernels
 from per_td.kernels.cpu.compiling import Kernel
-from per_td.kernels.cpu.records import FRAMES, ROWS, TREES
+from per_td.kernels.cpu.memory import FRAMES, ROWS, TREES
 from per_td.kernels.parts import Distribution, Frames, Rows, Trees
 from per_td.kernels.reference import Runs, for_new, mark_replayed, weigh
 from per_td.validation import plain_rows
@@ -51,11 +51,7 @@ _NORMALIZATIONS = {"batch": 0, "buffer": option.BY_BUFFER, "none": option.BY_SIZ
 
 
 def _address(tensor: Tensor, dtype: torch.dtype, length: int) -> int:
-    """Address of the numbers of a contiguous tensor on the CPU.
-
-    Raises:
-        PerTdError: it has another device, dtype or length, or no memory of its own.
-    """
+    """Address of the numbers of a contiguous tensor on the CPU, or PerTdError."""
     if not (
         tensor.is_cpu
         and tensor.dtype is dtype
@@ -80,11 +76,7 @@ def _address(tensor: Tensor, dtype: torch.dtype, length: int) -> int:
 
 
 def _each(total: int, groups: int) -> int:
-    """Divide `total` numbers by the groups.
-
-    Raises:
-        PerTdError: the groups would differ.
-    """
+    """Divide `total` numbers by the groups, without a rest."""
     n, left = divmod(total, groups)
     if left:
         raise PerTdError(f"expected as many numbers for each of {groups} groups, got {total}")
@@ -100,7 +92,7 @@ def _numbers(written: Tensor | int, groups: int) -> tuple[int, Any]:
 
 
 def _exponents(beta: Tensor | float, groups: int) -> tuple[float, int]:
-    """Give one number for all groups and 0, or any and the address of one float64 per group."""
+    """Give one number for all groups and 0, or the address of one float64 per group."""
     if groups == 1 or not isinstance(beta, Tensor):
         return float(beta), 0
     return 0.0, _address(beta, torch.float64, groups)
@@ -130,11 +122,19 @@ def _new_trees_record(trees: Trees) -> tuple[int, Any, Any]:
     return record.ctypes.data, record, levels
 
 
+def _record_of(owner: Any, parts: Sequence[Tensor], make: Any) -> Any:
+    """Find the record of rows or frames, which is made anew when a part has moved."""
+    bases = list(map(Tensor.data_ptr, parts))
+    record = owner.record
+    if record is None or record.bases != bases:
+        record = owner.record = make(owner, bases)
+    return record
+
+
 class _RowsRecord:
     """The record of rows for columns at the addresses `bases`.
 
     Attributes:
-        address: address of the record.
         kinds: dtype and numbers per row of each column.
         spans: first address of each column, and the one after its last.
         low, high: bounds of all spans; other memory may lie between columns.
@@ -185,15 +185,6 @@ class _RowsRecord:
                 torch.empty(*shape, *rest, dtype=dtype, device="cpu") for rest, dtype in kinds
             ]
         return list(map(torch.empty_like, likes[: len(likes) - 3 + beside]))
-
-
-def _rows_record(rows: Rows) -> _RowsRecord:
-    """Find the record of rows, which is made anew when a column has moved."""
-    bases = list(map(Tensor.data_ptr, rows.columns))
-    record: _RowsRecord | None = rows.record
-    if record is None or record.bases != bases:
-        record = rows.record = _RowsRecord(rows, bases)
-    return record
 
 
 def prepare() -> None:
@@ -270,18 +261,8 @@ def assign(
     ever, _kept = _numbers(written, groups)
     if limit > trees.layout.capacity:
         raise PerTdError(f"expected a limit of at most {trees.layout.capacity}, got {limit}")
-    dropped: int = update.assign(
-        _trees_record(trees),
-        at,
-        values,
-        then,
-        wanted,
-        ever,
-        stamp,
-        _each(total, groups),
-        limit,
-        options,
-    )
+    record, n = _trees_record(trees), _each(total, groups)
+    dropped: int = update.assign(record, at, values, then, wanted, ever, stamp, n, limit, options)
     if dropped >= 0:
         return dropped
     return reference.assign(
@@ -305,14 +286,10 @@ def find(trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
     """See `reference.find`."""
     target = target.clone(memory_format=torch.contiguous_format)  # the kernel uses it up
     total = target.numel()
+    points = _address(target, torch.float64, total), _each(total, trees.layout.groups)
     index, mass = torch.empty_like(target, dtype=torch.int64), target.float()
-    draws.find(
-        _trees_record(trees),
-        _address(target, torch.float64, total),
-        _each(total, trees.layout.groups),
-        _address(index, torch.int64, total),
-        _address(mass, torch.float32, total),
-    )
+    to = _address(index, torch.int64, total), _address(mass, torch.float32, total)
+    draws.find(_trees_record(trees), *points, *to)
     return index, mass
 
 
@@ -327,20 +304,14 @@ def draw(
 ) -> tuple[Tensor, Tensor] | None:
     """See `reference.draw`; overwrites `point`."""
     total, groups = point.numel(), trees.layout.groups
+    points = _address(point, torch.float64, total), _each(total, groups)
     index = torch.empty_like(point, dtype=torch.int64)
     weight = torch.empty_like(point, dtype=torch.float32)
     ever, _kept = _numbers(written, groups)
     options = _NORMALIZATIONS[normalization] | (stratified and option.STRATIFIED)
-    empty = draws.draw(
-        _trees_record(trees),
-        _address(point, torch.float64, total),
-        _each(total, groups),
-        *_exponents(beta, groups),
-        ever,
-        index.data_ptr(),
-        weight.data_ptr(),
-        options,
-    )
+    weighing = *_exponents(beta, groups), ever
+    to = index.data_ptr(), weight.data_ptr()
+    empty = draws.draw(_trees_record(trees), *points, *weighing, *to, options)
     return None if empty else (index, weight)
 
 
@@ -350,17 +321,11 @@ def draw_distinct(
     """See `reference.draw_distinct`."""
     total = trees.layout.groups * n
     point = reference.distinct_points(trees, n, generator)
+    points = _address(point, torch.float64, point.numel()), point.shape[1]
     index = torch.empty((trees.layout.groups, n), dtype=torch.int64, device=_CPU)
     mass = torch.empty_like(index, dtype=torch.float32)
-    short = draws.draw_distinct(
-        _trees_record(trees),
-        _address(point, torch.float64, point.numel()),
-        point.shape[1],
-        n,
-        _address(index, torch.int64, total),
-        _address(mass, torch.float32, total),
-    )
-    if short:
+    to = _address(index, torch.int64, total), _address(mass, torch.float32, total)
+    if draws.draw_distinct(_trees_record(trees), *points, n, *to):
         return reference.first_distinct(trees, index, mass, n, generator)
     return index, mass, None
 
@@ -376,7 +341,7 @@ def gather(rows: Rows, index: Tensor, *, written: Tensor | int | None) -> tuple[
     """See `reference.gather`."""
     index, total = index.contiguous(), index.numel()
     at, n = _address(index, torch.int64, total), _each(total, rows.groups)
-    record = _rows_record(rows)
+    record = _record_of(rows, rows.columns, _RowsRecord)
     wanted = written is not None
     out = record.empty(rows, index.shape, int(wanted))
     to, options = _addresses(out), wanted and option.GENERATION
@@ -404,16 +369,15 @@ def draw_rows(
     total, groups = point.numel(), trees.layout.groups
     if rows.groups != groups or rows.capacity != trees.layout.capacity:
         raise PerTdError(f"expected rows for the slots of {groups} trees, got other ones")
-    at, n = _address(point, torch.float64, total), _each(total, groups)
-    record = _rows_record(rows)
+    points = _address(point, torch.float64, total), _each(total, groups)
+    record = _record_of(rows, rows.columns, _RowsRecord)
     out = record.empty(rows, point.shape, 3)
-    to = _addresses(out)
     ever, _kept = _numbers(written, groups)
     options = _NORMALIZATIONS[normalization] | (stratified and option.STRATIFIED)
-    exponents = _exponents(beta, groups)
-    empty = draws.draw_rows(
-        _trees_record(trees), record.address, at, n, *exponents, ever, to.buffer_info()[0], options
-    )
+    weighing = *_exponents(beta, groups), ever
+    to = _addresses(out)
+    records = _trees_record(trees), record.address
+    empty = draws.draw_rows(*records, *points, *weighing, to.buffer_info()[0], options)
     if empty:
         return None
     *found, generation, index, weight = out
@@ -435,7 +399,7 @@ def write_rows(
     if len(new) != len(rows.columns) or len(runs) != 2 * rows.groups or runs.itemsize != 8:
         raise PerTdError(f"expected {len(rows.columns)} columns and {rows.groups} runs")
     sources = array("q")
-    record = _rows_record(rows)
+    record = _record_of(rows, rows.columns, _RowsRecord)
     low, high = record.low, record.high
     kept = []  # keeps clones until the kernel has read them
     for (dtype, numbers), leaf in zip(record.kinds, new, strict=True):
@@ -467,12 +431,7 @@ def write_rows(
 
 
 class _FramesRecord:
-    """The record of frames at the addresses `bases`.
-
-    Attributes:
-        address: address of the record.
-        likes: templates of the places and numbers last found.
-    """
+    """The record of frames at the addresses `bases`; `likes` are templates of what was found."""
 
     def __init__(self, frames: Frames, bases: list[int]) -> None:
         rows, words, length = frames.envs + 1, len(frames.factors), frames.recent.shape[-1]
@@ -493,23 +452,16 @@ class _FramesRecord:
         self.likes: list[Tensor] = []
 
 
-def _frames_record(frames: Frames) -> _FramesRecord:
-    """Find the record of frames, which is made anew when their memory has moved."""
-    parts = frames.lanes, frames.factors, frames.recent, frames.counters, frames.page
-    bases, record = list(map(Tensor.data_ptr, parts)), frames.record
-    if record is None or record.bases != bases:
-        record = frames.record = _FramesRecord(frames, bases)
-    found: _FramesRecord = record
-    return found
-
-
 def store_frames(
     frames: Frames, stacks: Sequence[Tensor], env: Tensor
 ) -> tuple[list[Tensor], Tensor]:
     """See `reference.store_frames`."""
     if frames.lanes.dtype is not torch.int64 or len(stacks) != 2:  # frames of 8 n bytes alone
         return reference.store_frames(frames, stacks, env)
-    record, n, depth = _frames_record(frames), env.numel(), frames.depth
+    parts = frames.lanes, frames.factors, frames.recent, frames.counters, frames.page
+    record = _record_of(frames, parts, _FramesRecord)
+    env = env.contiguous()  # named, as it must live until the kernel has read it
+    n, depth = env.numel(), frames.depth
     length = n * depth * frames.lanes.shape[1] * 8
     sources, kept = array("q"), []  # keeps copies until the kernel has read them
     for stack in stacks:
@@ -530,7 +482,7 @@ def store_frames(
     places, low = record.likes
     found, oldest = [torch.empty_like(places), torch.empty_like(places)], torch.empty_like(low)
     to = array("q", map(Tensor.data_ptr, found))
-    where = sources.buffer_info()[0], _address(env.contiguous(), torch.int64, n), n
+    where = sources.buffer_info()[0], _address(env, torch.int64, n), n
     if not frame_search.store(record.address, *where, to.buffer_info()[0], oldest.data_ptr()):
         raise PerTdError(f"env: expected numbers below {frames.envs}, got others")
     increment_version(frames.lanes)

@@ -8,17 +8,25 @@ from typing import Any
 import numpy as np
 
 from per_td.kernels.cpu.compiling import kernel, part
-from per_td.kernels.cpu.memory import doubles, flags, floats, group, integers, prefetch
-from per_td.kernels.cpu.power import power
-from per_td.kernels.cpu.records import levels_of, rows_at, trees_at
+from per_td.kernels.cpu.memory import (
+    doubles,
+    flags,
+    floats,
+    group,
+    integers,
+    levels_of,
+    prefetch,
+    rows_at,
+    trees_at,
+)
 from per_td.kernels.cpu.rows import gather
-from per_td.kernels.cpu.vector import count_f32, count_f64
-from per_td.kernels.flags import BY_BUFFER, BY_SIZE, GENERATION, STRATIFIED
+from per_td.kernels.cpu.vector import count_f32, count_f64, power
+from per_td.kernels.parts import BY_BUFFER, BY_SIZE, GENERATION, STRATIFIED
 
 
 @part()
 def _search(children: Any, target: float) -> tuple[int, float]:
-    """Find the child of 16 that holds the point, and the sum of those before it, one by one.
+    """Find the child of 16 that holds the point, and the sum of those before it.
 
     A point at or past the end (rounding) is moved inside. A child of mass 0 does not change the
     running sum, so it is never found. If all masses are 0, it is child 0.
@@ -37,11 +45,21 @@ def _search(children: Any, target: float) -> tuple[int, float]:
 
 
 @part(inline="always")
+def _tops(trees: Any, levels: Any, s: int) -> Any:
+    """Masses of the tops of a tree, float64 [width], and their sum."""
+    nodes = doubles(trees.sums, trees.node_slots)[levels[0, trees.height - 1] :]
+    tops, total = nodes[s * trees.width : (s + 1) * trees.width], 0.0
+    for top in tops:
+        total += top
+    return tops, total
+
+
+@part(inline="always")
 def _choose_top(tops: Any, target: Any, node: Any, start: int) -> None:
     """Find the tops that hold the points [n], numbered from `start`; make the points relative.
 
-    It is the first top whose prefix sum lies above the point; if there is none (rounding), the last
-    of positive mass.
+    It is the first whose prefix sum lies above the point, or else (rounding) the last of positive
+    mass.
     """
     last = 0
     for j in range(tops.shape[0]):
@@ -101,21 +119,11 @@ def _descend(trees: Any, levels: Any, target: Any, index: Any, mass: Any, replay
         mass[i] = leaves[index[i]]
 
 
-@part(inline="always")
-def _tops(trees: Any, levels: Any, s: int) -> Any:
-    nodes = doubles(trees.sums, trees.node_slots)[levels[0, trees.height - 1] :]
-    return nodes[s * trees.width : (s + 1) * trees.width]
-
-
 @kernel("void(int64, int64, int64, int64, int64)")
 def find(record: int, target: int, n: int, index: int, mass: int) -> None:
-    """Write the slots that hold the points `target` to `index`, and their masses to `mass`.
+    """Write the slots of points `target` to `index` int64, and their masses to `mass` float32.
 
-    Args:
-        record: address of the trees' record.
-        target: points in [0, total of their tree), overwritten, float64 [groups, n].
-        n: points for each tree.
-        index, mass: int64 and float32 [groups, n].
+    The points lie in [0, total of their tree), float64 [groups, n], and are overwritten.
     """
     trees = trees_at(record)
     levels, total = levels_of(trees), trees.groups * n
@@ -125,7 +133,7 @@ def find(record: int, target: int, n: int, index: int, mass: int) -> None:
         own, node = points[begin:end], np.empty(n, np.int64)
         for i in range(n):
             own[i] = max(own[i], 0.0) if own[i] == own[i] else 0.0  # NaN too
-        _choose_top(_tops(trees, levels, s), own, node, s * trees.width)
+        _choose_top(_tops(trees, levels, s)[0], own, node, s * trees.width)
         _descend(trees, levels, own, node, masses[begin:end], False)
         for i in range(n):
             found[begin + i] = node[i] - s * trees.stride
@@ -143,37 +151,22 @@ def draw(
     weight: int,
     options: int,
 ) -> int:
-    """Run `reference.draw`.
+    """Run `reference.draw`; return the number of trees with only masses of 0.
 
-    Args:
-        record: address of the trees' record.
-        point: random numbers in [0, 1), overwritten, float64 [groups, n].
-        n: draws from each tree.
-        beta: exponent of the weights of all trees.
-        betas: one for each tree instead, float64 [groups], or 0 for none.
-        written: int64 [groups].
-        index, weight: take the slots and their weights, int64 and float32 [groups, n].
-        options: STRATIFIED moves each point into its n-th of the total. BY_SIZE makes the weights
-            (size * P)^-beta. BY_BUFFER gives the smallest mass of the tree the weight 1; without
-            either, the smallest drawn gets it.
-
-    Returns:
-        The number of trees with only masses of 0; if there is one, the results are not valid.
+    If there is one, the results are not valid. `point` float64 is overwritten, `index` int64 and
+    `weight` float32 are filled, [groups, n]. `betas`, unless 0, has a beta for each tree, float64
+    [groups]. BY_SIZE makes the weights (size * P)^-beta; BY_BUFFER gives the smallest mass of the
+    tree the weight 1; without either, the smallest drawn gets it.
     """
     trees = trees_at(record)
     levels, total, empty = levels_of(trees), trees.groups * n, 0
     points, found, weights = doubles(point, total), integers(index, total), floats(weight, total)
-    ever, mass, node = (
-        integers(written, trees.groups),
-        np.empty(n, np.float32),
-        np.empty(n, np.int64),
-    )
+    ever = integers(written, trees.groups)
+    mass, node = np.empty(n, np.float32), np.empty(n, np.int64)
     replayed = trees.replayed_length > 0
     drawn = flags(trees.replayed, trees.replayed_length)
     for s in range(trees.groups):
-        tops, sum_of_all = _tops(trees, levels, s), 0.0
-        for top in tops:
-            sum_of_all += top
+        tops, sum_of_all = _tops(trees, levels, s)
         if not sum_of_all > 0:
             empty += 1
             continue
@@ -191,9 +184,7 @@ def draw(
             factor = float(min(ever[s], trees.capacity))
         elif (options & BY_BUFFER) != 0:
             least = floats(trees.minima, trees.node_slots)[levels[0, trees.height - 1] :]
-            unit = np.float64(least[s * trees.width])
-            for top in range(s * trees.width + 1, (s + 1) * trees.width):
-                unit = min(unit, np.float64(least[top]))
+            unit = np.float64(least[s * trees.width : (s + 1) * trees.width].min())
         else:
             unit = np.float64(mass.min())
         for i in range(n):
@@ -206,33 +197,21 @@ def draw(
 
 @kernel("int64(int64, int64, int64, int64, int64, int64)")
 def draw_distinct(record: int, point: int, points: int, n: int, index: int, mass: int) -> int:
-    """Find the slots that hold random points, and keep the first `n` different ones.
+    """Keep the first `n` different slots that hold random points, int64 and float32 [groups, n].
 
-    Args:
-        record: address of the trees' record.
-        point: random numbers in [0, 1), overwritten, float64 [groups, points].
-        points: points for each tree.
-        n: slots of each tree.
-        index, mass: take the slots and their masses, int64 and float32 [groups, n].
-
-    Returns:
-        The number of trees where the points hold fewer slots; the first of them stands in.
+    `point` [groups, points], in [0, 1), is overwritten. Return the number of trees where the points
+    hold fewer slots; the first of them stands in.
     """
     trees = trees_at(record)
     levels, total, short, size = levels_of(trees), trees.groups * n, 0, 4
-    given, found, masses = (
-        doubles(point, trees.groups * points),
-        integers(index, total),
-        floats(mass, total),
-    )
+    given = doubles(point, trees.groups * points)
+    found, masses = integers(index, total), floats(mass, total)
     node, value = np.empty(n, np.int64), np.empty(n, np.float32)
     while size < 4 * n:
         size *= 2
     seen = np.empty(size, np.int64)  # a hash table of nodes
     for s in range(trees.groups):
-        tops, sum_of_all = _tops(trees, levels, s), 0.0
-        for top in tops:
-            sum_of_all += top
+        tops, sum_of_all = _tops(trees, levels, s)
         seen[:] = -1
         own, count, at, end = found[s * n : (s + 1) * n], 0, s * points, (s + 1) * points
         while count < n and at < end and sum_of_all > 0:
@@ -269,17 +248,10 @@ def draw_rows(
     to: int,
     options: int,
 ) -> int:
-    """Draw slots by `draw`, and copy their rows.
+    """Run `draw`, and copy the rows of the slots.
 
-    Args:
-        record: address of the trees' record.
-        rows: address of the rows' record, of as many groups.
-        point, n, beta, betas, written, options: see `draw`.
-        to: addresses for the rows of each field, then for generations, slots and weights, int64
-            [fields + 3].
-
-    Returns:
-        See `draw`.
+    `to` has addresses for the rows of each field, then for generations, slots and weights, int64
+    [fields + 3].
     """
     count = rows_at(rows).count
     place = integers(to, count + 3)

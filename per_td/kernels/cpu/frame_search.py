@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from per_td.kernels.cpu.compiling import kernel, part
-from per_td.kernels.cpu.memory import copy, integers, shorts
-from per_td.kernels.cpu.records import frames_at
+from per_td.kernels.cpu.memory import copy, frames_at, integers, shorts
 
 _BLOCK = 64
 
@@ -59,13 +58,8 @@ def _place(frames: Any, number: int) -> int:
 def store(record: int, source: int, env: int, n: int, to: int, oldest: int) -> bool:
     """Run `store_frames`; False, and nothing is stored, if an environment does not exist.
 
-    Args:
-        record: address of the frames' record.
-        source: addresses of two stacks of each transition, int64 [2], each int64 [n, depth, words].
-        env: int64 [n].
-        n: number of transitions.
-        to: addresses of the places found, int64 [2], each int32 [n, depth].
-        oldest: takes the number of each transition's oldest frame, int64 [n].
+    `source` and `to` have the addresses, int64 [2], of two stacks [n, depth, words] and of the
+    places found, int32 [n, depth]. `oldest` takes each transition's oldest frame, int64 [n].
     """
     frames = frames_at(record)
     at, depth = integers(env, n).copy(), frames.depth

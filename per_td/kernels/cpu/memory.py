@@ -1,9 +1,9 @@
 """Views of memory at an address, prefetching, and copies of bytes, for the CPU kernels.
 
-A kernel gets the address of a record (see `records`) of addresses and lengths, and makes array
-views of these. `PER_TD_KERNELS=checked` compiles all kernels with numba's bounds checks, and
-`group` then touches both ends of the children that its caller will read. Rows are copied between
-bare addresses: the kernels check the slots.
+The door makes a record of addresses and lengths once for a block of memory. A kernel gets its
+address, and makes array views of these. `PER_TD_KERNELS=checked` compiles all kernels with numba's
+bounds checks, and `group` then touches both ends of the children that its caller will read. Rows
+are copied between bare addresses: the kernels check the slots.
 """
 
 from typing import Any
@@ -35,6 +35,56 @@ def _view(dtype: Any) -> Any:
 
 floats, doubles, flags = map(_view, (np.float32, np.float64, np.bool_))
 integers, shorts = map(_view, (np.int64, np.int32))
+
+
+def _numbers(names: str) -> "np.dtype[Any]":
+    return np.dtype([(name, np.int64) for name in names.split()])
+
+
+TREES = _numbers(
+    # addresses: leaves and priorities [leaf_slots], nodes [node_slots], levels [2, depth]
+    "leaves raw sums maxima minima levels"
+    # settings float64 [4], exponents float64 and ever_max float32 [groups], replayed bool, snapshot
+    # float32, and lengths; the length of a missing part is 0
+    " settings exponents ever_max replayed replayed_length snapshot snapshot_length"
+    # lengths and places, see `Layout`
+    " leaf_slots node_slots raw_length depth groups capacity stride width height"
+)
+ROWS = _numbers(
+    # address of int64 [count, 3] (first row, bytes from row to row, bytes of a row), and rows of
+    # each group, one group after the other
+    "fields count groups capacity"
+)
+FRAMES = _numbers(
+    # addresses: frames int64 [size + 1, words], factors [words], recent [3, envs + 1, length],
+    # counters [4, envs + 1] and page [2]; see `per_td.kernels.parts.Frames`
+    "lanes factors recent counters page size words depth envs length look_back"
+)
+
+
+def _reader(dtype: "np.dtype[Any]") -> Any:
+    """Make a function that reads the record of this dtype at an address."""
+
+    @part(inline="always")
+    def read(record: int) -> Any:
+        return carray(pointer(record), 1, dtype)[0]
+
+    return read
+
+
+trees_at, rows_at, frames_at = map(_reader, (TREES, ROWS, FRAMES))
+
+
+@part(inline="always")
+def levels_of(trees: Any) -> Any:
+    """Offset and width of each level above the leaves, int64 [2, depth]."""
+    return carray(pointer(trees.levels), (2, trees.depth), np.int64)
+
+
+@part(inline="always")
+def fields_of(rows: Any) -> Any:
+    """First row, step and length of each field, int64 [count, 3]."""
+    return carray(pointer(rows.fields), (rows.count, 3), np.int64)
 
 
 @part(inline="always")

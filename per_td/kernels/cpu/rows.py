@@ -9,9 +9,17 @@ from typing import Any
 import numpy as np
 
 from per_td.kernels.cpu.compiling import kernel, part
-from per_td.kernels.cpu.memory import copy, flags, integers, pick, prefetch, spread
-from per_td.kernels.cpu.records import fields_of, rows_at
-from per_td.kernels.flags import GENERATION, MASK, STAMPS
+from per_td.kernels.cpu.memory import (
+    copy,
+    fields_of,
+    flags,
+    integers,
+    pick,
+    prefetch,
+    rows_at,
+    spread,
+)
+from per_td.kernels.parts import GENERATION, MASK, STAMPS
 
 _AHEAD = 256
 
@@ -22,22 +30,13 @@ def gather(
 ) -> bool:
     """Run `reference.gather`; False, and nothing is written, if a slot is out of range.
 
-    Args:
-        record: address of the rows' record.
-        index: int64 [groups, n].
-        n: slots of each group.
-        to: addresses of the copies, int64 [fields].
-        written: int64 [groups].
-        generation: takes the generations, int64 [groups, n], with GENERATION.
-        options: GENERATION, or 0.
+    `to` has the addresses of the copies, int64 [fields]. `generation` takes the generations, int64
+    [groups, n], with the option GENERATION.
     """
     rows = rows_at(record)
     fields, place, total = fields_of(rows), integers(to, rows.count), rows.groups * n
-    at, ever, row = (
-        integers(index, total),
-        integers(written, rows.groups),
-        np.empty(total, np.int64),
-    )
+    at, ever = integers(index, total), integers(written, rows.groups)
+    row = np.empty(total, np.int64)
     for s in range(rows.groups):
         for i in range(s * n, (s + 1) * n):
             slot = at[i]
@@ -79,14 +78,8 @@ def write(
 ) -> bool:
     """Run `reference.write_rows`; False, and nothing is written, if a run does not fit.
 
-    Args:
-        record: address of the rows' record.
-        source: addresses of the new rows [groups, n, ...] of each field, int64 [fields].
-        n: rows for each group.
-        runs: first slot and length, int64 [groups, 2].
-        mask: bool [groups, n], with MASK.
-        stamps, index: int64 [groups * capacity] and int64 [groups, n], with STAMPS.
-        options: MASK and STAMPS.
+    `source` has the addresses of the new rows of each field, int64 [fields]. MASK says that there
+    is a `mask`, STAMPS that there are `stamps` and an `index`.
     """
     rows = rows_at(record)
     fields, origin, slots = fields_of(rows), integers(source, rows.count), rows.capacity

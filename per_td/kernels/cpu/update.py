@@ -8,12 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from per_td.kernels import flags as option
+from per_td.kernels import parts as option
 from per_td.kernels.cpu.compiling import kernel, part
-from per_td.kernels.cpu.memory import doubles, flags, floats, group, integers, prefetch
-from per_td.kernels.cpu.power import power
-from per_td.kernels.cpu.records import levels_of, trees_at
-from per_td.kernels.cpu.vector import max_f32, min_positive_f32, sum_f32, sum_f64
+from per_td.kernels.cpu.memory import (
+    doubles,
+    flags,
+    floats,
+    group,
+    integers,
+    levels_of,
+    prefetch,
+    trees_at,
+)
+from per_td.kernels.cpu.vector import max_f32, min_positive_f32, power, sum_f32, sum_f64
 
 _TINY = float(np.finfo(np.float32).tiny)
 _HUGE = float(np.finfo(np.float32).max)
@@ -23,7 +30,7 @@ _ZERO = np.int64(0)  # numba compiles a function anew for a literal 0
 def _refreshers(first: Any, above: Any) -> Any:
     """Make two functions that recompute the nodes above leaves: listed ones, and a row of them.
 
-    `first` reduces the 16 leaves at an address, `above` the 16 nodes.
+    `first` reduces the 16 leaves at an address, `above` 16 nodes.
     """
 
     def level_with(reduce: Any) -> Any:
@@ -76,21 +83,23 @@ _refresh_max, _refresh_row_of_max = _refreshers(max_f32, max_f32)
 _refresh_min, _refresh_row_of_min = _refreshers(min_positive_f32, min_positive_f32)
 
 
-@part(inline="always", error_model="numpy")
-def _masses_of(priorities: Any, exponent: float, masses: Any) -> None:
-    """Write p^exponent to `masses`, positive and finite in float32; 0 for a priority of 0."""
-    power(priorities, exponent, masses)
-    for i in range(priorities.shape[0]):
-        mass = min(max(masses[i], _TINY), _HUGE)
-        masses[i] = mass if priorities[i] > 0 else 0.0
+@part(inline="always")
+def _refresh_row(trees: Any, levels: Any, begin: int, end: int) -> None:
+    """Recompute all nodes above the leaves from `begin` to `end`."""
+    leaves = floats(trees.leaves, trees.leaf_slots)
+    _refresh_row_of_sums(leaves, doubles(trees.sums, trees.node_slots), levels, begin, end)
+    if trees.raw_length > 0:
+        raw = floats(trees.raw, trees.raw_length)
+        _refresh_row_of_max(raw, floats(trees.maxima, trees.node_slots), levels, begin, end)
+        if doubles(trees.settings, 4)[option.MINIMA] > 0:
+            _refresh_row_of_min(leaves, floats(trees.minima, trees.node_slots), levels, begin, end)
 
 
 @part(inline="always")
 def _rank_all(priorities: Any, ordered: Any) -> None:
-    """Turn priorities into ranks: 1 + the number of larger ones in the snapshot; 0 stays 0.
+    """Turn priorities into ranks: 1 + the number of larger ones in `ordered`; 0 stays 0.
 
-    The snapshot is float32 [slots], ascending. All searches advance together, step by step, without
-    branches: while one waits for memory, others go on.
+    All searches advance together, without branches: while one waits for memory, others go on.
     """
     slots, low = ordered.shape[0], np.zeros(priorities.shape[0], np.int64)
     length = slots
@@ -102,6 +111,20 @@ def _rank_all(priorities: Any, ordered: Any) -> None:
     for i in range(low.shape[0]):
         if priorities[i] > 0:
             priorities[i] = slots + 1 - low[i]
+
+
+@part(inline="always", error_model="numpy")
+def _masses_of(trees: Any, priorities: Any, exponent: float, masses: Any) -> None:
+    """Write p^exponent to `masses`, positive and finite in float32; 0 for a priority of 0.
+
+    Where the trees have a snapshot, ranks take the place of the priorities.
+    """
+    if trees.snapshot_length > 0:
+        _rank_all(priorities, floats(trees.snapshot, trees.snapshot_length))
+    power(priorities, exponent, masses)
+    for i in range(priorities.shape[0]):
+        mass = min(max(masses[i], _TINY), _HUGE)
+        masses[i] = mass if priorities[i] > 0 else 0.0
 
 
 @part(inline="always")
@@ -122,23 +145,12 @@ def refill(record: int) -> None:
     """Recompute all nodes from the leaves and the priorities."""
     trees = trees_at(record)
     levels = levels_of(trees)
-    leaves = floats(trees.leaves, trees.leaf_slots)
-    end = 16 * levels[1, 0]
-    _refresh_row_of_sums(leaves, doubles(trees.sums, trees.node_slots), levels, 0, end)
-    if trees.raw_length > 0:
-        raw = floats(trees.raw, trees.raw_length)
-        _refresh_row_of_max(raw, floats(trees.maxima, trees.node_slots), levels, 0, end)
-        if doubles(trees.settings, 4)[option.MINIMA] > 0:
-            _refresh_row_of_min(leaves, floats(trees.minima, trees.node_slots), levels, 0, end)
+    _refresh_row(trees, levels, _ZERO, 16 * levels[1, 0])
 
 
 @kernel("boolean(int64, int64, int64, int64)")
 def set_masses(record: int, index: int, value: int, n: int) -> bool:
-    """Set the masses of the slots `index` [groups, n] one after the other; sums follow.
-
-    False, and nothing is written, if an index is not in [0, capacity) or a value is negative,
-    infinite or NaN.
-    """
+    """Run `reference.set_masses`; False, and nothing is written, if an index or value is wrong."""
     trees = trees_at(record)
     total = trees.groups * n
     at, values, leaf = integers(index, total), floats(value, total), np.empty(total, np.int64)
@@ -158,23 +170,15 @@ def set_masses(record: int, index: int, value: int, n: int) -> bool:
 
 @kernel("boolean(int64, int64, int64)")
 def assign_new(record: int, runs: int, options: int) -> bool:
-    """Run `reference.assign_new`; False, and nothing is written, if a run does not fit.
-
-    Args:
-        record: address of the trees' record.
-        runs: first slot and length, int64 [groups, 2].
-        options: EVER_MAX, or 0.
-    """
+    """Run `reference.assign_new`; False, and nothing is written, if a run does not fit."""
     trees = trees_at(record)
-    levels, settings = levels_of(trees), doubles(trees.settings, 4)
-    exponents = doubles(trees.exponents, trees.groups)
+    levels, exponents = levels_of(trees), doubles(trees.exponents, trees.groups)
     run, slots = integers(runs, 2 * trees.groups).copy(), trees.capacity
     for s in range(trees.groups):
         if not (0 <= run[2 * s] < slots and 0 <= run[2 * s + 1] <= slots):
             return False
     raw, leaves = floats(trees.raw, trees.raw_length), floats(trees.leaves, trees.leaf_slots)
-    sums, maxima = doubles(trees.sums, trees.node_slots), floats(trees.maxima, trees.node_slots)
-    minima, largest = floats(trees.minima, trees.node_slots), floats(trees.ever_max, trees.groups)
+    largest = floats(trees.ever_max, trees.groups)
     drawn = flags(trees.replayed, trees.replayed_length)
     p, mass = np.empty(1), np.empty(1)
     for s in range(trees.groups):
@@ -184,9 +188,7 @@ def assign_new(record: int, runs: int, options: int) -> bool:
         priority = _for_new(trees, levels, s, (options & option.EVER_MAX) != 0)
         largest[s] = max(largest[s], priority)
         p[0] = priority
-        if trees.snapshot_length > 0:
-            _rank_all(p, floats(trees.snapshot, trees.snapshot_length))
-        _masses_of(p, exponents[s], mass)
+        _masses_of(trees, p, exponents[s], mass)
         first = s * trees.stride
         begin, end = first + start, first + min(start + n, slots)
         for _ in range(2):
@@ -194,10 +196,7 @@ def assign_new(record: int, runs: int, options: int) -> bool:
                 drawn[begin:end] = False
             raw[begin:end] = priority
             leaves[begin:end] = mass[0]
-            _refresh_row_of_sums(leaves, sums, levels, begin, end)
-            _refresh_row_of_max(raw, maxima, levels, begin, end)
-            if settings[option.MINIMA] > 0:
-                _refresh_row_of_min(leaves, minima, levels, begin, end)
+            _refresh_row(trees, levels, begin, end)
             begin, end = first, first + start + n - slots
             if end <= first:
                 break
@@ -217,23 +216,9 @@ def assign(
     limit: int,
     options: int,
 ) -> int:
-    """Run `reference.assign`.
+    """Run `reference.assign`; -1, and nothing is written, if a slot or a priority is wrong.
 
-    Args:
-        record: address of the trees' record.
-        index: int64 [groups, n].
-        value: float32 [groups, n], with VALUE.
-        generation: int64 [groups, n], with GENERATION.
-        mask: bool [groups, n], with MASK.
-        written: int64 [groups].
-        stamps: int64 [limit], with STAMPS, for a single group.
-        n: updates in each group.
-        limit: see `reference.assign`.
-        options: those above, ADD_EPS, SQUARED, NEW and EVER_MAX.
-
-    Returns:
-        The number of updates dropped; -1, and nothing is written, if a slot is out of range or a
-        priority is infinite or NaN.
+    The options VALUE, GENERATION, MASK and STAMPS say which of these arguments there are.
     """
     trees = trees_at(record)
     total, slots = trees.groups * n, trees.capacity
@@ -291,10 +276,7 @@ def assign(
         for i in range(begin, ends[s]):  # of equal indices, the last has won
             p[i] = raw[leaf[i]]
             largest[s] = max(largest[s], raw[leaf[i]])
-        own = p[begin : ends[s]]
-        if trees.snapshot_length > 0:
-            _rank_all(own, floats(trees.snapshot, trees.snapshot_length))
-        _masses_of(own, exponents[s], mass[begin : ends[s]])
+        _masses_of(trees, p[begin : ends[s]], exponents[s], mass[begin : ends[s]])
         begin = ends[s]
     for i in range(count):
         leaves[leaf[i]] = mass[i]

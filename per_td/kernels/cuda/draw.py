@@ -15,13 +15,10 @@ FLAT = 256  # independent elements per program
 
 @triton.jit
 def _child_at(mass, target):
-    """Find the child that holds the point `target` [n] by the masses of 16 children [n, 16].
+    """Find the children that hold the points `target` [n], and the sums of the masses before them.
 
-    It is the first of positive mass whose prefix sum lies above the point; the last of positive
-    mass if the point is at or past the end (rounding); child 0 if all masses are 0.
-
-    Returns:
-        The children, and the sums of the masses before them, [n] each.
+    By the masses [n, 16], it is the first of positive mass whose prefix sum lies above the point;
+    at or past the end (rounding) the last of positive mass; child 0 if all masses are 0.
     """
     column = tl.arange(0, 16)[None, :]
     prefix = tl.cumsum(mass, axis=1)
@@ -46,17 +43,10 @@ def _walk(
     STRATIFIED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Walk from the root to the leaves, in one launch.
+    """Walk from the root, above DEPTH levels, to the leaves, with BLOCK points [n] per program.
 
-    Args:
-        leaves, nodes, offsets: the tree, and the first node of each of its DEPTH levels.
-        point: float64 [n].
-        index, mass: take the leaves and their masses, [n].
-        n: number of points.
-        DEPTH: levels above the leaves.
-        SCALED: points are in [0, 1), and are scaled by the total; else they are in [0, total).
-        STRATIFIED: each point is moved into its own of n equal parts of that range.
-        BLOCK: points per program.
+    `offsets` are the first nodes of the levels; `index` and `mass` take the leaves. Points lie in
+    [0, total), or if SCALED in [0, 1). STRATIFIED moves each into its own of n equal parts of that.
     """
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = lane < n
@@ -101,52 +91,27 @@ def find(
     scaled: bool = False,
     stratified: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Find the leaves in which the cumulative masses reach the points, in one launch.
+    """Find the leaves int64 that hold the points float64, and their masses, in one launch.
 
-    Args:
-        leaves: masses, float32 [leaf_slots].
-        nodes: their sums, float64 [node_slots].
-        offsets: first node of each level, int64 [levels], on the same device.
-        point: points in [0, total), float64 [B].
-        scaled: the points are in [0, 1), and are scaled by the total.
-        stratified: move each point into its own of B equal parts of that range.
-
-    Returns:
-        Leaves int64 [B] and their masses float32 [B].
+    See `_walk`; `offsets` is int64 [levels], on the same device.
     """
-    n = len(point)
-    index = torch.empty(n, dtype=torch.int64, device=point.device)
-    mass = torch.empty(n, dtype=torch.float32, device=point.device)
+    point, n = point.contiguous(), point.numel()
+    index = torch.empty_like(point, dtype=torch.int64)
+    mass = torch.empty_like(point, dtype=torch.float32)
     if n:
-        _walk[(triton.cdiv(n, POINTS),)](
-            leaves,
-            nodes,
-            offsets,
-            point.contiguous(),
-            index,
-            mass,
-            n,
-            DEPTH=len(offsets),
-            SCALED=scaled,
-            STRATIFIED=stratified,
-            BLOCK=POINTS,
-        )
+        tree, how = (leaves, nodes, offsets), (len(offsets), scaled, stratified, POINTS)
+        _walk[(triton.cdiv(n, POINTS),)](*tree, point, index, mass, n, *how)
     return index, mass
 
 
 def weigh(mass: Tensor, beta: Tensor, unit: Tensor, size: Tensor | None = None) -> Tensor:
-    """Importance-sampling weights (mass / unit)^-beta, or (mass / unit * size)^-beta.
+    """Importance-sampling weights (mass / unit)^-beta, or (mass / unit * size)^-beta, float32.
 
-    Args:
-        mass: masses of the slots drawn, float32 [B].
-        beta: one number.
-        unit: the mass that gets the weight 1, or the total with a `size`; 0-dim.
-        size: number of transitions in the buffer, 0-dim.
-
-    Returns:
-        float32 [B].
+    `unit` is the mass that gets the weight 1, or with a `size` (of the buffer) the total; all but
+    `mass` are 0-dim.
     """
+    mass, n = mass.contiguous(), mass.numel()
     weight = torch.empty_like(mass)
-    if len(mass):
-        _weigh[(triton.cdiv(len(mass), FLAT),)](mass, unit, size, beta, weight, len(mass), FLAT)
+    if n:
+        _weigh[(triton.cdiv(n, FLAT),)](mass, unit, size, beta, weight, n, FLAT)
     return weight

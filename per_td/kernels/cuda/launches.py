@@ -11,9 +11,8 @@ from torch import Tensor
 from per_td.kernels import reference
 from per_td.kernels.cuda import draw as draws
 from per_td.kernels.cuda import update
-from per_td.kernels.cuda.nodes import Kinds
-from per_td.kernels.flags import EPS
-from per_td.kernels.parts import Distribution, Trees
+from per_td.kernels.cuda.update import Kinds
+from per_td.kernels.parts import EPS, Distribution, Trees
 from per_td.kernels.reference import (
     Runs,
     draw_distinct,
@@ -48,19 +47,15 @@ def _kinds(trees: Trees) -> Kinds:
     return Kinds(trees.layout, (trees.leaves, trees.sums), maxima, minima)
 
 
-def _leaves(trees: Trees, index: Tensor) -> Tensor:
-    """Convert slots [S, B] to leaves [S * B]; -1 stands for what is no slot."""
-    slot, layout = index.view(trees.layout.groups, -1), trees.layout
-    if layout.groups == 1:
-        return slot.view(-1)
-    right = (slot >= 0) & (slot < layout.capacity)
-    return torch.where(right, slot + trees.starts, -1).flatten()
-
-
 def set_masses(trees: Trees, index: Tensor, value: Tensor) -> None:
     """See `reference.set_masses`."""
-    kinds = Kinds(trees.layout, (trees.leaves, trees.sums))
-    update.put(kinds, _leaves(trees, index), value.reshape(-1))
+    layout = trees.layout
+    leaf = index.view(layout.groups, -1)
+    if layout.groups > 1:  # -1 stands for what is no slot
+        right = (leaf >= 0) & (leaf < layout.capacity)
+        leaf = torch.where(right, leaf + trees.starts, -1)
+    sums = Kinds(layout, (trees.leaves, trees.sums))
+    update.put(sums, leaf.flatten(), value.reshape(-1))
 
 
 def assign_new(trees: Trees, distribution: Distribution, runs: Runs, *, ever_max: bool) -> None:
@@ -77,7 +72,7 @@ def _assign(
     live: Tensor | None = None,
     **given: Any,
 ) -> Tensor | int:
-    """`update.assign` for leaves [n]; the kernel tracks the largest ever of a single tree only."""
+    """Run `update.assign`; its kernel tracks the largest ever of a single tree only."""
     many = trees.layout.groups > 1
     dropped = update.assign(
         _kinds(trees),
@@ -91,8 +86,7 @@ def _assign(
         **given,
     )
     if many:
-        largest = trees.layout.tops(trees.maxima).amax(-1)
-        torch.maximum(trees.ever_max, largest, out=trees.ever_max)
+        torch.maximum(trees.ever_max, trees.largest, out=trees.ever_max)
     return dropped
 
 
@@ -122,7 +116,7 @@ def assign(
         value = value.abs()
     value = value.sqrt() if squared else value
     ever = written.view(layout.groups, 1) if isinstance(written, Tensor) else written
-    size = ever.clamp(max=limit) if isinstance(ever, Tensor) else min(ever, limit)
+    size = reference.sizes(ever, limit)
     if layout.groups == 1 and stamps is None and mask is None and not new:
         return _assign(
             trees,
@@ -166,8 +160,7 @@ def find(trees: Trees, target: Tensor) -> tuple[Tensor, Tensor]:
     """See `reference.find`."""
     if trees.layout.groups > 1:
         return reference.find(trees, target)
-    found = draws.find(trees.leaves, trees.sums, _offsets(trees), target.reshape(-1))
-    return found[0].view(target.shape), found[1].view(target.shape)
+    return draws.find(trees.leaves, trees.sums, _offsets(trees), target)
 
 
 def _offsets(trees: Trees) -> Tensor:
@@ -191,17 +184,11 @@ def draw(
 ) -> tuple[Tensor, Tensor] | None:
     """See `reference.draw`."""
     if trees.layout.groups > 1:
-        return reference.draw(
-            trees,
-            point,
-            stratified=stratified,
-            beta=beta,
-            normalization=normalization,
-            written=written,
-        )
-    tree = trees.leaves, trees.sums, _offsets(trees)
-    index, mass = draws.find(*tree, point.reshape(-1), scaled=True, stratified=stratified)
-    index, mass = index.view(point.shape), mass.view(point.shape)
+        target = reference.scaled(point, trees.total, stratified=stratified)
+        index, mass = reference.find(trees, target)
+    else:
+        tree = trees.leaves, trees.sums, _offsets(trees)
+        index, mass = draws.find(*tree, point, scaled=True, stratified=stratified)
     mark_replayed(trees, index)
     return index, weigh(trees, mass, beta=beta, normalization=normalization, written=written)
 
@@ -212,11 +199,7 @@ def weigh(
     """See `reference.weigh`."""
     if trees.layout.groups > 1 or not isinstance(beta, Tensor):
         return reference.weigh(trees, mass, beta=beta, normalization=normalization, written=written)
-    flat = mass.reshape(-1)
     if normalization == "none":
         size = reference.sizes(written, trees.layout.capacity)
-        weight = draws.weigh(flat, beta, trees.sums[-1], _number(size, trees.refused))
-    else:
-        unit = flat.amin() if normalization == "batch" else trees.minima[-1]
-        weight = draws.weigh(flat, beta, unit)
-    return weight.view(mass.shape)
+        return draws.weigh(mass, beta, trees.sums[-1], _number(size, trees.refused))
+    return draws.weigh(mass, beta, mass.amin() if normalization == "batch" else trees.minima[-1])
