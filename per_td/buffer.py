@@ -15,8 +15,7 @@ from torch import Tensor
 from per_td import diagnostics, kernels, validation
 from per_td.checkpoint import file as checkpoint
 from per_td.checkpoint import state as states
-from per_td.concurrency import forks
-from per_td.concurrency.mutex import Guard, Note
+from per_td.concurrency.mutex import Guard, Note, hold_in_forks
 from per_td.concurrency.prefetch import Prefetcher
 from per_td.copies import Copied
 from per_td.draws import DRAWS
@@ -357,7 +356,7 @@ class PrioritizedReplayBuffer(Copied):
         own: AbstractContextManager[Any] = threading.RLock() if self._threads else nullcontext()
         self._lock = own if self._guard is None else self._guard
         if self._lock is own and self._threads:
-            forks.watch(self, own, PrioritizedReplayBuffer._after_fork)
+            hold_in_forks(self, own, PrioritizedReplayBuffer._after_fork)
         draw = PrioritizedReplayBuffer._sample_now
         self._ahead = Prefetcher(self, draw, self._prefetch) if self._prefetch else None
 

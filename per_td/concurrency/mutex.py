@@ -3,7 +3,7 @@
 It is a robust mutex of POSIX threads. The lock of `multiprocessing` is a semaphore: a process
 killed while it holds it holds it for ever. A robust mutex is released by the kernel, and whoever
 gets it next is told. It lies in shared memory, needs no file, and is taken and given back without a
-system call while nobody else wants it.
+system call while nobody else wants it. A buffer for threads has Python's lock, which forks hold.
 """
 
 import ctypes
@@ -11,6 +11,7 @@ import errno
 import os
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from multiprocessing.context import get_spawning_popen
 from typing import Any
@@ -21,8 +22,6 @@ from torch import Tensor
 from per_td.errors import ConfigurationError, PerTdError
 from per_td.kernels.reference import Runs
 from per_td.memory import shared_zeros
-
-__all__ = ["Guard", "Note", "RobustMutex"]
 
 _CHECKS_ERRORS, _PROCESS_SHARED, _ROBUST = 2, 1, 1  # as <pthread.h> of Linux has them
 _BYTES = 128  # of pthread_mutex_t, 40 or 48 in glibc and musl, with room to spare
@@ -258,3 +257,43 @@ class Guard:
         self._repair_with(self.note)
         self.note.page[_REPAIRS] += 1
         self._end()
+
+
+_watched: "weakref.WeakKeyDictionary[Any, tuple[Any, Callable[[Any], None]]]"
+_watched = weakref.WeakKeyDictionary()
+_held_for_fork: list[tuple[Any, Any, Callable[[Any], None]]] = []
+
+
+def hold_in_forks(owner: Any, lock: Any, renew: Callable[[Any], None]) -> None:
+    """Hold `lock` while the process forks, and call `renew` with `owner` in the child.
+
+    A fork then waits for the calls of other threads, which do not go on in the child. Without it,
+    the child could find a lock taken for ever, and a change half made.
+    """
+    _watched[owner] = lock, renew
+
+
+def _before_fork() -> None:
+    for owner, (lock, renew) in list(_watched.items()):
+        lock.acquire()
+        _held_for_fork.append((owner, lock, renew))
+
+
+def _after_fork_in_parent() -> None:
+    while _held_for_fork:
+        _held_for_fork.pop()[1].release()
+
+
+def _after_fork_in_child() -> None:
+    while _held_for_fork:
+        owner, lock, renew = _held_for_fork.pop()
+        lock.release()
+        renew(owner)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )

@@ -15,8 +15,7 @@ from torch import Tensor
 from per_td import validation
 from per_td.errors import IndexRangeError, PerTdError
 from per_td.kernels.frame_search import store_frames
-from per_td.kernels.layout import FANOUT
-from per_td.kernels.parts import EPS, Distribution, Rows, Trees
+from per_td.kernels.parts import EPS, FANOUT, Distribution, Rows, Trees
 from per_td.weights import importance_weights
 
 __all__ = [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from per_td import validation
-from per_td.kernels.layout import Layout
+from per_td.kernels.parts import Layout
 from per_td.memory import Zeros
 from per_td.tree.trees import Trees
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from per_td import draws, validation
 from per_td.errors import ConfigurationError, PerTdError
-from per_td.kernels.layout import Layout
-from per_td.kernels.parts import BETAS, EPS, EXPONENT, MINIMA
+from per_td.kernels.parts import BETAS, EPS, EXPONENT, MINIMA, Layout
 from per_td.kernels.reference import Runs
 from per_td.memory import Zeros, zeros
 from per_td.priorities import distributions

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from per_td.draws import prefix_sums
-from per_td.kernels.layout import FANOUT
+from per_td.kernels.parts import FANOUT
 from per_td.kernels.reference import _child_at as child_at
 from per_td.kernels.reference import _left as left_of
 from per_td.tree.trees import Trees

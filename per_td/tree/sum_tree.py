@@ -8,7 +8,7 @@ from torch import Tensor
 from per_td import draws, validation
 from per_td.copies import Copied
 from per_td.errors import EmptyBufferError, IndexRangeError, PriorityError
-from per_td.kernels.layout import Layout
+from per_td.kernels.parts import Layout
 from per_td.tree.trees import Trees
 
 

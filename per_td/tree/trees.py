@@ -9,8 +9,7 @@ from torch import Tensor
 from per_td import draws, kernels, validation
 from per_td.errors import EmptyBufferError
 from per_td.kernels import reference
-from per_td.kernels.layout import Block, Layout
-from per_td.kernels.parts import EXPONENT, MINIMA
+from per_td.kernels.parts import EXPONENT, MINIMA, Block, Layout
 from per_td.memory import Zeros, zeros
 
 

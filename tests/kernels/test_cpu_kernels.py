@@ -24,7 +24,7 @@ from per_td import (
 )
 from per_td.draws import DRAWS
 from per_td.kernels import reference
-from per_td.kernels.layout import Layout
+from per_td.kernels.parts import Layout
 from per_td.priorities.sampling import sample_weighted
 from per_td.priorities.table import PriorityTable
 from per_td.tree import Trees

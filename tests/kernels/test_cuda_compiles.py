@@ -39,7 +39,7 @@ JITFunction.run = compile_only
 
 import per_td.kernels
 from per_td.kernels.cuda import launches
-from per_td.kernels.layout import Layout
+from per_td.kernels.parts import Layout
 from per_td.priorities.distributions import Proportional
 from per_td.tree.trees import Trees
 

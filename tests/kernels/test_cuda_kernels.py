@@ -11,8 +11,7 @@ import torch
 from per_td import validation
 from per_td.draws import uniform_like
 from per_td.kernels import reference
-from per_td.kernels.layout import Layout
-from per_td.kernels.parts import EPS
+from per_td.kernels.parts import EPS, Layout
 from per_td.priorities.distributions import Proportional
 from per_td.tree.trees import Trees
 from per_td.weights import importance_weights, mass_of

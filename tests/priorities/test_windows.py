@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from per_td.kernels.layout import Layout
+from per_td.kernels.parts import Layout
 from per_td.priorities.windows import find_in, smallest_in, window_of
 from per_td.tree.trees import Trees
 from tests.support.oracle import S

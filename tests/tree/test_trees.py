@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from per_td import PerTdError
-from per_td.kernels.layout import Block, Layout
+from per_td.kernels.parts import Block, Layout
 from per_td.memory import zeros
 from per_td.priorities.distributions import Proportional
 from per_td.tree import Trees

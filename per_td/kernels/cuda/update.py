@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from per_td.kernels.layout import FANOUT, Layout
+from per_td.kernels.parts import FANOUT, Layout
 
 FLAT = 256  # updates of one program where they are independent
 
