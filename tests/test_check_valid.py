@@ -79,7 +79,7 @@ def test_damage_to_a_tree_is_named(num_trees):
     tree = SumTree(300, num_trees=num_trees)
     tree.fill(torch.rand(tree[:].shape))
     tree.check_valid()
-    tree[:][..., 5] = 2.0 if num_trees is None else NAN
+    tree._trees.masses[..., 5] = 2.0 if num_trees is None else NAN
     broken(tree, "the sums follow" if num_trees is None else "masses are finite")
 
 
