@@ -135,7 +135,7 @@ def tables(records: dict[str, dict[str, Runs]]) -> str:
 
 def curves(records: dict[str, dict[str, Runs]], file: Path) -> None:
     """Draw the learning curves: interquartile means with intervals."""
-    size = {"nrows": 1, "ncols": len(records), "figsize": (5.5 * len(records), 3.6)}
+    size = {"nrows": 1, "ncols": len(records), "figsize": (5.5 * len(records), 4.0)}
     with picture(file, dpi=90, squeeze=False, **size) as grid:
         for axes, (game, arms) in zip(grid[0], records.items(), strict=True):
             for colour, (arm, runs) in zip(COLOURS, arms.items(), strict=False):
@@ -144,7 +144,8 @@ def curves(records: dict[str, dict[str, Runs]], file: Path) -> None:
                 axes.plot(ends, middle, color=colour, label=arm)
                 axes.fill_between(ends, low, high, color=colour, alpha=0.15, lw=0)
             axes.set(title=game, xlabel="frames", ylabel="return, IQM")
-        grid[0, 0].legend()
+        labels = grid[0, 0].get_legend_handles_labels()
+        grid[0, 0].figure.legend(*labels, loc="outside lower center", ncols=4)
 
 
 def make(out: Path, page: Path | None = None) -> str:
