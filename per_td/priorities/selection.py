@@ -41,6 +41,7 @@ class Selection(NamedTuple):
         """
         by = validation.one_of("by", by, BY)
         newest = None if newest is None else validation.positive_int("newest", newest)
+        latest = validation.integer("latest", latest, 0)
         if draw == "without_replacement" and (newest or latest):
             name, value = ("newest", newest) if newest else ("latest", latest)
             raise ConfigurationError(

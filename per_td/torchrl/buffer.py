@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from functools import partial
 from inspect import signature
 from math import isclose
@@ -135,10 +136,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         sampler: PrioritizedSampler | None = None,
     ) -> None:
         kept: Storage = self._maybe_make_storage(storage, compilable)
-        if not sync and kept.ndim != 1:
-            raise ConfigurationError(
-                f"sync: expected True for a storage of {kept.ndim} dimensions, got False"
-            )
+        _require_one_dimension(kept, sync=sync)
         if batch_size is not None:
             batch_size = validation.positive_int("batch_size", batch_size)
         capacity = slots_of(kept)
@@ -253,12 +251,14 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             The previous storage.
 
         Raises:
-            ConfigurationError: it has another size than the previous one.
+            ConfigurationError: it has another size than the previous one, or several dimensions
+                with `sync=False`.
         """
         if storage.max_size != self._storage.max_size:
             raise ConfigurationError(
                 f"storage: expected max_size={self._storage.max_size}, got {storage.max_size}"
             )
+        _require_one_dimension(storage, sync=self._sync)
         with self._replay_lock, self._write_lock:
             self._catch_up()
             fit_cursor(self._writer, storage)
@@ -283,8 +283,10 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             The previous writer.
 
         Raises:
-            ConfigurationError: its cursor is negative or not an integer.
+            ConfigurationError: it is no writer, or its cursor is negative or not an integer.
         """
+        if not isinstance(writer, Writer):
+            raise ConfigurationError(f"writer: expected one of TorchRL's, got {writer!r}")
         with self._replay_lock, self._write_lock:
             self._catch_up()
             fit_cursor(writer, self._storage)
@@ -373,13 +375,14 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             td_error = self._transpose(td_error)
         priority = priority_of(self._magnitudes(td_error, rows), self._sampler.eps)
         valid = validation.require_finite(str(self.priority_key), priority)
+        if (clip := self.prioritized_sampler.priority_clip) is not None:
+            priority = priority.clamp(*clip)
         return torch.where(valid, priority, -1.0)
 
     def _magnitudes(self, td_error: Tensor, rows: int) -> Tensor:
         """One |TD error| per element, float32 [rows], on the priorities' device."""
         sampler, key = self.prioritized_sampler, self.priority_key
-        validation.require_plain(str(key), td_error, PriorityError)
-        td_error = validation.to_device(td_error, sampler.device)
+        td_error = validation.as_reals(str(key), td_error, sampler.device, torch.float32)
         unit, reduction = sampler.td_error_unit, sampler.reduction
         return magnitudes(td_error, rows, unit=unit, reduction=reduction, key=key)
 
@@ -442,8 +445,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             return
         sampler._follow(storage)
         index = sampler._flat(index, storage)
-        last = min(len(index), storage.max_size)  # of more than fit, the last remain
-        sampler._write_new(index[-last:], priority[-last:].to(index.device))
+        sampler._write_new(index, priority.to(index.device))
 
     # --- reading ----------------------------------------------------------------------------------
 
@@ -555,7 +557,8 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
 
     def _note_writes(self) -> None:
         """Take all writes for known to the priorities, with sync=False."""
-        self._seen_emptied, self._seen_writes = _emptied(self._writer)[0], int(self.write_count)
+        written = getattr(self._writer, "_write_count", 0)  # one that never writes has none
+        self._seen_emptied, self._seen_writes = _emptied(self._writer)[0], int(written)
 
     # --- priorities -------------------------------------------------------------------------------
 
@@ -600,7 +603,8 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             if generation is not None:
                 now = self._writer.generations_of(index).reshape(-1)
                 generation = _one_each(generation, now)
-                generation = (generation != now).long()  # 0 marks live updates
+                # 0 marks live updates; another writer may not know generations
+                generation = ((generation != now) & (now >= 0)).long()
             self._change(PrioritizedSampler.set_priority, index, priority, generation=generation)
 
     def _change(
@@ -664,7 +668,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                 generation = _one_each(generation, slot)
                 if stamps is None or self._sample_unit is not None:  # then 0 marks live updates
                     now = validation.to_device(self._writer.generations_of(index), device)
-                    generation, stamps = (generation != now).long(), None
+                    generation, stamps = ((generation != now) & (now >= 0)).long(), None
             if self._sample_unit is not None:
                 slot, td_error, generation = self._anchored(data, slot, td_error, generation)
             sampler._update(
@@ -765,11 +769,30 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             except ConfigurationError as error:
                 raise CheckpointError(str(error)) from error
         ahead = _from_plain(state_dict.get("_prefetch_state"))
+        self._check_others(state_dict["_transforms"], state_dict.get("_rng"), ahead)
         with self._at_rest():
             super().load_state_dict(state_dict | {"_prefetch_state": ahead})
             fit_cursor(self._writer, self._storage)
             self._note_writes()
         self._notify_replay_state_change()
+
+    def _check_others(self, transforms: Any, rng: Any, ahead: Any) -> None:
+        """Refuse parts of a state that TorchRL takes over after the storage and the priorities.
+
+        The transforms take up their part here.
+        """
+        before = deepcopy(self._transform.state_dict())
+        try:
+            self._transform.load_state_dict(transforms)
+            if rng is not None:
+                state, device = rng
+                torch.Generator(device).set_state(state)
+            self._validate_prefetch_state(ahead)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            self._transform.load_state_dict(before)
+            raise CheckpointError(
+                f"expected the state of a buffer with these transforms and this prefetch: {error}"
+            ) from error
 
     def dumps(self, path: str | Path) -> None:
         """Write storage, sampler, writer and transforms into the folder `path`."""
@@ -791,6 +814,11 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         if isinstance(self._writer, GenerationWriter):
             self._writer.check_state(self._writer.saved(Path(path) / "writer"))
         privates.check_saved_storage(self._storage, Path(path) / "storage")
+        if not (Path(path) / "buffer_metadata.json").is_file():
+            raise CheckpointError(f"{path}: expected a folder with buffer_metadata.json, got none")
+        if (saved := Path(path) / "transform.t").exists():
+            ahead = self._load_prefetch_state(Path(path))
+            self._check_others(torch.load(saved), None, ahead)
         with self._at_rest():
             super().loads(path)
             fit_cursor(self._writer, self._storage)
@@ -828,6 +856,14 @@ def _one_each(generation: Any, slot: Tensor) -> Tensor:
             f"index_generation: expected one for each of {len(slot)} indices, got {len(each)}"
         )
     return each
+
+
+def _require_one_dimension(storage: Storage, *, sync: bool) -> None:
+    """Refuse a storage of several dimensions with sync=False."""
+    if not sync and storage.ndim != 1:
+        raise ConfigurationError(
+            f"sync: expected True for a storage of {storage.ndim} dimensions, got False"
+        )
 
 
 def _emptied(writer: Writer) -> tuple[int, int]:

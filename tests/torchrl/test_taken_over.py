@@ -11,14 +11,17 @@ import torch
 from tensordict import TensorDict
 from torch import multiprocessing
 from torchrl.data import (
+    ImmutableDatasetWriter,
     LazyMemmapStorage,
     LazyTensorStorage,
     ListStorage,
+    TensorDictMaxValueWriter,
     TensorDictReplayBuffer,
     TensorDictRoundRobinWriter,
 )
+from torchrl.envs.transforms import ObservationNorm, RenameTransform
 
-from per_td import CheckpointError, ConfigurationError, PerTdError
+from per_td import CheckpointError, ConfigurationError, PerTdError, PriorityError
 from per_td.torchrl import TensorDictPrioritizedReplayBuffer
 from per_td.torchrl.writer import GenerationWriter
 from tests.support.parameters import slow_but
@@ -543,3 +546,134 @@ def test_the_state_of_a_sampler_that_is_none_is_refused(wrong):
     with pytest.raises(CheckpointError, match="expected the state of a per_td"):
         buffer.load_state_dict(buffer.state_dict() | {"_sampler": wrong})
     assert everything(buffer) == before
+
+
+def norm(loc=0.0):
+    return ObservationNorm(loc, 1.0, in_keys=["x"])
+
+
+@pytest.mark.parametrize("way", ["state", "folder"])
+@pytest.mark.parametrize(
+    ("mine", "its"), [(None, norm()), (norm(), RenameTransform(["x"], ["y"], create_copy=True))]
+)
+def test_the_state_of_other_transforms_is_refused_before_anything_changes(way, mine, its, tmp_path):
+    source = of_kind({"x": torch.arange(6.0)})
+    source.append_transform(its)
+    buffer = of_kind({"x": torch.arange(6.0) + 50})
+    if mine is not None:
+        buffer.append_transform(mine)
+    if way == "folder" and its is not None and not source._transform.state_dict():
+        pytest.skip("TorchRL writes no file of transforms without a state")
+    before = everything(buffer)
+    source.dumps(tmp_path)
+    with pytest.raises(CheckpointError, match="with these transforms"):
+        buffer.load_state_dict(source.state_dict()) if way == "state" else buffer.loads(tmp_path)
+    assert everything(buffer) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("_transforms", None), ("_rng", "x"), ("_prefetch_state", 3)]
+)
+def test_other_parts_that_cannot_be_are_refused_before_anything_changes(name, value):
+    state = of_kind({"x": torch.arange(6)}).state_dict()
+    buffer = of_kind({"x": torch.arange(6) + 50})
+    before = everything(buffer)
+    with pytest.raises(CheckpointError, match="expected the state of a buffer"):
+        buffer.load_state_dict(state | {name: value})
+    assert everything(buffer) == before
+
+
+def test_a_folder_without_its_numbers_is_refused_before_anything_changes(tmp_path):
+    of_kind({"x": torch.arange(6)}).dumps(tmp_path)
+    (tmp_path / "buffer_metadata.json").unlink()
+    buffer = of_kind({"x": torch.arange(6) + 50})
+    before = everything(buffer)
+    with pytest.raises(CheckpointError, match=r"buffer_metadata\.json"):
+        buffer.loads(tmp_path)
+    assert everything(buffer) == before
+
+
+def test_a_transform_takes_up_its_state():
+    source = of_kind({"x": torch.arange(6.0)})
+    source.append_transform(norm(3.0))
+    buffer = of_kind({"x": torch.arange(6.0)})
+    buffer.append_transform(norm())
+    buffer.load_state_dict(source.state_dict())
+    assert buffer._transform[0].loc == 3.0
+
+
+def test_of_more_than_fit_the_best_have_the_priorities_that_they_brought():
+    td = TensorDict(
+        {
+            "x": torch.tensor([1.0, 2.0, 3.0, 0.5, 9.0]),
+            "td_error": torch.tensor([10.0, 20.0, 30.0, 5.0, 90.0]),
+        },
+        [5],
+    )
+    buffer = make(3, alpha=1.0, eps=0.0)
+    buffer.set_writer(TensorDictMaxValueWriter(rank_key="x"))
+    buffer.extend(td)
+    kept = buffer[:]["x"].tolist()
+    expected = dict(zip(td["x"].tolist(), td["td_error"].tolist(), strict=True))
+    assert buffer.sampler.priority.tolist() == [expected[x] for x in kept]
+
+
+def test_with_a_writer_that_knows_no_generations_updates_are_applied():
+    buffer = make(6, alpha=1.0, eps=0.0)
+    buffer.extend(TensorDict({"x": torch.arange(6)}, [6]))
+    batch = buffer.sample()
+    buffer.set_writer(TensorDictRoundRobinWriter())
+    batch["td_error"] = torch.full((32,), 9.0)
+    buffer.update_tensordict_priority(batch)
+    buffer.set_priority(torch.tensor([0]), torch.tensor([5.0]), torch.tensor([7]))
+    assert buffer.stats()["stale_updates"] == 0
+    assert (buffer.sampler.priority[batch["index"][batch["index"] > 0]] == 9.0).all()
+    assert buffer.sampler.priority[0] == 5.0
+
+
+def test_a_writer_that_never_writes_may_be_set_and_what_is_none_is_refused():
+    buffer = of_kind({"x": torch.arange(6)})
+    for wrong in (None, 3, "writer"):
+        with pytest.raises(ConfigurationError, match="writer: expected one of TorchRL's"):
+            buffer.set_writer(wrong)
+    buffer.set_writer(ImmutableDatasetWriter())
+    buffer.update_tensordict_priority(buffer.sample().set("td_error", torch.ones(32)))
+
+
+def test_a_storage_of_several_dimensions_is_refused_where_another_process_samples():
+    buffer = make(24, sync=False)
+    with pytest.raises(ConfigurationError, match="sync: expected True for a storage of 2 dim"):
+        buffer.set_storage(LazyTensorStorage(24, ndim=2))
+    assert buffer.storage.ndim == 1
+
+
+def test_td_errors_of_new_elements_are_clipped_as_those_of_updates_are():
+    td = TensorDict({"x": torch.arange(3), "td_error": torch.tensor([0.1, 3.0, 50.0])}, [3])
+    for storage in (LazyTensorStorage, ListStorage):
+        buffer = make(6, storage=storage, alpha=1.0, eps=0.0, priority_clip=(1.0, 5.0))
+        buffer.extend(td)
+        buffer.add(td[0])
+        assert buffer.sampler.priority[:4].tolist() == [1, 3, 5, 1]
+
+
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bool])
+def test_td_errors_of_new_elements_that_are_no_real_numbers_are_refused(dtype, filled):
+    td = TensorDict({"x": torch.arange(2), "td_error": torch.ones(2)}, [2])
+    buffer = make(6)
+    if filled:
+        buffer.extend(td)
+    before = len(buffer), buffer.writer._cursor
+    with pytest.raises(PriorityError, match="td_error: expected a real dtype"):
+        buffer.extend(td.clone().set("td_error", td["td_error"].to(dtype)))
+    assert (len(buffer), buffer.writer._cursor) == before
+
+
+@pytest.mark.parametrize("latest", [-1, 2.5, "a", None, True])
+def test_a_number_of_latest_elements_that_cannot_be_is_refused(latest):
+    with pytest.raises(ConfigurationError, match="latest: expected an integer"):
+        make(6, latest=latest)
+    buffer = make(6)
+    with pytest.raises(ConfigurationError, match="latest: expected an integer"):
+        buffer.sampler.latest = latest
+    assert buffer.sampler.latest == 0
