@@ -582,8 +582,12 @@ class NStepWriter:
                 "prioritized": kept.prioritized,
                 **{name: getattr(kept, name) for name in _TENSORS},
             }
-        head = {"format": _FORMAT, "version": _VERSION}
-        return head | {"settings": self._settings, "pending": steps}
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "settings": self._settings,
+            "pending": steps,
+        }
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -86,8 +86,7 @@ def _settings(settings: Any) -> Mapping[str, Any]:
         validation.real("eps", settings["eps"], high=torch.finfo(torch.float32).max)
         validation.real("beta_increment", settings["beta_increment"])
         as_clip(settings.get("priority_clip"))
-        latest = validation.integer("latest", settings.get("latest", 0), 0)
-        Selection.of("priority", None, latest, chosen["draw"])
+        Selection.of("priority", None, settings.get("latest", 0), chosen["draw"])
         validation.flag("track_draws", settings.get("track_draws", False))
         schedule = as_schedule(settings.get("beta_schedule"))
         if schedule is not None and settings["beta_increment"]:

@@ -1,6 +1,6 @@
 """TensorDictPrioritizedReplayBuffer: TorchRL's, on per_td's priorities."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
@@ -603,8 +603,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             if generation is not None:
                 now = self._writer.generations_of(index).reshape(-1)
                 generation = _one_each(generation, now)
-                # 0 marks live updates; another writer may not know generations
-                generation = ((generation != now) & (now >= 0)).long()
+                generation = _late(generation, now)
             self._change(PrioritizedSampler.set_priority, index, priority, generation=generation)
 
     def _change(
@@ -668,7 +667,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
                 generation = _one_each(generation, slot)
                 if stamps is None or self._sample_unit is not None:  # then 0 marks live updates
                     now = validation.to_device(self._writer.generations_of(index), device)
-                    generation, stamps = ((generation != now) & (now >= 0)).long(), None
+                    generation, stamps = _late(generation, now), None
             if self._sample_unit is not None:
                 slot, td_error, generation = self._anchored(data, slot, td_error, generation)
             sampler._update(
@@ -769,17 +768,20 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             except ConfigurationError as error:
                 raise CheckpointError(str(error)) from error
         ahead = _from_plain(state_dict.get("_prefetch_state"))
-        self._check_others(state_dict["_transforms"], state_dict.get("_rng"), ahead)
+        self._take_up_transforms(state_dict["_transforms"], state_dict.get("_rng"), [ahead])
         with self._at_rest():
             super().load_state_dict(state_dict | {"_prefetch_state": ahead})
             fit_cursor(self._writer, self._storage)
             self._note_writes()
         self._notify_replay_state_change()
 
-    def _check_others(self, transforms: Any, rng: Any, ahead: Any) -> None:
-        """Refuse parts of a state that TorchRL takes over after the storage and the priorities.
+    def _take_up_transforms(
+        self, transforms: Any, rng: Any = None, ahead: Sequence[Any] = ()
+    ) -> None:
+        """Load the state of the transforms, which TorchRL does after storage and priorities.
 
-        The transforms take up their part here.
+        It is refused here, before anything else changes, and so are a generator's state and those
+        of batches `ahead`.
         """
         before = deepcopy(self._transform.state_dict())
         try:
@@ -787,7 +789,8 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
             if rng is not None:
                 state, device = rng
                 torch.Generator(device).set_state(state)
-            self._validate_prefetch_state(ahead)
+            for batches in ahead:
+                self._validate_prefetch_state(batches)
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             self._transform.load_state_dict(before)
             raise CheckpointError(
@@ -817,8 +820,7 @@ class TensorDictPrioritizedReplayBuffer(torchrl_buffers.TensorDictPrioritizedRep
         if not (Path(path) / "buffer_metadata.json").is_file():
             raise CheckpointError(f"{path}: expected a folder with buffer_metadata.json, got none")
         if (saved := Path(path) / "transform.t").exists():
-            ahead = self._load_prefetch_state(Path(path))
-            self._check_others(torch.load(saved), None, ahead)
+            self._take_up_transforms(torch.load(saved))
         with self._at_rest():
             super().loads(path)
             fit_cursor(self._writer, self._storage)
@@ -856,6 +858,11 @@ def _one_each(generation: Any, slot: Tensor) -> Tensor:
             f"index_generation: expected one for each of {len(slot)} indices, got {len(each)}"
         )
     return each
+
+
+def _late(generation: Tensor, now: Tensor) -> Tensor:
+    """0 for live updates, int64 [B]; a writer that knows no generations says -1 for `now`."""
+    return ((generation != now) & (now >= 0)).long()
 
 
 def _require_one_dimension(storage: Storage, *, sync: bool) -> None:
