@@ -147,6 +147,12 @@ def _structure_of(state: dict[str, Any]) -> Structure:
     return Structure.from_state(state.get("structure", "[]"))
 
 
+def _write_counts(state: dict[str, Any]) -> list[int]:
+    """Number of transitions ever written to each ring."""
+    counts: list[int] = torch.as_tensor(state["write_count"], device="cpu").reshape(-1).tolist()
+    return counts
+
+
 def _moves(ring: RingStorage, state: dict[str, Any]) -> list[Move]:
     """The move of each ring's transitions into the capacity of `ring`."""
     settings = state["settings"]
@@ -156,7 +162,7 @@ def _moves(ring: RingStorage, state: dict[str, Any]) -> list[Move]:
             f" got {settings.get('num_buffers')}"
         )
     capacity = settings["capacity"]
-    counts = torch.as_tensor(state["write_count"], device="cpu").reshape(-1).tolist()
+    counts = _write_counts(state)
     return [Move.between(count, capacity, ring.capacity) for count in counts]
 
 
@@ -184,7 +190,7 @@ def restore(parts: Parts, state: Any) -> None:
             generator.set_state(before)
         raise
     moved = any(move.moved for move in moves)
-    counts = torch.as_tensor(state["write_count"], device="cpu").reshape(-1).tolist()
+    counts = _write_counts(state)
     ring.epoch = state.get("epoch", 0)
     if moved:  # slots changed hands: every generation handed out so far, there or here, is stale
         its_epoch = ring.epoch + -(-max(counts) // settings["capacity"])  # rounded up
